@@ -24,41 +24,15 @@ square.
 
 from __future__ import annotations
 
-import functools
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.saliency.fused.tiles import KEYS_PER_TILE, ROWS_PER_TILE, StepSums
-
-LOG2_E = math.log2(math.e)
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """What one attention call computes, apart from its tensors.
-
-    Attributes:
-        scale: Factor on `q . k`.
-        window: How many keys a query sees, itself included; None for all earlier ones.
-        softcap: Bound of the scores, `cap * tanh(score / cap)`; None for none.
-        diagonal_only: Pass gradients on to a token's own key and value only.
-        step_sums: Where the pooled saliency goes; None to pool nothing.
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    diagonal_only: bool = False
-    step_sums: StepSums | None = None
-
-    def first_key(self, query: int) -> int:
-        """The first key that `query` sees."""
-        return 0 if self.window is None else max(0, query - self.window + 1)
+from stepflow_tl.saliency.fused import device
+from stepflow_tl.saliency.fused.spec import AttentionSpec
+from stepflow_tl.saliency.fused.sweep import accumulation_dtype, tiled_backward, tiled_forward
 
 
 def saliency_attention(
@@ -106,38 +80,27 @@ class _SaliencyAttention(torch.autograd.Function):
         (dz,) = grad_outputs
         query, key, value, sinks, z, logsumexp = ctx.saved_tensors
         needs_query, needs_key, needs_value, needs_sinks, needs_anchor, _ = ctx.needs_input_grad
-        from stepflow_tl.saliency.fused import device  # imports this module
-
-        work = _accumulation_dtype(query.dtype)
-        delta = torch.einsum("bhtd,bhtd->bht", dz.to(work), z.to(work))
+        work = accumulation_dtype(query.dtype)
+        delta = (dz.to(work) * z.to(work)).sum(-1)
         if device.backward_served(query, key, value, ctx.spec):
-            grads = _Gradients(
-                *device.attention_backward(query, key, value, z, logsumexp, dz, delta, ctx.spec)
-            )
+            dq, dk, dv = device.attention_backward(query, key, value, z, logsumexp, dz, delta, ctx.spec)
         else:
-            by_tiles = not ctx.spec.diagonal_only
-            grads = _Gradients(
-                dq=torch.empty_like(query) if needs_query else None,
-                dk=torch.empty_like(key) if needs_key and by_tiles else None,
-                dv=torch.empty_like(value) if needs_value and by_tiles else None,
-            )
-            _tiled_backward(query, key, value, logsumexp, dz, delta, ctx.spec, grads)
-            if not by_tiles and (needs_key or needs_value):
+            diagonal = ctx.spec.diagonal_only
+            needed = (needs_query, needs_key and not diagonal, needs_value and not diagonal)
+            dq, dk, dv = tiled_backward(query, key, value, logsumexp, dz, delta, ctx.spec, needed)
+            if diagonal and (needs_key or needs_value):
                 dk, dv = device.diagonal_gradients(query, key, value, logsumexp, dz, delta, ctx.spec)
-                grads = _Gradients(grads.dq, dk, dv)
         dsinks = None
         if needs_sinks:
             dsinks = -(torch.exp(sinks.to(work)[:, None] - logsumexp) * delta).sum((0, 2)).to(sinks.dtype)
         danchor = dz.new_zeros(()) if needs_anchor else None
-        return grads.dq, grads.dk, grads.dv, dsinks, danchor, None
+        return dq, dk, dv, dsinks, danchor, None
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """Return z and the logsumexp of each row's scores, sink included."""
-    from stepflow_tl.saliency.fused import device  # imports this module
-
     banded = spec.window is not None and spec.window < query.shape[2]
     flash = query.device.type == "cpu" and value.shape[-1] == query.shape[-1]
     if device.flash_serves(query, key, value, spec):
@@ -147,204 +110,9 @@ def _forward(
             query, key, value, 0.0, True, scale=spec.scale
         )
     else:
-        z, logsumexp = _tiled_forward(query, key, value, spec)
+        z, logsumexp = tiled_forward(query, key, value, spec)
     if sinks is not None:
         with_sink = torch.logaddexp(logsumexp, sinks.to(logsumexp.dtype)[:, None])
         z = z * torch.exp(logsumexp - with_sink)[..., None].to(z.dtype)
         logsumexp = with_sink
     return z, logsumexp
-
-
-def _tiled_forward(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    work = _accumulation_dtype(query.dtype)
-    batches, n_heads, n_tokens, _ = query.shape
-    groups = n_heads // key.shape[1]
-    z = query.new_empty(batches, n_heads, n_tokens, value.shape[-1])
-    logsumexp = query.new_empty(batches, n_heads, n_tokens, dtype=work)
-    block = _query_block(groups)
-    for batch in range(batches):
-        for kv_head in range(key.shape[1]):
-            heads = slice(kv_head * groups, (kv_head + 1) * groups)
-            k, v = key[batch, kv_head].to(work), value[batch, kv_head].to(work)
-            for start in range(0, n_tokens, block):
-                end = min(start + block, n_tokens)
-                first = spec.first_key(start)
-                scores = (query[batch, heads, start:end].to(work) * spec.scale) @ k[first:end].T
-                if spec.softcap is not None:
-                    scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
-                scores.masked_fill_(_hidden((start, end), (first, end), spec, scores.device), float("-inf"))
-                row = torch.logsumexp(scores, dim=-1)
-                logsumexp[batch, heads, start:end] = row
-                z[batch, heads, start:end] = (torch.exp(scores.sub_(row[..., None])) @ v[first:end]).to(
-                    z.dtype
-                )
-    return z, logsumexp
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The query heads that share one KV head."""
-
-    query: Tensor  # [head, token, d_head]
-    key: Tensor  # [token, d_head]
-    value: Tensor  # [token, d_value]
-    dz: Tensor  # [head, token, d_value]
-    delta: Tensor  # [head, token]
-    logsumexp: Tensor  # [head, token]
-
-
-@dataclass(frozen=True)
-class _Gradients:
-    """Gradients to write; None where nobody asks."""
-
-    dq: Tensor | None
-    dk: Tensor | None
-    dv: Tensor | None
-
-    def of(self, batch: int, heads: slice, kv_head: int) -> _Gradients:
-        return _Gradients(
-            dq=None if self.dq is None else self.dq[batch, heads],
-            dk=None if self.dk is None else self.dk[batch, kv_head],
-            dv=None if self.dv is None else self.dv[batch, kv_head],
-        )
-
-
-class _TileBuffers:
-    """A few flat buffers, reused by every tile so that they stay in cache."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
-        self._flat: dict[str, Tensor] = {}
-
-    def matrix(self, name: str, rows: int, columns: int) -> Tensor:
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < rows * columns:
-            flat = self._flat[name] = torch.empty(rows * columns, device=self._device, dtype=self._dtype)
-        return flat[: rows * columns].view(rows, columns)
-
-
-def _tiled_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    logsumexp: Tensor,
-    dz: Tensor,
-    delta: Tensor,
-    spec: AttentionSpec,
-    grads: _Gradients,
-) -> None:
-    """Pool the saliency and write the gradients asked for, one KV group after the other."""
-    work = _accumulation_dtype(query.dtype)
-    groups = query.shape[1] // key.shape[1]
-    buffers = _TileBuffers(query.device, work)
-    for batch in range(query.shape[0]):
-        for kv_head in range(key.shape[1]):
-            heads = slice(kv_head * groups, (kv_head + 1) * groups)
-            group = _Group(
-                query=query[batch, heads],
-                key=key[batch, kv_head].to(work).contiguous(),
-                value=value[batch, kv_head].to(work).contiguous(),
-                dz=dz[batch, heads],
-                delta=delta[batch, heads],
-                logsumexp=logsumexp[batch, heads],
-            )
-            _group_backward(group, heads, spec, grads.of(batch, heads, kv_head), buffers)
-
-
-def _group_backward(
-    group: _Group, heads: slice, spec: AttentionSpec, grads: _Gradients, buffers: _TileBuffers
-) -> None:
-    """One sweep over the tiles of one KV group: pools the saliency and writes dq, dk, dv."""
-    n_heads, n_tokens, d_head = group.query.shape
-    dk = torch.zeros_like(group.key) if grads.dk is not None else None
-    dv = torch.zeros_like(group.value) if grads.dv is not None else None
-    block = _query_block(n_heads)
-    # Scores come out of the product in units of log 2: exp2 is a third of the price of exp on a CPU.
-    unit = spec.scale * LOG2_E if spec.softcap is None else spec.scale / spec.softcap
-    logsumexp = group.logsumexp * LOG2_E
-    for start in range(0, n_tokens, block):
-        end = min(start + block, n_tokens)
-        n_rows = n_heads * (end - start)
-        q = buffers.matrix("q", n_rows, d_head)
-        q.view(n_heads, end - start, d_head).copy_(group.query[:, start:end])
-        q.mul_(unit)
-        dz = buffers.matrix("dz", n_rows, group.value.shape[-1])
-        dz.view(n_heads, end - start, -1).copy_(group.dz[:, start:end])
-        row_logsumexp = logsumexp[:, start:end].reshape(n_rows, 1)
-        row_delta = group.delta[:, start:end].reshape(n_rows, 1)
-        dq = buffers.matrix("dq", n_rows, d_head).zero_() if grads.dq is not None else None
-        for keys in _key_tiles(spec.first_key(start), end):
-            k, v = group.key[keys[0] : keys[1]], group.value[keys[0] : keys[1]]
-            pattern = buffers.matrix("pattern", n_rows, len(k))
-            torch.mm(q, k.T, out=pattern)
-            capped = None
-            if spec.softcap is not None:
-                capped = buffers.matrix("capped", n_rows, len(k))
-                torch.tanh(pattern, out=capped)
-                torch.mul(capped, spec.softcap * LOG2_E, out=pattern)
-            pattern.sub_(row_logsumexp).exp2_()
-            _hide(pattern.view(n_heads, end - start, len(k)), (start, end), keys, spec)
-            if dv is not None:
-                dv[keys[0] : keys[1]].addmm_(pattern.T, dz)
-            saliency = torch.mm(dz, v.T, out=buffers.matrix("saliency", n_rows, len(k))).mul_(pattern)
-            if dq is not None or dk is not None:
-                dscores = torch.addcmul(saliency, pattern, row_delta, value=-1, out=pattern)
-                if capped is not None:
-                    dscores.mul_(capped.square_().neg_().add_(1))
-                if dq is not None:
-                    dq.addmm_(dscores, k)
-                if dk is not None:
-                    dk[keys[0] : keys[1]].addmm_(dscores.T, q)
-            if spec.step_sums is not None:
-                spec.step_sums.add(
-                    heads, (start, end), keys, saliency.abs_().view(n_heads, end - start, len(k))
-                )
-        if dq is not None and grads.dq is not None:
-            grads.dq[:, start:end] = dq.mul_(spec.scale).view(n_heads, end - start, d_head)
-    if dk is not None and grads.dk is not None:
-        grads.dk.copy_(dk.mul_(spec.scale / unit))
-    if dv is not None and grads.dv is not None:
-        grads.dv.copy_(dv)
-
-
-def _hide(pattern: Tensor, queries: tuple[int, int], keys: tuple[int, int], spec: AttentionSpec) -> None:
-    """Zero what the mask hides of a `[head, query, key]` tile; tiles inside the band cost nothing."""
-    (start, end), (first, last) = queries, keys
-    before_band = spec.first_key(end - 1) > first
-    if before_band:
-        pattern.masked_fill_(_hidden(queries, keys, spec, pattern.device), 0.0)
-    elif last - 1 > start:
-        # Only the columns from the block's first query on can lie above the diagonal.
-        later = (max(first, start), last)
-        pattern[..., later[0] - first :].masked_fill_(_hidden(queries, later, spec, pattern.device), 0.0)
-
-
-def _hidden(queries: tuple[int, int], keys: tuple[int, int], spec: AttentionSpec, device: Any) -> Tensor:
-    """`[query, key]` bool: True where the query does not see the key."""
-    shape = (queries[1] - queries[0], keys[1] - keys[0])
-    return _band(shape, keys[0] - queries[0], spec.window, torch.device(device))
-
-
-@functools.lru_cache(maxsize=64)
-def _band(shape: tuple[int, int], offset: int, window: int | None, device: torch.device) -> Tensor:
-    # What is hidden depends on positions only through the tile's distance from the diagonal, so tiles share
-    # masks.
-    distance = (
-        torch.arange(shape[0], device=device)[:, None]
-        - torch.arange(shape[1], device=device)[None, :]
-        - offset
-    )
-    return distance < 0 if window is None else (distance < 0) | (distance >= window)
-
-
-def _key_tiles(first: int, end: int) -> list[tuple[int, int]]:
-    edges = [first, *range(first // KEYS_PER_TILE * KEYS_PER_TILE + KEYS_PER_TILE, end, KEYS_PER_TILE), end]
-    return list(zip(edges[:-1], edges[1:], strict=True))
-
-
-def _query_block(heads_per_group: int) -> int:
-    return max(16, ROWS_PER_TILE // heads_per_group)
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

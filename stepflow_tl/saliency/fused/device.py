@@ -10,7 +10,7 @@
 
 The flash backward adds up dq in no fixed order unless PyTorch is told otherwise, so it is told: equal inputs
 give equal bits. What is not served here (float64, ordinary objectives under a window or a soft-cap, no
-Triton) goes through the tiles of `attention`, on any device.
+Triton) goes through the tiles of `sweep`, on any device.
 
 Memory: as `attention`, plus what the two kernels need for themselves (`triton_pooling.LINE_BYTES`; flash
 attention's float32 copy of dq, a few times over in its deterministic mode).
@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.saliency.fused.attention import AttentionSpec
+from stepflow_tl.saliency.fused.spec import AttentionSpec
 from stepflow_tl.saliency.fused.triton_pooling import available, pool_on_device
 
 

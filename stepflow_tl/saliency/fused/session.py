@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepflow_tl.saliency.fused.attention import AttentionSpec, saliency_attention
+from stepflow_tl.saliency.fused.attention import saliency_attention
 from stepflow_tl.saliency.fused.masks import band_mask, window_of
 from stepflow_tl.saliency.fused.refusal import FusedRefusal
+from stepflow_tl.saliency.fused.spec import AttentionSpec
 from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
 
 IMPLEMENTATION = "stepflow_tl_fused"

@@ -47,20 +47,54 @@ class StepTiles:
         one_hot, steps = self._one_hot("columns", first, last, like)
         return one_hot[start - first : end - first], steps
 
+    def steps_of(self, start: int, end: int) -> slice:
+        """The steps that the tokens `[start, end)` meet; empty where all are TEMPLATE."""
+        ids = self.step_ids[start:end]
+        inside = ids[ids >= 0]
+        return slice(int(inside.min()), int(inside.max()) + 1) if len(inside) else slice(0, 0)
+
     def _one_hot(self, kind: str, start: int, end: int, like: Tensor) -> tuple[Tensor, slice]:
         key = (kind, start, end, like.dtype, like.device)
-        if key not in self._cache:
+        if key not in self._cache:  # two threads may both build it: the same numbers, and the last one stays
             ids = self.step_ids[start:end].cpu()
-            inside = ids[ids >= 0]
-            first, last = (int(inside.min()), int(inside.max()) + 1) if len(inside) else (0, 0)
-            lines = torch.arange(first, last)
+            steps = self.steps_of(start, end)
+            lines = torch.arange(steps.start, steps.stop)
             if kind == "columns":
                 lines = torch.cat([lines, torch.tensor([-1])])
                 one_hot = ids[:, None] == lines[None, :]
             else:
                 one_hot = lines[:, None] == ids[None, :]
-            self._cache[key] = (one_hot.to(like.device, like.dtype), slice(first, last))
+            self._cache[key] = (one_hot.to(like.device, like.dtype), steps)
         return self._cache[key]
+
+
+@dataclass(frozen=True)
+class StripSums:
+    """One strip's part of a layer's map: its heads, and the steps that its query rows meet.
+
+    Attributes:
+        tiles: The trace's step bins.
+        steps: Which query steps the lines of `sums` stand for.
+        sums: `[head, strip_step, key_bin]`; the last bin is TEMPLATE.
+    """
+
+    tiles: StepTiles
+    steps: slice
+    sums: Float[Tensor, "head strip_step key_bin"]
+
+    def add(
+        self, queries: tuple[int, int], keys: tuple[int, int], saliency: Float[Tensor, "head query key"]
+    ) -> None:
+        """Add the tile `saliency` (not negative) of these query rows and key columns, both half-open."""
+        rows, query_steps = self.tiles.rows(*queries, saliency)
+        if not len(rows):
+            return
+        columns, key_steps = self.tiles.columns(*keys, saliency)
+        per_key = torch.matmul(rows, saliency)
+        pooled = torch.matmul(per_key, columns).to(self.sums.dtype)
+        out = self.sums[:, query_steps.start - self.steps.start : query_steps.stop - self.steps.start]
+        out[..., key_steps] += pooled[..., :-1]
+        out[..., -1] += pooled[..., -1]
 
 
 @dataclass
@@ -82,21 +116,14 @@ class StepSums:
         """An empty map."""
         return cls(tiles, torch.zeros(n_heads, tiles.n_steps, tiles.n_steps + 1, dtype=dtype, device=device))
 
-    def add(
-        self,
-        heads: slice,
-        queries: tuple[int, int],
-        keys: tuple[int, int],
-        saliency: Float[Tensor, "head query key"],
-    ) -> None:
-        """Add the tile `saliency` (not negative) of these query rows and key columns, both half-open."""
+    def strip(self, n_heads: int, start: int, end: int) -> StripSums:
+        """An empty part for `n_heads` heads of the query rows `[start, end)`."""
+        steps = self.tiles.steps_of(start, end)
+        return StripSums(
+            self.tiles, steps, self.sums.new_zeros(n_heads, steps.stop - steps.start, self.sums.shape[2])
+        )
+
+    def merge(self, heads: slice, strip: StripSums) -> None:
+        """Add a finished part."""
         self.reached = True
-        rows, query_steps = self.tiles.rows(*queries, saliency)
-        if not len(rows):
-            return
-        columns, key_steps = self.tiles.columns(*keys, saliency)
-        per_key = torch.matmul(rows, saliency)
-        pooled = torch.matmul(per_key, columns).to(self.sums.dtype)
-        out = self.sums[heads, query_steps]
-        out[..., key_steps] += pooled[..., :-1]
-        out[..., -1] += pooled[..., -1]
+        self.sums[heads, strip.steps] += strip.sums

@@ -17,13 +17,24 @@ def float64_throughout(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
+@pytest.fixture
+def threads():
+    """Sets PyTorch's number of threads; puts it back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["small", "default"])
-def tile_size(request, monkeypatch):
-    """Tiles so small that a short sequence has many, cut at odd places; and the ones in use."""
-    import stepflow_tl.saliency.fused.attention as attention
+def tile_size(request, monkeypatch, threads):
+    """Tiles so small that a short sequence has many, cut at odd places, on three threads; and real ones."""
+    import stepflow_tl.saliency.fused.cores as cores
+    import stepflow_tl.saliency.fused.sweep as sweep
     import stepflow_tl.saliency.fused.tiles as tiles
 
     if request.param == "small":
-        monkeypatch.setattr(attention, "KEYS_PER_TILE", 16)
+        monkeypatch.setattr(sweep, "KEYS_PER_TILE", 16)
         monkeypatch.setattr(tiles, "KEYS_PER_TILE", 16)
-        monkeypatch.setattr(attention, "ROWS_PER_TILE", 40)
+        monkeypatch.setattr(sweep, "ROWS_PER_TILE", 40)
+        monkeypatch.setattr(cores, "SHORTEST_SHARED", 8)
+        threads(3)

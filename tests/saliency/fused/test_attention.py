@@ -76,15 +76,18 @@ def pool_by_loops(saliency, step_ids, n_steps):
     return out
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def small_tiles(request, monkeypatch, threads):
     """Tiles so small that a short sequence has many of them, cut at odd places."""
-    import stepflow_tl.saliency.fused.attention as attention
+    import stepflow_tl.saliency.fused.cores as cores
+    import stepflow_tl.saliency.fused.sweep as sweep
     import stepflow_tl.saliency.fused.tiles as tiles
 
-    monkeypatch.setattr(attention, "KEYS_PER_TILE", 32)
+    monkeypatch.setattr(sweep, "KEYS_PER_TILE", 32)
     monkeypatch.setattr(tiles, "KEYS_PER_TILE", 32)
-    monkeypatch.setattr(attention, "ROWS_PER_TILE", 60)
+    monkeypatch.setattr(sweep, "ROWS_PER_TILE", 60)
+    monkeypatch.setattr(cores, "SHORTEST_SHARED", 4)
+    threads(request.param)
 
 
 CASES = {
@@ -103,7 +106,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("n_tokens", [1, 2, 20, 101])
 def test_values_gradients_and_map_equal_attention_written_out(small_tiles, case, n_tokens, diagonal_only):
-    from stepflow_tl.saliency.fused.attention import AttentionSpec, saliency_attention
+    from stepflow_tl.saliency.fused.attention import saliency_attention
+    from stepflow_tl.saliency.fused.spec import AttentionSpec
     from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
 
     options = dict(CASES[case])
@@ -135,7 +139,8 @@ def test_values_gradients_and_map_equal_attention_written_out(small_tiles, case,
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradcheck_of_the_ordinary_backward(small_tiles, case):
-    from stepflow_tl.saliency.fused.attention import AttentionSpec, saliency_attention
+    from stepflow_tl.saliency.fused.attention import saliency_attention
+    from stepflow_tl.saliency.fused.spec import AttentionSpec
 
     options = dict(CASES[case])
     with_sinks = options.pop("sinks", False)
@@ -147,7 +152,8 @@ def test_gradcheck_of_the_ordinary_backward(small_tiles, case):
 
 
 def test_gradcheck_element_by_element(small_tiles):
-    from stepflow_tl.saliency.fused.attention import AttentionSpec, saliency_attention
+    from stepflow_tl.saliency.fused.attention import saliency_attention
+    from stepflow_tl.saliency.fused.spec import AttentionSpec
 
     generator = torch.Generator().manual_seed(1)
     inputs = [
@@ -157,7 +163,8 @@ def test_gradcheck_element_by_element(small_tiles):
 
 
 def test_rows_of_a_batch_are_added_together(small_tiles):
-    from stepflow_tl.saliency.fused.attention import AttentionSpec, saliency_attention
+    from stepflow_tl.saliency.fused.attention import saliency_attention
+    from stepflow_tl.saliency.fused.spec import AttentionSpec
     from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
 
     step_ids, n_steps = ragged_steps(50)
@@ -175,7 +182,8 @@ def test_rows_of_a_batch_are_added_together(small_tiles):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_pooled_in_float32(dtype):
-    from stepflow_tl.saliency.fused.attention import AttentionSpec, saliency_attention
+    from stepflow_tl.saliency.fused.attention import saliency_attention
+    from stepflow_tl.saliency.fused.spec import AttentionSpec
     from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
 
     step_ids, n_steps = ragged_steps(300)
@@ -196,7 +204,8 @@ def test_low_precision_inputs_are_pooled_in_float32(dtype):
 
 
 def test_backward_runs_for_the_anchor_alone_and_gives_it_zero():
-    from stepflow_tl.saliency.fused.attention import AttentionSpec, saliency_attention
+    from stepflow_tl.saliency.fused.attention import saliency_attention
+    from stepflow_tl.saliency.fused.spec import AttentionSpec
     from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
 
     step_ids, n_steps = ragged_steps(40)

@@ -72,7 +72,7 @@ def test_everything_is_restored_after_an_exception(kind, where, per_token, monke
     if where == "forward":
         monkeypatch.setattr(attention, "_forward", fail)
     elif where == "backward":
-        monkeypatch.setattr(attention, "_group_backward", fail)
+        monkeypatch.setattr(attention, "tiled_backward", fail)
     else:
         chosen = Objective("failing", None, function=fail)
     with pytest.raises(InterruptedError, match=where):

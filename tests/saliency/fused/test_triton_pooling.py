@@ -350,7 +350,8 @@ def step_sums(n_tokens):
 )
 @pytest.mark.parametrize("wanted", [True, False], ids=["pooled", "not pooled"])
 def test_device_path_equals_the_tiles(stand_ins, options, wanted):
-    from stepflow_tl.saliency.fused.attention import AttentionSpec, saliency_attention
+    from stepflow_tl.saliency.fused.attention import saliency_attention
+    from stepflow_tl.saliency.fused.spec import AttentionSpec
 
     options = dict(options)
     query, key, value, dz = draw(45, 16, batch=2)
@@ -384,7 +385,7 @@ def test_device_path_equals_the_tiles(stand_ins, options, wanted):
 
 def test_flash_attentions_real_signatures_take_what_is_passed():
     from stepflow_tl.saliency.fused import device
-    from stepflow_tl.saliency.fused.attention import AttentionSpec
+    from stepflow_tl.saliency.fused.spec import AttentionSpec
 
     query, key, value, dz = (x.to("meta") for x in draw(45, 16, batch=1, dtype=torch.bfloat16))
     z, logsumexp = device.flash_forward(query, key, value, SCALE)
@@ -398,7 +399,7 @@ def test_flash_attentions_real_signatures_take_what_is_passed():
 
 def test_nothing_off_a_gpu_is_served_by_the_device_path():
     from stepflow_tl.saliency.fused import device
-    from stepflow_tl.saliency.fused.attention import AttentionSpec
+    from stepflow_tl.saliency.fused.spec import AttentionSpec
 
     query, key, value, _ = draw(5, 8, batch=1)
     for diagonal_only in (True, False):
@@ -432,7 +433,7 @@ def test_the_device_path_is_taken_where_its_kernels_serve(monkeypatch, options, 
     import inspect
 
     from stepflow_tl.saliency.fused import device
-    from stepflow_tl.saliency.fused.attention import AttentionSpec
+    from stepflow_tl.saliency.fused.spec import AttentionSpec
 
     monkeypatch.setattr(device, "available", lambda *_: kernel)
     monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *_: None)
