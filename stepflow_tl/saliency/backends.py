@@ -9,7 +9,7 @@
 Hooks on scores or patterns need those tensors to exist, so they alone make `"auto"` choose `"hooks"`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepflow_tl.hook_names import resolve_hooks
+from stepflow_tl.hooking import NamedHook, attached
 from stepflow_tl.model_facts import is_transformerlens
 from stepflow_tl.saliency.fused.refusal import FusedRefusal
 from stepflow_tl.saliency.objectives import Objective
@@ -49,8 +50,12 @@ def run_backend(
     layers: tuple[int, ...],
     *,
     checkpoint: bool = False,
+    hooks: Sequence[NamedHook] = (),
 ) -> BackendRun:
     """Run `backend`, or the best one that holds where it is `"auto"`.
+
+    `hooks` are on the model while the map is computed and while it is asked whether fused can serve it, but
+    not during the self-check: they know the trace's positions, and the check runs on a few tokens.
 
     Raises:
         ModelError: If the backend asked for cannot serve the model, with the reason.
@@ -65,11 +70,13 @@ def run_backend(
     notes: dict[str, str] = {}
     if backend in ("auto", "fused"):
         try:
-            refuse_early(model)
+            with attached(model, last=hooks):
+                refuse_early(model)
             if objective.per_token:
                 notes["self_check"] = check_per_token(model, tokens, "fused")
             fused = backend_function("fused")
-            sums = fused(model, tokens, step_ids, objective, layers, checkpoint=checkpoint)
+            with attached(model, last=hooks):
+                sums = fused(model, tokens, step_ids, objective, layers, checkpoint=checkpoint)
             return BackendRun(sums, "fused", notes)
         except FusedRefusal as refusal:
             if backend == "fused" or checkpoint or not is_transformerlens(model):
@@ -79,7 +86,9 @@ def run_backend(
     name = "layerwise" if backend == "layerwise" else "hooks"
     if objective.per_token:
         notes["self_check"] = check_per_token(model, tokens, name)
-    return BackendRun(backend_function(name)(model, tokens, step_ids, objective, layers), name, notes)
+    with attached(model, last=hooks):
+        sums = backend_function(name)(model, tokens, step_ids, objective, layers)
+    return BackendRun(sums, name, notes)
 
 
 def refuse_early(model: Any) -> None:

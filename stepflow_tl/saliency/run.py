@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.hooking import attached
 from stepflow_tl.interventions.stepflow import StepFlow
 from stepflow_tl.model_facts import ModelFacts, model_facts
 from stepflow_tl.saliency.backends import Backend, run_backend
@@ -69,10 +68,9 @@ def step_saliency(
     chosen = _check_layers(facts, layers)
     resolved = resolve_objective(objective, trace)
     hooks = stepflow.hooks(model, trace, detach_values=resolved.per_token) if stepflow is not None else ()
-    with attached(model, last=hooks):
-        run = run_backend(
-            backend, model, trace.tokens, trace.step_ids, resolved, chosen, checkpoint=checkpoint
-        )
+    run = run_backend(
+        backend, model, trace.tokens, trace.step_ids, resolved, chosen, checkpoint=checkpoint, hooks=hooks
+    )
     notes = run.notes if stepflow is None else {**run.notes, "stepflow": repr(stepflow)}
     return StepSaliency(
         sums=run.sums[..., :-1].contiguous(),
