@@ -44,3 +44,7 @@ class ComparisonError(StepflowError, ValueError):
 
 class MissingExtraError(StepflowError, ImportError):
     """An optional dependency is not installed; the message carries the install command."""
+
+
+class ProblemError(StepflowError, ValueError):
+    """A testbed problem cannot be made with these numbers, or a problem file's record cannot be read."""

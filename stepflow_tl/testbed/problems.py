@@ -1,0 +1,217 @@
+"""Problems that take several steps, each with the graph of what needs what.
+
+    B = 7            premises: values of givens (capital letters) ...
+    b = a - A
+    A = 4            ... and definitions of variables (small letters), in any order
+    a = A + B
+    find b
+
+    a = A + B = 4 + 7 = 1        step 0 needs the definition of a, and the givens A and B
+
+    b = a - A = 1 - 4 = 7        step 1 needs the definition of b, the given A, and step 0
+
+    7                            the summary needs the last step
+
+1. The variables are worked out in alphabetical order, so what each step must do is fixed by the question:
+   nothing is guessed, and one thinking alone is right.
+2. The first operand of a step is an earlier variable, `min_distance` to `max_distance` steps back; the second
+   is a given with probability `given_share`, else another earlier variable. The first step has givens only.
+3. A step's true sources are therefore two premises or steps for the values and one premise for the
+   definition. Givens are told once, at the beginning, and may be needed at the very end: a premise that is
+   forgotten on the way gives a wrong value.
+4. Distractors are givens that nothing uses.
+
+Numbers are taken modulo `modulus`, at most 10, so every value is one digit, one token.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from string import ascii_lowercase, ascii_uppercase
+
+from stepflow_tl.errors import ProblemError
+
+
+@dataclass(frozen=True)
+class ProblemSpec:
+    """How hard a problem is, and in which way.
+
+    Args:
+        n_steps: Variables to work out; 1 to 26.
+        n_givens: Givens that steps may use; at least 2.
+        n_distractors: Givens that no step uses.
+        given_share: Probability that a step's second operand is a given.
+        min_distance: Least number of steps between a step and the variable it takes first.
+        max_distance: Largest such number; None for any.
+        modulus: Values are 0 .. modulus - 1; 2 to 10.
+        shuffled: Whether premises stand in random order; else givens first, then definitions in order.
+
+    Raises:
+        ProblemError: If a number is out of range.
+    """
+
+    n_steps: int = 8
+    n_givens: int = 4
+    n_distractors: int = 0
+    given_share: float = 0.5
+    min_distance: int = 1
+    max_distance: int | None = None
+    modulus: int = 10
+    shuffled: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        letters = len(ascii_uppercase)
+        checks = [
+            (1 <= self.n_steps <= letters, f"n_steps={self.n_steps}: expected 1 to {letters}"),
+            (self.n_givens >= 2, f"n_givens={self.n_givens}: the first step adds two of them"),
+            (self.n_distractors >= 0, f"n_distractors={self.n_distractors}: expected 0 or more"),
+            (
+                self.n_givens + self.n_distractors <= letters,
+                f"{self.n_givens} givens and {self.n_distractors} distractors: there are {letters} letters",
+            ),
+            (0 <= self.given_share <= 1, f"given_share={self.given_share}: expected 0 to 1"),
+            (self.min_distance >= 1, f"min_distance={self.min_distance}: a step needs earlier ones"),
+            (
+                self.max_distance is None or self.max_distance >= self.min_distance,
+                f"max_distance={self.max_distance} is below min_distance={self.min_distance}",
+            ),
+            (
+                2 <= self.modulus <= 10,
+                f"modulus={self.modulus}: expected 2 to 10, so that a value is a digit",
+            ),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise ProblemError(message)
+
+
+@dataclass(frozen=True)
+class Premise:
+    """One line of the question: the value of a given or the definition of a variable."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """One thinking step: `name = left sign right`, with values."""
+
+    name: str
+    left: str
+    sign: str
+    right: str
+    left_value: int
+    right_value: int
+    value: int
+
+    @property
+    def definition(self) -> str:
+        """What the step computes."""
+        return f"{self.left} {self.sign} {self.right}"
+
+    @property
+    def text(self) -> str:
+        """The step as it is written."""
+        values = f"{self.left_value} {self.sign} {self.right_value}"
+        return f"{self.name} = {self.definition} = {values} = {self.value}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, its one right thinking, and what needs what.
+
+    Attributes:
+        spec: What it was made from.
+        premises: Lines of the question, in the order in which they stand there.
+        derivations: Thinking steps in order.
+    """
+
+    spec: ProblemSpec
+    premises: tuple[Premise, ...]
+    derivations: tuple[Derivation, ...]
+
+    @property
+    def question(self) -> str:
+        """The user's text."""
+        lines = [premise.text for premise in self.premises]
+        return "\n".join([*lines, f"find {self.derivations[-1].name}"])
+
+    @property
+    def thinking(self) -> str:
+        """The right thinking, a blank line between steps."""
+        return "\n\n".join(derivation.text for derivation in self.derivations)
+
+    @property
+    def answer(self) -> str:
+        """The right summary."""
+        return str(self.derivations[-1].value)
+
+    @property
+    def step_edges(self) -> frozenset[tuple[int, int]]:
+        """`(i, j)`: thinking step i takes the value that step j works out. Counted from 0."""
+        order = {derivation.name: i for i, derivation in enumerate(self.derivations)}
+        return frozenset(
+            (i, order[source])
+            for i, derivation in enumerate(self.derivations)
+            for source in (derivation.left, derivation.right)
+            if source in order
+        )
+
+    @property
+    def premise_edges(self) -> frozenset[tuple[int, int]]:
+        """`(i, p)`: thinking step i takes a definition or a given's value from line p of the question."""
+        line = {premise.name: p for p, premise in enumerate(self.premises)}
+        return frozenset(
+            (i, line[source])
+            for i, derivation in enumerate(self.derivations)
+            for source in (derivation.name, derivation.left, derivation.right)
+            if source == derivation.name or source.isupper()
+        )
+
+
+def make_problems(spec: ProblemSpec, n: int, *, seed: int) -> list[Problem]:
+    """`n` problems of one kind; the same for the same seed."""
+    rng = random.Random(f"{seed}/{spec}")
+    return [_make(spec, rng) for _ in range(n)]
+
+
+def stream_problems(spec: ProblemSpec, rng: random.Random) -> Iterator[Problem]:
+    """Problems without end, from the caller's random numbers."""
+    while True:
+        yield _make(spec, rng)
+
+
+def _make(spec: ProblemSpec, rng: random.Random) -> Problem:
+    capitals = rng.sample(ascii_uppercase, spec.n_givens + spec.n_distractors)
+    values = {name: rng.randrange(spec.modulus) for name in capitals}
+    givens = capitals[: spec.n_givens]
+    derivations: list[Derivation] = []
+    for step in range(spec.n_steps):
+        left, right = _operands(spec, step, givens, rng)
+        sign = rng.choice("+-")
+        x, y = values[left], values[right]
+        value = (x + y if sign == "+" else x - y) % spec.modulus
+        name = ascii_lowercase[step]
+        values[name] = value
+        derivations.append(Derivation(name, left, sign, right, x, y, value))
+    premises = [Premise(name, f"{name} = {values[name]}") for name in capitals]
+    premises += [Premise(d.name, f"{d.name} = {d.definition}") for d in derivations]
+    if spec.shuffled:
+        rng.shuffle(premises)
+    return Problem(spec, tuple(premises), tuple(derivations))
+
+
+def _operands(spec: ProblemSpec, step: int, givens: list[str], rng: random.Random) -> tuple[str, str]:
+    if step == 0:
+        first, second = rng.sample(givens, 2)
+        return first, second
+    farthest = step if spec.max_distance is None else min(step, spec.max_distance)
+    left = ascii_lowercase[step - rng.randint(min(spec.min_distance, farthest), farthest)]
+    others = [name for name in ascii_lowercase[:step] if name != left]
+    if not others or rng.random() < spec.given_share:
+        return left, rng.choice(givens)
+    return left, rng.choice(others)

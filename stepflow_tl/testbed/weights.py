@@ -1,0 +1,148 @@
+"""The testbed model's files: how they are written, checked and read.
+
+A folder holds `model.safetensors`, `config.json`, `tokenizer.json` with its configuration, `card.md`, and
+`checksums.json` with the SHA-256 of each of them. Reading compares the checksums first, so weights and card
+that do not belong together are refused. Writing goes to a folder beside the target, which then takes its
+place: an interrupted run leaves the old files as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stepflow_tl.errors import ModelError
+
+SHIPPED = Path(__file__).parent / "shipped"
+N_CTX = 1024
+CONFIG: dict[str, Any] = dict(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=N_CTX,
+    tie_word_embeddings=True,
+    bos_token_id=1,
+    eos_token_id=0,
+)
+
+
+def new_model(n_vocab: int) -> Any:
+    """An untrained transformers `Qwen2ForCausalLM` of the testbed's shape, from torch's random state."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=n_vocab, **CONFIG))
+
+
+def save_weights(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    settings: dict[str, Any],
+    accuracy: dict[int, float],
+    n_graded: int,
+    minutes: float,
+) -> None:
+    """Write the files of a trained model.
+
+    Args:
+        model: As `new_model` returns it, trained.
+        tokenizer: Its tokenizer.
+        folder: Where to; what is there is replaced.
+        settings: Training settings, for the card.
+        accuracy: Part of right answers by number of steps, for the card.
+        n_graded: Problems behind each of these.
+        minutes: Training time, for the card.
+    """
+    staged = folder.with_name(folder.name + ".new")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    (staged / "generation_config.json").unlink(missing_ok=True)
+    (staged / "card.md").write_text(_card(model, settings, accuracy, n_graded, minutes), encoding="utf-8")
+    sums = {file.name: _sha256(file) for file in sorted(staged.iterdir())}
+    (staged / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    staged.rename(folder)
+
+
+def read_weights(folder: Path = SHIPPED) -> tuple[Any, Any]:
+    """The transformers model, in eval mode and float32, and its tokenizer.
+
+    Raises:
+        ModelError: If a file is missing or is not the one that was written.
+    """
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    check_files(folder)
+    model = Qwen2ForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model, tokenizer
+
+
+def check_files(folder: Path) -> None:
+    """Compare every file with its checksum.
+
+    Raises:
+        ModelError: If a file is missing or is not the one that was written.
+    """
+    listed = folder / "checksums.json"
+    if not listed.is_file():
+        raise ModelError(
+            f"No testbed model in {folder}: checksums.json is missing. Reinstall stepflow-tl, or train one "
+            "with python -m stepflow_tl.testbed.train --out FOLDER."
+        )
+    for name, expected in json.loads(listed.read_text(encoding="utf-8")).items():
+        file = folder / name
+        if not file.is_file():
+            raise ModelError(f"The testbed model's {file} is missing: reinstall stepflow-tl.")
+        if _sha256(file) != expected:
+            raise ModelError(
+                f"The testbed model's {file} is not the file that was written with it (SHA-256 differs): "
+                "reinstall stepflow-tl."
+            )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _card(
+    model: Any, settings: dict[str, Any], accuracy: dict[int, float], n_graded: int, minutes: float
+) -> str:
+    import torch
+    import transformers
+
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    options = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in settings.items())
+    rows = "\n".join(f"| {n_steps} | {part:.3f} |" for n_steps, part in accuracy.items())
+    return f"""# Testbed model
+
+Qwen2 architecture, {n_parameters / 1e6:.2f} M parameters, {CONFIG["num_hidden_layers"]} layers, \
+{CONFIG["num_attention_heads"]} query heads on {CONFIG["num_key_value_heads"]} KV heads, width \
+{CONFIG["hidden_size"]}, context {N_CTX}. It works out chains of definitions step by step between think tags
+(`stepflow_tl/testbed/problems.py`), and does nothing else. Licence: that of this package.
+
+Data: problems drawn while it trains, none from anywhere else. Written by
+
+```sh
+python -m stepflow_tl.testbed.train {options} --out FOLDER
+```
+
+in {minutes:.0f} minutes on {platform.machine()}, {torch.get_num_threads()} CPU threads,
+torch {torch.__version__}, transformers {transformers.__version__}.
+
+Greedy answers that are right, {n_graded} fresh problems a row (4 givens, no distractors):
+
+| steps | right |
+|---:|---:|
+{rows}
+"""

@@ -1,0 +1,66 @@
+"""Grading: every kind of first error is told from the others."""
+
+import pytest
+
+
+@pytest.fixture
+def problem():
+    from stepflow_tl.testbed.problems import Derivation, Premise, Problem, ProblemSpec
+
+    return Problem(
+        ProblemSpec(n_steps=2, n_givens=2),
+        (Premise("b", "b = a - A"), Premise("A", "A = 4"), Premise("B", "B = 7"), Premise("a", "a = A + B")),
+        (Derivation("a", "A", "+", "B", 4, 7, 1), Derivation("b", "a", "-", "A", 1, 4, 7)),
+    )
+
+
+RIGHT = "a = A + B = 4 + 7 = 1\n\nb = a - A = 1 - 4 = 7\n"
+
+
+def test_the_right_thinking_is_right(problem):
+    from stepflow_tl.testbed import Grade, grade
+
+    assert problem.thinking + "\n" == RIGHT
+    assert grade(problem, RIGHT, "\n\n7") == Grade(True, None, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "step"),
+    [
+        ("a = A + B = 4", "a = B + A = 4", "definition", 0),
+        ("b = a - A", "c = a - A", "definition", 1),
+        ("b = a - A = 1", "b = a + A = 1", "definition", 1),
+        ("4 + 7 = 1", "5 + 7 = 2", "given", 0),
+        ("4 + 7 = 1", "4 + 8 = 2", "given", 0),
+        ("1 - 4 = 7", "1 - 5 = 6", "given", 1),
+        ("1 - 4 = 7", "2 - 4 = 8", "earlier step", 1),
+        ("2 - 5", "2 - 5", None, None),
+        ("1 - 4 = 7", "1 - 4 = 8", "arithmetic", 1),
+        ("4 + 7 = 1", "4 - 7 = 7", "form", 0),
+        ("b = a - A = 1 - 4 = 7", "b = a", "form", 1),
+        ("\n\nb = a - A = 1 - 4 = 7", "", "form", 1),
+        ("= 7\n", "= 7\n\nc = a + b = 1 + 7 = 8\n", "form", 2),
+    ],
+)
+def test_the_first_error_is_named(problem, old, new, error, step):
+    from stepflow_tl.testbed import grade
+
+    verdict = grade(problem, RIGHT.replace(old, new), "7")
+    assert (verdict.error, verdict.step) == (error, step)
+    assert verdict.n_right == (2 if step is None else step)
+    assert verdict.correct  # the answer alone decides
+
+
+def test_of_two_errors_the_first_counts(problem):
+    from stepflow_tl.testbed import grade
+
+    verdict = grade(problem, "a = A + B = 4 + 7 = 2\n\nb = a - A = 2 - 5 = 7\n", "3")
+    assert (verdict.error, verdict.step, verdict.correct) == ("arithmetic", 0, False)
+
+
+def test_a_wrong_answer_after_right_thinking(problem):
+    from stepflow_tl.testbed import Grade, grade
+
+    assert grade(problem, RIGHT, "8") == Grade(False, "answer", None, 2)
+    assert grade(problem, RIGHT, "") == Grade(False, "answer", None, 2)
+    assert grade(problem, "", "7").error == "form"
