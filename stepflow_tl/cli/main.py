@@ -22,6 +22,7 @@ examples:
   stepflow-tl demo
   stepflow-tl analyze traces.jsonl --out results
   stepflow-tl analyze traces.jsonl --model Qwen/Qwen3-0.6B --out results --group-by is_correct
+  stepflow-tl evaluate testbed --limit 100
 """
 _ANALYZE_EPILOG = """\
 input: one JSON object a line, with the fields
@@ -39,6 +40,16 @@ output, in the folder --out: one .safetensors a trace (StepSaliency.load reads i
 
 exit code: 0 every line has a result; 1 something failed, the rest is done; 2 the run could not start;
 130 after Ctrl-C.
+"""
+_EVALUATE_EPILOG = """\
+input: "testbed" for problems of the package's own miniature model, or a file with one JSON object a line:
+  question, answer   the text and the right answer
+  id, difficulty     optional; accuracy is reported by difficulty
+
+conditions: plain, bridge, momentum, StepFlow, "bridge control", "momentum control", "StepFlow control"; all
+by default. A control does as much to the model as the condition it belongs to, in a random place.
+
+exit code: 0 done; 2 the run could not start; 130 after Ctrl-C.
 """
 
 
@@ -71,9 +82,10 @@ def _parser() -> argparse.ArgumentParser:
         "stepflow-tl", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_LAYOUT
     )
     parser.add_argument("--version", action="version", version=f"stepflow-tl {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="demo | analyze", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="demo | analyze | evaluate", required=True)
     _add_demo(commands)
     _add_analyze(commands)
+    _add_evaluate(commands)
     return parser
 
 
@@ -138,6 +150,34 @@ def _add_analyze(commands: argparse._SubParsersAction) -> None:
     analyze.set_defaults(run=_run_analyze)
 
 
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    summary = "right answers with and without StepFlow, paired, against controls of equal size"
+    command = commands.add_parser(
+        "evaluate", help=summary, description=summary, epilog=_EVALUATE_EPILOG, formatter_class=_LAYOUT
+    )
+    add = command.add_argument
+    add("questions", metavar="QUESTIONS.jsonl", help='the questions, or "testbed"')
+    add(
+        "--model",
+        metavar="NAME_OR_PATH",
+        help="as for analyze, or testbed (the testbed's own for its problems)",
+    )
+    add("--out", type=Path, metavar="FILE.json", help="write every score and difference")
+    add("--conditions", nargs="+", metavar="NAME", help="which conditions (all)")
+    add("--tau-max", type=float, default=0.15, help="highest floor of the bridge (0.15)")
+    add("--alpha", type=float, default=0.06, help="size of the injections (0.06)")
+    add("--grader", choices=("exact", "maths"), default="exact", help="maths needs math-verify (exact)")
+    add("--max-new-tokens", type=_positive, default=1024, metavar="N", help="thinking and answer (1024)")
+    add("--temperature", type=float, default=0.0, help="0 for greedy decoding (0)")
+    add("--samples", type=_positive, default=1, metavar="N", help="answers a question, sampled (1)")
+    add("--batch-size", type=_positive, default=16, metavar="N", help="answers written at once (16)")
+    add("--limit", type=_positive, metavar="N", help="ask the first N questions; testbed: make N (400)")
+    add("--seed", type=int, default=0, help="of problems, sampling and resampling (0)")
+    add("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32", help="(float32)")
+    add("--device", type=_device, default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    command.set_defaults(run=_run_evaluate)
+
+
 def _run_demo(arguments: argparse.Namespace) -> int:
     from stepflow_tl.cli.demo import DemoOptions, demo
 
@@ -158,6 +198,16 @@ def _run_analyze(arguments: argparse.Namespace) -> int:
 
     given = vars(arguments)
     return analyze(AnalyzeOptions(**{name: given[name] for name in AnalyzeOptions.__dataclass_fields__}))
+
+
+def _run_evaluate(arguments: argparse.Namespace) -> int:
+    from stepflow_tl.cli.evaluate import EvaluateOptions, run_evaluate
+
+    given = vars(arguments)
+    given["conditions"] = tuple(given["conditions"]) if given["conditions"] else None
+    return run_evaluate(
+        EvaluateOptions(**{name: given[name] for name in EvaluateOptions.__dataclass_fields__})
+    )
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,133 @@
+"""Does a map find the steps that a step needs? Every score against the testbed's true edges.
+
+    python benchmarks/faithfulness.py [--problems 200] [--steps 6 10 14] [--seed 0] [--shuffle]
+
+The testbed model reads right solutions of fresh problems; each thinking step's candidates are the premises
+and the earlier steps (`stepflow_tl.testbed.edges`). A score is a step map, heads averaged, rows normalised
+below the diagonal, then averaged over the layers of a band. Intervals are BCa over problems. `best layer` is
+chosen by AUROC on as many other problems, never on those reported. `--shuffle` replaces the true edges by
+random ones: every score must fall to chance, or the benchmark is broken.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stepflow_tl.bands import deep_band, shallow_band
+from stepflow_tl.diagnostics.resampling import bca_interval
+from stepflow_tl.saliency import step_saliency
+from stepflow_tl.saliency.baselines import baseline_maps
+from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
+from stepflow_tl.testbed.edges import edge_rows, score_rows, shuffled, testbed_trace
+
+METRICS = ("AUROC", "average precision", "top-1")
+SOURCES = ("both", "premises", "steps")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--problems", type=int, default=200, help="test problems; as many more choose the layer"
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[6, 10, 14])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shuffle", action="store_true", help="random edges in place of the true ones")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # one order of summation, so the table is the same to the last digit
+    model = load_testbed_model()
+    train = measure(model, options, offset=1)
+    test = measure(model, options, offset=2)
+    rows = summarise(train, test, model.cfg.n_layers, np.random.default_rng(options.seed))
+    print(f"{options.problems} problems of {options.steps} steps, seed {options.seed}", end="")
+    print(", SHUFFLED EDGES" if options.shuffle else "")
+    print_table(rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+def measure(model, options, offset):
+    """`[problem, layer, metric]` by score and sources, on problems of this seed."""
+    per_length = [options.problems // len(options.steps)] * len(options.steps)
+    per_length[0] += options.problems - sum(per_length)
+    problems = [
+        problem
+        for n_steps, n in zip(options.steps, per_length, strict=True)
+        for problem in make_problems(ProblemSpec(n_steps=n_steps), n, seed=1000 * options.seed + offset)
+    ]
+    rng = np.random.default_rng([options.seed, offset])
+    found = {}
+    for index, problem in enumerate(problems):
+        trace = testbed_trace(model.tokenizer, problem)
+        rows = {sources: edge_rows(problem, trace, sources) for sources in SOURCES}
+        if options.shuffle:
+            rows = {sources: shuffled(own, rng) for sources, own in rows.items()}
+        for name, maps in score_maps(model, trace, rng).items():
+            for sources, own in rows.items():
+                layers = [score_rows(own, layer) for layer in (*maps, *band_means(maps))]
+                found.setdefault((name, sources), []).append(layers)
+        print(f"\r{index + 1}/{len(problems)}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    return {key: np.array(values) for key, values in found.items()}
+
+
+def score_maps(model, trace, rng):
+    """Every score's map, `[layer, query_step, key_step]`, rows summing to one."""
+    maps = {
+        "Step-Saliency, per token": step_saliency(model, trace).sums,
+        "Step-Saliency, response": step_saliency(model, trace, objective="response").sums,
+    }
+    names = {"value_weighted": "value-weighted attention", "gradient": "gradient of attention"}
+    names["rollout"] = "attention rollout"
+    maps |= {names.get(name, name): sums for name, sums in baseline_maps(model, trace).items()}
+    lengths = torch.tensor([step.token_end - step.token_start for step in trace.steps])
+    found = {}
+    for name, sums in maps.items():
+        mean = (sums / (lengths[:, None] * lengths)).mean(1).numpy().astype(np.float64)
+        below = np.tril(mean, -1)
+        found[name] = below / np.maximum(below.sum(-1, keepdims=True), 1e-300)
+    n_layers, n_steps = found["attention"].shape[:2]
+    found["random"] = rng.random((n_layers, n_steps, n_steps))
+    near = -np.abs(np.arange(n_steps)[:, None] - np.arange(n_steps)[None, :]).astype(float)
+    found["nearness"] = np.broadcast_to(near, (n_layers, n_steps, n_steps))
+    return found
+
+
+def band_means(maps):
+    n_layers = len(maps)
+    shallow, deep = list(shallow_band(n_layers)), list(deep_band(n_layers))
+    middle = [layer for layer in range(n_layers) if layer not in shallow + deep]
+    return [maps[band].mean(0) for band in (shallow, middle, deep, list(range(n_layers)))]
+
+
+def summarise(train, test, n_layers, rng):
+    rows = []
+    for (name, sources), values in test.items():
+        best = int(train[name, sources][:, :n_layers, 0].mean(0).argmax())
+        places = {"shallow": n_layers, "middle": n_layers + 1, "deep": n_layers + 2, "all": n_layers + 3}
+        for place, column in {**places, f"best layer ({best})": best}.items():
+            low, high = bca_interval([(1, values[:, column])], confidence=0.95, n_bootstrap=4000, rng=rng)
+            row = dict(score=name, sources=sources, layers=place)
+            for i, metric in enumerate(METRICS):
+                row[metric] = [float(values[:, column, i].mean()), float(low[i]), float(high[i])]
+            rows.append(row)
+    return rows
+
+
+def print_table(rows):
+    titles = {"both": "premises and earlier steps", "premises": "premises", "steps": "earlier steps"}
+    for sources in SOURCES:
+        print(f"\n{titles[sources]}")
+        print(f"{'score':26}{'layers':>16}" + "".join(f"{metric:>24}" for metric in METRICS))
+        for row in rows:
+            if row["sources"] == sources:
+                cells = "".join("   {:.3f} [{:.3f}, {:.3f}]".format(*row[metric]) for metric in METRICS)
+                print(f"{row['score']:26}{row['layers']:>16}{cells}")
+
+
+if __name__ == "__main__":
+    main()

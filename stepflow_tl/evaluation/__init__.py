@@ -1,0 +1,25 @@
+"""The same questions with StepFlow, its halves, controls of equal size, and without."""
+
+from stepflow_tl.evaluation.conditions import standard_conditions
+from stepflow_tl.evaluation.generation import Answer, Decoding, write_answers
+from stepflow_tl.evaluation.graders import exact, maths
+from stepflow_tl.evaluation.questions import Question, read_questions, testbed_questions
+from stepflow_tl.evaluation.run import Evaluation, evaluate
+from stepflow_tl.evaluation.search import Search, grid, search
+
+__all__ = [
+    "Answer",
+    "Decoding",
+    "Evaluation",
+    "Question",
+    "Search",
+    "evaluate",
+    "exact",
+    "grid",
+    "maths",
+    "read_questions",
+    "search",
+    "standard_conditions",
+    "testbed_questions",
+    "write_answers",
+]

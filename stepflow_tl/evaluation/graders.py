@@ -1,0 +1,42 @@
+r"""Is an answer right?
+
+`exact` compares texts without the white space around them; `maths` parses both with the library math-verify,
+so that `\frac{1}{2}` is 0.5. Any function `(question, answer) -> bool` will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from stepflow_tl.errors import MissingExtraError
+from stepflow_tl.evaluation.generation import Answer
+from stepflow_tl.evaluation.questions import Question
+
+Grader = Callable[[Question, Answer], bool]
+
+
+def exact(question: Question, answer: Answer) -> bool:
+    """Whether the summary is the right answer, character by character."""
+    return answer.summary.strip() == question.answer.strip()
+
+
+def maths(question: Question, answer: Answer) -> bool:
+    """Whether the summary holds the right number or formula, by math-verify.
+
+    Raises:
+        MissingExtraError: If math-verify is not installed.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise MissingExtraError(
+            "Grading maths needs math-verify: pip install 'stepflow-tl[maths]', or use the grader 'exact'."
+        ) from error
+    # The time limits of math-verify use signals, which only a main thread may; the texts are short.
+    unlimited: dict[str, Any] = {"parsing_timeout": None}
+    right = parse(f"${question.answer}$", **unlimited)
+    return verify(right, parse(answer.summary, **unlimited), timeout_seconds=None)
+
+
+GRADERS: dict[str, Grader] = {"exact": exact, "maths": maths}

@@ -1,0 +1,236 @@
+"""`evaluate`: the same questions under several conditions, and what of the differences could be chance.
+
+1. Every condition answers every question with the same batches, seeds and decoding (`generation`).
+2. A grader says which answers are right; a question's score is the part of its answers that are.
+3. Each condition is compared with the plain model and with its control, question by question (`paired`);
+   p-values are corrected for the number of comparisons of each kind (Holm).
+
+Cost: one generation of all answers a condition. Nothing of a condition stays on the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from stepflow_tl.diagnostics.effects import corrected
+from stepflow_tl.diagnostics.tables import probability, text_table
+from stepflow_tl.evaluation.conditions import PLAIN, controls, standard_conditions
+from stepflow_tl.evaluation.generation import Answer, Decoding, write_answers
+from stepflow_tl.evaluation.graders import Grader, exact
+from stepflow_tl.evaluation.paired import PairedDifference, paired_difference
+from stepflow_tl.evaluation.questions import Question
+from stepflow_tl.interventions.stepflow import StepFlow
+
+
+@dataclass(frozen=True)
+class ConditionResult:
+    """How one condition did.
+
+    Attributes:
+        flow: What was on the model; None for nothing.
+        answers: `answers[question][sample]`.
+        right: Whether each is right, `right[question][sample]`.
+        seconds: Time of generation.
+    """
+
+    flow: StepFlow | None
+    answers: tuple[tuple[Answer, ...], ...]
+    right: tuple[tuple[bool, ...], ...]
+    seconds: float
+
+    @property
+    def scores(self) -> Float[np.ndarray, " question"]:
+        """Part of right answers to each question."""
+        return np.array([np.mean(samples) for samples in self.right])
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens written."""
+        return sum(answer.n_new for samples in self.answers for answer in samples)
+
+    @property
+    def unfinished(self) -> float:
+        """Part of the answers that the token limit cut off."""
+        ended = [answer.finished for samples in self.answers for answer in samples]
+        return 1 - sum(ended) / len(ended)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers to the same questions under several conditions.
+
+    Attributes:
+        questions: What was asked.
+        decoding: How answers were written.
+        results: By condition.
+        seed: Of the resampling.
+    """
+
+    questions: tuple[Question, ...]
+    decoding: Decoding
+    results: Mapping[str, ConditionResult]
+    seed: int = 0
+
+    def accuracy(self, condition: str, difficulty: str | None = None) -> float:
+        """Part of right answers, over all questions or those of one difficulty."""
+        scores = self.results[condition].scores
+        chosen = [difficulty in (None, question.difficulty) for question in self.questions]
+        return float(scores[chosen].mean())
+
+    def difference(self, condition: str, against: str, difficulty: str | None = None) -> PairedDifference:
+        """`condition` minus `against` on the same questions; its p-value is not corrected."""
+        chosen = [difficulty in (None, question.difficulty) for question in self.questions]
+        scores = [self.results[name].scores[chosen] for name in (condition, against)]
+        return paired_difference(*scores, binary=self.decoding.n_samples == 1, seed=self.seed)
+
+    @property
+    def difficulties(self) -> tuple[str, ...]:
+        """Classes of difficulty in the order in which they first occur; empty without any."""
+        return tuple(dict.fromkeys(question.difficulty for question in self.questions if question.difficulty))
+
+    def table(self) -> str:
+        """Accuracy of every condition, with paired differences, as text."""
+        parts: list[str] = []
+        if PLAIN in self.results and self._others():
+            parts.append(self._differences(PLAIN, dict.fromkeys(self._others(), PLAIN)))
+        if matched := controls(self.results):
+            parts.append(self._differences("its control", matched))
+        parts.append(self._by_difficulty())
+        return "\n\n".join(parts)
+
+    def to_json(self) -> str:
+        """Scores, tokens and seconds by condition and question, and the differences, as JSON."""
+        conditions = {
+            name: {
+                "flow": repr(result.flow) if result.flow is not None else None,
+                "scores": result.scores.tolist(),
+                "tokens": result.n_tokens,
+                "unfinished": result.unfinished,
+                "seconds": result.seconds,
+            }
+            for name, result in self.results.items()
+        }
+        pairs = [(name, PLAIN) for name in self._others() if PLAIN in self.results]
+        pairs += list(controls(self.results).items())
+        differences = [
+            {"condition": name, "against": other, **asdict(self.difference(name, other))}
+            for name, other in pairs
+        ]
+        questions = [{"id": q.id, "difficulty": q.difficulty} for q in self.questions]
+        found = dict(
+            decoding=asdict(self.decoding),
+            questions=questions,
+            conditions=conditions,
+            differences=differences,
+        )
+        return json.dumps(found, indent=1)
+
+    def _others(self) -> list[str]:
+        return [name for name in self.results if name != PLAIN]
+
+    def _differences(self, title: str, pairs: Mapping[str, str]) -> str:
+        found = {name: self.difference(name, other) for name, other in pairs.items()}
+        p_values = corrected(np.array([d.p_value for d in found.values()]), "holm")
+        header = [
+            "condition",
+            "right",
+            f"minus {title}",
+            "95% low",
+            "95% high",
+            "gained",
+            "lost",
+            "p",
+            "Holm p",
+        ]
+        rows = [
+            [
+                name,
+                f"{self.accuracy(name):.4f}",
+                f"{d.difference:+.4f}",
+                f"{d.low:+.4f}",
+                f"{d.high:+.4f}",
+                str(d.gained),
+                str(d.lost),
+                probability(d.p_value),
+                probability(p),
+            ]
+            for (name, d), p in zip(found.items(), p_values, strict=True)
+        ]
+        test = "McNemar's exact test" if self.decoding.n_samples == 1 else "sign flips"
+        notes = [
+            f"paired over {len(self.questions)} questions; BCa bootstrap, 10000 resamples; p from {test}"
+        ]
+        if title == PLAIN:
+            notes.insert(0, f"plain: {self.accuracy(PLAIN):.4f} right")
+        return text_table(f"Right answers, and the difference to {title}", header, rows, notes)
+
+    def _by_difficulty(self) -> str:
+        header = ["condition", *self.difficulties, "all", "tokens", "cut off", "seconds"]
+        rows = [
+            [
+                name,
+                *(f"{self.accuracy(name, difficulty):.3f}" for difficulty in self.difficulties),
+                f"{self.accuracy(name):.3f}",
+                str(result.n_tokens),
+                f"{result.unfinished:.3f}",
+                f"{result.seconds:.0f}",
+            ]
+            for name, result in self.results.items()
+        ]
+        counts = [sum(q.difficulty == difficulty for q in self.questions) for difficulty in self.difficulties]
+        notes = [f"questions: {', '.join(map(str, counts))}"] if counts else []
+        return text_table("Right answers by difficulty", header, rows, notes)
+
+
+def evaluate(
+    model: Any,
+    questions: Sequence[Question],
+    *,
+    conditions: Mapping[str, StepFlow | None] | None = None,
+    decoding: Decoding | None = None,
+    grader: Grader = exact,
+    format: Any = "auto",
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Ask the same questions under every condition.
+
+    Args:
+        model: A TransformerLens model with a tokenizer.
+        questions: What to ask.
+        conditions: By name: None for the plain model, or the StepFlow to put on it. Default: the paper's
+            StepFlow, its halves, a control of each, and the plain model.
+        decoding: How to decode; greedy by default.
+        grader: Says whether an answer is right.
+        format: The reasoning format.
+        seed: Of the resampling; `decoding` has the seed of the sampling.
+        progress: Told a line when a condition is done.
+
+    Raises:
+        ValueError: If there is no question or no condition.
+        ModelError: If the model cannot be asked, or a condition does not fit it.
+    """
+    if not questions:
+        raise ValueError("no questions: expected at least one")
+    conditions = standard_conditions() if conditions is None else conditions
+    if not conditions:
+        raise ValueError("no conditions: expected at least one, such as {'plain': None}")
+    decoding = Decoding() if decoding is None else decoding
+    results: dict[str, ConditionResult] = {}
+    for name, flow in conditions.items():
+        texts = [question.text for question in questions]
+        answers, seconds = write_answers(model, texts, flow, decoding, format=format)
+        right = tuple(
+            tuple(bool(grader(question, answer)) for answer in samples)
+            for question, samples in zip(questions, answers, strict=True)
+        )
+        results[name] = ConditionResult(flow, tuple(map(tuple, answers)), right, seconds)
+        if progress is not None:
+            progress(f"{name}: {results[name].scores.mean():.4f} right, {seconds:.0f} s")
+    return Evaluation(tuple(questions), decoding, results, seed)
