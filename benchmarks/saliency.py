@@ -15,7 +15,8 @@
 Methods. `sdpa` is the limit: logits, mean NLL, gradient of the input embedding; no parameter asks for a
 gradient, since ours need none either. `sdpa+chunks` is the same with the unembedding a few rows at a time,
 as `fused` does it, to tell that saving from the rest. `eager` keeps the gradient of every pattern, as the
-field's scripts do. Weights of the Qwen shapes are random: cost does not depend on values. Steps are 24
+field's scripts do; those scripts also leave `requires_grad` on for every parameter, and `eager, as scripts do
+it` does too. Weights of the Qwen shapes are random: cost does not depend on values. Steps are 24
 tokens.
 """
 
@@ -53,6 +54,7 @@ METHODS = (
     "layerwise",
     "hooks",
     "eager",
+    "eager, as scripts do it",
 )
 ON_BRIDGE = ("hooks", "layerwise")  # they read TransformerLens hook points
 
@@ -209,20 +211,23 @@ def _prepare(method: str, models: dict[bool, Any], length: int, device: torch.de
 
 def _plain(method: str, model: Any, batch: torch.Tensor) -> None:
     """Forward and backward through transformers' own attention."""
-    model.set_attn_implementation("eager" if method == "eager" else "sdpa")
+    model.set_attn_implementation("eager" if method.startswith("eager") else "sdpa")
     embedding = model.get_input_embeddings()(batch).detach().requires_grad_()
     forward = model.base_model
     if method == "sdpa+chunks":
         hidden = forward(inputs_embeds=embedding, use_cache=False)[0]
         torch.autograd.grad(hidden, embedding, _chunked_gradient(model, hidden.detach(), batch))
         return
-    if method == "eager":
+    if method.startswith("eager"):
+        model.requires_grad_("scripts" in method)
         output = model(inputs_embeds=embedding, use_cache=False, output_attentions=True)
         for pattern in output.attentions:
             pattern.retain_grad()
         _mean_nll(output.logits, batch).backward()
         for pattern in output.attentions:
             pattern.grad.mul_(pattern.detach()).abs_()
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(False)
         return
     if method == "sdpa checkpointed":
         model.gradient_checkpointing_enable({"use_reentrant": False})

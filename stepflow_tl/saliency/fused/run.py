@@ -185,4 +185,6 @@ def _blocks(model: Any, inner: Any, n_layers: int) -> list[nn.Module]:
 
 
 def _input_device(inner: Any) -> torch.device:
-    return inner.get_input_embeddings().weight.device
+    device = inner.get_input_embeddings().weight.device
+    # Offloaded weights are on "meta" until their module runs; accelerate then moves the ids to them.
+    return torch.device("cpu") if device.type == "meta" else device

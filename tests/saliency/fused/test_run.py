@@ -283,3 +283,27 @@ def test_a_hook_at_the_unembedding_sees_every_position_once(objective, float64_t
         assert shapes == [(1, N_TOKENS, 32)]
         close(ours, hooks_backend(*arguments), 1e-8)
     assert (ours - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["per_token", "mean", "function"])
+def test_a_model_spread_over_devices_and_disk_gives_the_same_map(kind, objective, tmp_path):
+    """What `device_map` does: blocks and embeddings are brought in one by one, and taken away again."""
+    from accelerate import dispatch_model
+
+    from stepflow_tl.saliency.fused.run import fused_backend
+
+    model = build_hf_model("llama")
+    expected = fused_backend(model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS)
+    places = {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in ALL_LAYERS}
+    places |= {
+        "model.embed_tokens": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "disk",
+    }
+    dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert {p.device.type for p in model.parameters()} == {"cpu", "meta"}
+    for checkpoint in (False, True):
+        found = fused_backend(model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS, checkpoint=checkpoint)
+        close(found, expected, 1e-12)
+    assert {p.device.type for p in model.parameters()} == {"cpu", "meta"}
