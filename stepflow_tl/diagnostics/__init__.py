@@ -1,5 +1,7 @@
 """Numbers for one step map (`diagnose`) and for two groups of them (`compare`); DESIGN section 3."""
 
+from stepflow_tl.diagnostics.band_choice import BandChoice as BandChoice
+from stepflow_tl.diagnostics.band_choice import choose_bands as choose_bands
 from stepflow_tl.diagnostics.comparison import Comparison as Comparison
 from stepflow_tl.diagnostics.comparison import compare as compare
 from stepflow_tl.diagnostics.diagnosis import HEADLINE as HEADLINE
