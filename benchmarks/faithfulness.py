@@ -38,16 +38,25 @@ def main() -> None:
     parser.add_argument("--shuffle", action="store_true", help="random edges in place of the true ones")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # one order of summation, so the table is the same to the last digit
-    model = load_testbed_model()
-    train = measure(model, options, offset=1)
-    test = measure(model, options, offset=2)
-    rows = summarise(train, test, model.cfg.n_layers, np.random.default_rng(options.seed))
+    rows = study(options)
     print(f"{options.problems} problems of {options.steps} steps, seed {options.seed}", end="")
     print(", SHUFFLED EDGES" if options.shuffle else "")
-    print_table(rows)
+    print(table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
+
+
+def study(options):
+    """Figures of every score, kind of source and place."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one order of summation, so the table is the same to the last digit
+    try:
+        model = load_testbed_model()
+        train = measure(model, options, offset=1)
+        test = measure(model, options, offset=2)
+    finally:
+        torch.set_num_threads(n_threads)
+    return summarise(train, test, model.cfg.n_layers, np.random.default_rng(options.seed))
 
 
 def measure(model, options, offset):
@@ -118,15 +127,16 @@ def summarise(train, test, n_layers, rng):
     return rows
 
 
-def print_table(rows):
+def table(rows):
     titles = {"both": "premises and earlier steps", "premises": "premises", "steps": "earlier steps"}
-    for sources in SOURCES:
-        print(f"\n{titles[sources]}")
-        print(f"{'score':26}{'layers':>16}" + "".join(f"{metric:>24}" for metric in METRICS))
+    lines = []
+    for sources in dict.fromkeys(row["sources"] for row in rows):
+        lines += ["", titles[sources], f"{'score':26}{'layers':>16}" + "".join(f"{m:>24}" for m in METRICS)]
         for row in rows:
             if row["sources"] == sources:
                 cells = "".join("   {:.3f} [{:.3f}, {:.3f}]".format(*row[metric]) for metric in METRICS)
-                print(f"{row['score']:26}{row['layers']:>16}{cells}")
+                lines.append(f"{row['score']:26}{row['layers']:>16}{cells}")
+    return "\n".join(lines[1:])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ N_CTX = 1024
 CONFIG: dict[str, Any] = dict(
     hidden_size=128,
     intermediate_size=384,
-    num_hidden_layers=8,
+    num_hidden_layers=6,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=N_CTX,
@@ -80,12 +80,22 @@ def read_weights(folder: Path = SHIPPED) -> tuple[Any, Any]:
     Raises:
         ModelError: If a file is missing or is not the one that was written.
     """
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
+    import torch
+    from safetensors.torch import load_file
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     check_files(folder)
-    model = Qwen2ForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model, tokenizer
+    # Not from_pretrained, which draws a progress bar for a model that loads in a moment.
+    with torch.random.fork_rng(devices=[]):  # the weights drawn first are thrown away
+        model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(folder, local_files_only=True))
+    missing, foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    if set(missing) - {"lm_head.weight"} or foreign:  # tied to the embedding, so not in the file
+        raise ModelError(f"{folder} does not hold the testbed model: missing {missing}, foreign {foreign}")
+    model.tie_weights()
+    model.requires_grad_(False)
+    # By name, not AutoTokenizer: that one would make a tokenizer of the Qwen2 family of it.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer
 
 
 def check_files(folder: Path) -> None:

@@ -1,0 +1,48 @@
+"""Training: what a batch holds, that it learns, and that equal seeds give equal weights."""
+
+import random
+
+import pytest
+import torch
+
+SETTINGS = dict(
+    tokens=30_000, batch_tokens=1500, rate=2e-3, steps_from=2, steps_to=3, growth=0.5, seed=0, graded=2
+)
+
+
+def test_a_batch_holds_whole_texts_of_one_kind():
+    from stepflow_tl import ReasoningTrace
+    from stepflow_tl.testbed import ProblemSpec
+    from stepflow_tl.testbed.train import batch_of
+    from stepflow_tl.testbed.vocabulary import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    tokens, n_prompt = batch_of(ProblemSpec(n_steps=4), random.Random(0), tokenizer, 2000)
+    assert tokens.numel() <= 2000 < tokens.numel() + tokens.shape[1]
+    assert len({tuple(row.tolist()) for row in tokens}) == len(tokens)
+    for row in tokens[:5]:
+        assert tokenizer.decode(row[:n_prompt]).endswith("<think>\n")
+        trace = ReasoningTrace.from_tokens(tokenizer, row)
+        assert [step.label for step in trace.steps] == ["Q", "T1", "T2", "T3", "T4", "S1"]
+
+
+@pytest.mark.slow
+def test_it_learns_and_equal_seeds_give_equal_weights(capsys):
+    from stepflow_tl.testbed.train import train
+
+    first, again = train(SETTINGS), train(SETTINGS)
+    other = train({**SETTINGS, "seed": 1})
+    losses = [float(line.split("NLL ")[1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[0] > 3.5  # the first batch is before any update: near log(75)
+    state = first.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in again.state_dict().items())
+    assert any(not torch.equal(state[name], value) for name, value in other.state_dict().items())
+
+
+def test_chains_grow_and_the_rate_warms_up_and_falls():
+    from stepflow_tl.testbed.train import _longest, _rate
+
+    lengths = [_longest(progress / 0.5, 4, 16) for progress in (0, 0.1, 0.3, 0.5, 1.0)]
+    assert lengths[0] == 4 and lengths == sorted(lengths) and lengths[-2:] == [16, 16]
+    assert _rate(0, 0.0) == pytest.approx(0.01) and _rate(99, 0.0) == pytest.approx(1.0)
+    assert _rate(10_000, 1.0) == pytest.approx(0.1)
