@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["smollm2"], choices=["smollm2", *SHAPES])
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="0 measures memory only")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--bridge", action="store_true", help="run `fused` behind a TransformerBridge too")
@@ -73,17 +73,24 @@ def main() -> None:
     )
     parser.add_argument("--time-limit", type=float, default=3600.0, help="seconds a process may take")
     parser.add_argument("--out", type=Path, help="write the cells as JSON")
+    parser.add_argument("--join", type=Path, nargs="+", help="measure nothing: one table of these JSON files")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         _child(json.loads(arguments.child))
+        return
+    if arguments.join:
+        runs = [json.loads(path.read_text()) for path in arguments.join]
+        print(*dict.fromkeys(run["machine"] for run in runs), sep="\n", end="\n\n")
+        _print_table([cell for run in runs for cell in run["cells"]])
         return
     cells = []
     for model in arguments.model:
         for length in arguments.lengths:
             cells += _measure(model, length, arguments)
             print(f"done: {model}, T = {length}", file=sys.stderr, flush=True)
-    _print_table(cells, arguments)
+    print(f"{_machine(arguments)}\n")
+    _print_table(cells)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"machine": _machine(arguments), "cells": cells}, indent=1))
@@ -102,7 +109,7 @@ def _measure(model: str, length: int, arguments: argparse.Namespace) -> list[dic
         cells.append({"model": model, "length": length, "method": method, **result})
         if "error" not in result:
             fitting.append(method)
-    if fitting:
+    if fitting and arguments.repeats:
         result = _run_child(
             arguments, model=model, length=length, methods=fitting, task="time", repeats=arguments.repeats
         )
@@ -341,8 +348,7 @@ def _synchronize(device: torch.device) -> None:
 # --- the table ---------------------------------------------------------------------------------------------
 
 
-def _print_table(cells: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    print(f"{_machine(arguments)}\n")
+def _print_table(cells: list[dict[str, Any]]) -> None:
     print("| model | T | method | seconds | x sdpa | GiB above the model | x sdpa |")
     print("|---|---:|---|---:|---:|---:|---:|")
     limits = {(c["model"], c["length"]): c.get("memory") for c in cells if c["method"] == "sdpa"}
@@ -353,8 +359,8 @@ def _print_table(cells: list[dict[str, Any]], arguments: argparse.Namespace) -> 
             continue
         limit = limits.get((cell["model"], cell["length"]))
         memory_ratio = f"{cell['memory'] / limit:.2f}" if limit else ""
-        ratio = "" if cell["ratio"] is None else f"{cell['ratio']:.2f}"
-        print(f"{start} {cell['seconds']:.2f} | {ratio} | {cell['memory']:.2f} | {memory_ratio} |")
+        seconds, ratio = ("" if cell.get(key) is None else f"{cell[key]:.2f}" for key in ("seconds", "ratio"))
+        print(f"{start} {seconds} | {ratio} | {cell['memory']:.2f} | {memory_ratio} |")
     _print_growth(cells)
 
 
@@ -366,7 +372,7 @@ def _print_growth(cells: list[dict[str, Any]]) -> None:
     print("|---|---|---:|---:|---:|---:|")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in cells:
-        if "error" not in cell:
+        if "error" not in cell and "seconds" in cell:
             groups.setdefault((cell["model"], cell["method"]), []).append(cell)
     for (model, method), own in groups.items():
         if len(own) < 3:
