@@ -298,7 +298,7 @@ def _load(name: str, dtype: torch.dtype, device: torch.device, on_bridge: bool) 
             for parameter in model.parameters():
                 parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
             # The one buffer is the rotary table, which meta construction leaves empty.
-            model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+            model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
