@@ -167,3 +167,7 @@ def _longest(progress: float, first: int, last: int) -> int:
 
 def _rate(update: int, progress: float) -> float:
     return min(1.0, (update + 1) / 100) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+if __name__ == "__main__":
+    main()
