@@ -3,8 +3,8 @@
 1. Problems are drawn without end, one kind a batch: number of steps, givens, distractors and the share of
    givens vary, distances are free. Texts of one kind have equal length, so batches need no padding.
 2. The number of steps is uniform from 2 to a maximum that starts at `--steps-from` and grows by one, up to
-   `--steps-to`, whenever the mean NLL of the last 50 batches falls below `--mastered`: look-ups are learned on
-   short chains first. (A step's text has about 1 nat a token for who looks nothing up, and 0 for who does.)
+   `--steps-to`, whenever the mean NLL of the last 50 batches falls below `--mastered`: look-ups are learned
+   on short chains first. (A step's text has about 1 nat a token for who looks nothing up, 0 for who does.)
 3. The loss is the NLL of thinking and summary; the question is random and cannot be predicted.
 4. AdamW, linear warm-up, cosine decay to a tenth, gradients clipped at 1; products in bfloat16.
 5. At the end: greedy answers on fresh problems by number of steps, then weights (safetensors), tokenizer,
