@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=20e6, help="tokens to train on")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--steps-from", type=int, default=3)
+    parser.add_argument("--steps-from", type=int, default=5)
     parser.add_argument("--steps-to", type=int, default=16)
     parser.add_argument("--mastered", type=float, default=0.15, help="NLL at which chains grow by a step")
     parser.add_argument("--seed", type=int, default=0)
