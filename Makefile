@@ -3,8 +3,7 @@
 #   make demo    analyse two traces with the default model; pictures and tables under out/demo/
 #   make test    ruff, then the tests with TransformerLens 4.3 (.venv) and again with 3.9 (.venv-tl39)
 #   make lint    ruff, formatting, pyright
-#   make bench   every script in benchmarks/ but the study
-#   make reproduce   the study on the testbed model: tables in out/reproduce/report.md, about 20 minutes
+#   make bench   the scripts in benchmarks/ that need nothing but the package
 # On a machine without CUDA, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes.
 
 PYTHON ?= python3
@@ -34,7 +33,7 @@ endef
 # $(call PYTEST,ENVIRONMENT): one worker a core and one thread a worker. A file stays on one worker, so its fixtures are made once.
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile
 
-.PHONY: setup demo test lint bench reproduce clean
+.PHONY: setup demo test lint bench clean
 
 setup: .venv/.installed
 
@@ -64,12 +63,9 @@ lint: setup
 	@.venv/bin/ruff format --check .
 	@.venv/bin/pyright --pythonpath .venv/bin/python
 
-# benchmarks/stepflow_gsm8k.py needs a data file and is run by hand.
+# The others need a data file or a trained testbed model, which does not ship yet, and are run by hand.
 bench: setup
-	@set -e; for script in $(filter-out benchmarks/stepflow_gsm8k.py benchmarks/reproduce.py,$(wildcard benchmarks/*.py)); do echo $$script; $(OFFLINE) .venv/bin/python $$script; done
-
-reproduce: setup
-	@$(OFFLINE) .venv/bin/python benchmarks/reproduce.py --out out/reproduce
+	@set -e; for script in $(addprefix benchmarks/,saliency.py stepflow.py gpu_check.py); do echo $$script; $(OFFLINE) .venv/bin/python $$script; done
 
 clean:
 	rm -rf .venv .venv-tl39 out dist build .pytest_cache .ruff_cache .hypothesis

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from stepflow_tl.models import load_default_model as load_default_model
     from stepflow_tl.saliency import StepSaliency as StepSaliency
     from stepflow_tl.saliency import step_saliency as step_saliency
-    from stepflow_tl.testbed import load_testbed_model as load_testbed_model
     from stepflow_tl.trace import ReasoningTrace as ReasoningTrace
     from stepflow_tl.trace import Segment as Segment
     from stepflow_tl.trace import Step as Step
@@ -32,7 +31,6 @@ _HOME_OF = {
     "Step": "stepflow_tl.trace",
     "Segment": "stepflow_tl.trace",
     "load_default_model": "stepflow_tl.models",
-    "load_testbed_model": "stepflow_tl.testbed",
     "step_saliency": "stepflow_tl.saliency",
     "StepSaliency": "stepflow_tl.saliency",
     "diagnose": "stepflow_tl.diagnostics",
@@ -52,7 +50,6 @@ __all__ = [
     "compare",
     "diagnose",
     "load_default_model",
-    "load_testbed_model",
     "momentum_hook",
     "step_saliency",
 ]

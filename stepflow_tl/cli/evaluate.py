@@ -105,6 +105,8 @@ def _model(options: EvaluateOptions) -> object:
     dtype, device = getattr(torch, options.dtype), torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"--device {options.device}: there is no CUDA device here")
+    if options.model is not None and (Path(options.model) / "checksums.json").is_file():
+        return load_testbed_model(device, dtype, folder=options.model)
     if options.model is None and options.questions == TESTBED or options.model == TESTBED:
         return load_testbed_model(device, dtype)
     return models.load_model(options.model or models.DEFAULT_MODEL, device=device, dtype=dtype)

@@ -22,7 +22,7 @@ examples:
   stepflow-tl demo
   stepflow-tl analyze traces.jsonl --out results
   stepflow-tl analyze traces.jsonl --model Qwen/Qwen3-0.6B --out results --group-by is_correct
-  stepflow-tl evaluate testbed --limit 100
+  stepflow-tl evaluate questions.jsonl --model Qwen/Qwen3-0.6B --grader maths
 """
 _ANALYZE_EPILOG = """\
 input: one JSON object a line, with the fields
@@ -42,7 +42,7 @@ exit code: 0 every line has a result; 1 something failed, the rest is done; 2 th
 130 after Ctrl-C.
 """
 _EVALUATE_EPILOG = """\
-input: "testbed" for problems of the package's own miniature model, or a file with one JSON object a line:
+input: a file with one JSON object a line, or "testbed" for generated problems:
   question, answer   the text and the right answer
   id, difficulty     optional; accuracy is reported by difficulty
 
@@ -160,7 +160,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     add(
         "--model",
         metavar="NAME_OR_PATH",
-        help="as for analyze, or testbed (the testbed's own for its problems)",
+        help="as for analyze, or a folder of stepflow_tl.testbed.train",
     )
     add("--out", type=Path, metavar="FILE.json", help="write every score and difference")
     add("--conditions", nargs="+", metavar="NAME", help="which conditions (all)")

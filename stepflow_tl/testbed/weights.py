@@ -108,17 +108,17 @@ def check_files(folder: Path) -> None:
     listed = folder / "checksums.json"
     if not listed.is_file():
         raise ModelError(
-            f"No testbed model in {folder}: checksums.json is missing. Reinstall stepflow-tl, or train one "
-            "with python -m stepflow_tl.testbed.train --out FOLDER."
+            f"No testbed model in {folder}: checksums.json is missing. This version ships none: train "
+            "one with python -m stepflow_tl.testbed.train --out FOLDER, and name that folder."
         )
     for name, expected in json.loads(listed.read_text(encoding="utf-8")).items():
         file = folder / name
         if not file.is_file():
-            raise ModelError(f"The testbed model's {file} is missing: reinstall stepflow-tl.")
+            raise ModelError(f"The testbed model's {file} is missing: train it again.")
         if _sha256(file) != expected:
             raise ModelError(
                 f"The testbed model's {file} is not the file that was written with it (SHA-256 differs): "
-                "reinstall stepflow-tl."
+                "train it again."
             )
 
 
