@@ -22,7 +22,7 @@ from stepflow_tl.diagnostics.resampling import bca_interval
 from stepflow_tl.saliency import step_saliency
 from stepflow_tl.saliency.baselines import baseline_maps
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
-from stepflow_tl.testbed.edges import edge_rows, score_rows, shuffled, testbed_trace
+from stepflow_tl.testbed.edges import edge_rows, score_rows, shuffled, trace_of
 
 METRICS = ("AUROC", "average precision", "top-1")
 SOURCES = ("both", "premises", "steps")
@@ -71,7 +71,7 @@ def measure(model, options, offset):
     rng = np.random.default_rng([options.seed, offset])
     found = {}
     for index, problem in enumerate(problems):
-        trace = testbed_trace(model.tokenizer, problem)
+        trace = trace_of(model.tokenizer, problem)
         rows = {sources: edge_rows(problem, trace, sources) for sources in SOURCES}
         if options.shuffle:
             rows = {sources: shuffled(own, rng) for sources, own in rows.items()}

@@ -30,7 +30,7 @@ import torch
 from stepflow_tl import ReasoningTrace, compare, diagnose, step_saliency
 from stepflow_tl.bands import deep_band, shallow_band
 from stepflow_tl.diagnostics import choose_bands
-from stepflow_tl.evaluation import Decoding, evaluate, testbed_questions
+from stepflow_tl.evaluation import Decoding, evaluate, questions_of
 from stepflow_tl.testbed import ProblemSpec, grade, load_testbed_model, make_problems
 from stepflow_tl.testbed.grading import ERROR_KINDS, FLOW_ERRORS
 
@@ -87,7 +87,7 @@ def accuracy(model, options):
     ]
     longest = max(options.steps) * 12 + 24
     decoding = Decoding(max_new_tokens=longest, batch_size=100)
-    return evaluate(model, testbed_questions(problems), decoding=decoding, seed=options.seed, progress=_say)
+    return evaluate(model, questions_of(problems), decoding=decoding, seed=options.seed, progress=_say)
 
 
 def first_errors(found):

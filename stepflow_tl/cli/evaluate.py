@@ -16,9 +16,9 @@ from stepflow_tl.evaluation import (
     evaluate,
     exact,
     maths,
+    questions_of,
     read_questions,
     standard_conditions,
-    testbed_questions,
 )
 from stepflow_tl.interventions import StepFlow
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
@@ -94,7 +94,7 @@ def _questions(options: EvaluateOptions) -> list[Question]:
     total = options.limit or 400
     counts = [total // len(TESTBED_STEPS)] * len(TESTBED_STEPS)
     counts[0] += total - sum(counts)
-    return testbed_questions(
+    return questions_of(
         problem
         for n_steps, n in zip(TESTBED_STEPS, counts, strict=True)
         for problem in make_problems(ProblemSpec(n_steps=n_steps), n, seed=options.seed)

@@ -36,7 +36,7 @@ class Question:
     problem: Problem | None = None
 
 
-def testbed_questions(problems: Iterable[Problem]) -> list[Question]:
+def questions_of(problems: Iterable[Problem]) -> list[Question]:
     """Testbed problems as questions; their difficulty is the number of steps."""
     return [
         Question(

@@ -42,7 +42,7 @@ class EdgeRow:
     needed: Bool[np.ndarray, " candidate"]
 
 
-def testbed_trace(tokenizer: object, problem: Problem) -> ReasoningTrace:
+def trace_of(tokenizer: object, problem: Problem) -> ReasoningTrace:
     """The problem with its right thinking and answer, every premise a step of its own."""
     return ReasoningTrace.from_parts(
         tokenizer, problem.question, problem.thinking, problem.answer, question_splitter="line"

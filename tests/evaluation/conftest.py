@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture
 def questions():
-    from stepflow_tl.evaluation import testbed_questions
+    from stepflow_tl.evaluation import questions_of
     from stepflow_tl.testbed import ProblemSpec, make_problems
 
-    return testbed_questions([p for n in (2, 4, 3) for p in make_problems(ProblemSpec(n_steps=n), 3, seed=n)])
+    return questions_of([p for n in (2, 4, 3) for p in make_problems(ProblemSpec(n_steps=n), 3, seed=n)])

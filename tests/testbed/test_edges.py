@@ -22,10 +22,10 @@ def one_row(scores, needed):
 
 def test_rows_name_the_steps_that_the_text_mentions():
     from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.testbed.edges import edge_rows, testbed_trace
+    from stepflow_tl.testbed.edges import edge_rows, trace_of
 
     for problem in make_problems(ProblemSpec(n_steps=9, n_distractors=2), 30, seed=5):
-        trace = testbed_trace(tokenizer(), problem)
+        trace = trace_of(tokenizer(), problem)
         texts = [step.text.strip() for step in trace.steps]
         for sources in ("both", "premises", "steps"):
             for row in edge_rows(problem, trace, sources):
@@ -82,11 +82,11 @@ def test_auroc_is_the_part_of_pairs_in_the_right_order(pairs):
 
 def test_shuffled_edges_leave_the_best_score_at_chance():
     from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.testbed.edges import edge_rows, score_rows, shuffled, testbed_trace
+    from stepflow_tl.testbed.edges import edge_rows, score_rows, shuffled, trace_of
 
     rng, found = np.random.default_rng(0), []
     for problem in make_problems(ProblemSpec(n_steps=8), 150, seed=1):
-        trace = testbed_trace(tokenizer(), problem)
+        trace = trace_of(tokenizer(), problem)
         rows = edge_rows(problem, trace)
         oracle = np.zeros((len(trace.steps), len(trace.steps)))
         for row in rows:
