@@ -27,7 +27,7 @@ ERROR_KINDS: tuple[ErrorKind, ...] = (
 )  # fmt: skip
 FLOW_ERRORS: tuple[ErrorKind, ...] = ("definition", "given", "earlier step")
 
-_STEP = re.compile(r"([a-z]) = (\w) ([+-]) (\w) = (\d) ([+-]) (\d) = (\d)")
+_STEP = re.compile(r"([a-z]) = (\w) ([+-]) (\w): (\d) ([+-]) (\d) = (\d)")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@
     a = A + B
     find b
 
-    a = A + B = 4 + 7 = 1        step 0 needs the definition of a, and the givens A and B
+    a = A + B: 4 + 7 = 1         step 0 needs the definition of a, and the givens A and B
 
-    b = a - A = 1 - 4 = 7        step 1 needs the definition of b, the given A, and step 0
+    b = a - A: 1 - 4 = 7         step 1 needs the definition of b, the given A, and step 0
 
     7                            the summary needs the last step
 
@@ -117,7 +117,7 @@ class Derivation:
     def text(self) -> str:
         """The step as it is written."""
         values = f"{self.left_value} {self.sign} {self.right_value}"
-        return f"{self.name} = {self.definition} = {values} = {self.value}"
+        return f"{self.name} = {self.definition}: {values} = {self.value}"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ BEGIN, END, USER, ASSISTANT = (
     "<｜Assistant｜>",
 )
 THINK_TAGS = ("<think>", "</think>")
-SYMBOLS = (" = ", " + ", " - ", "find ", "\n", "\n\n", *digits, *ascii_lowercase, *ascii_uppercase)
+SYMBOLS = (" = ", " + ", " - ", ": ", "find ", "\n", "\n\n", *digits, *ascii_lowercase, *ascii_uppercase)
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
@@ -37,7 +37,7 @@ def build_tokenizer() -> Any:
     special = (END, BEGIN, USER, ASSISTANT, unknown)
     names = (*special, *THINK_TAGS, *SYMBOLS)
     backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=unknown))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" [=+-] |find |\n\n|\n|."), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" [=+-] |: |find |\n\n|\n|."), "isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     backend.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in THINK_TAGS])

@@ -14,7 +14,7 @@ def problem():
     )
 
 
-RIGHT = "a = A + B = 4 + 7 = 1\n\nb = a - A = 1 - 4 = 7\n"
+RIGHT = "a = A + B: 4 + 7 = 1\n\nb = a - A: 1 - 4 = 7\n"
 
 
 def test_the_right_thinking_is_right(problem):
@@ -27,9 +27,9 @@ def test_the_right_thinking_is_right(problem):
 @pytest.mark.parametrize(
     ("old", "new", "error", "step"),
     [
-        ("a = A + B = 4", "a = B + A = 4", "definition", 0),
+        ("a = A + B: 4", "a = B + A: 4", "definition", 0),
         ("b = a - A", "c = a - A", "definition", 1),
-        ("b = a - A = 1", "b = a + A = 1", "definition", 1),
+        ("b = a - A: 1", "b = a + A: 1", "definition", 1),
         ("4 + 7 = 1", "5 + 7 = 2", "given", 0),
         ("4 + 7 = 1", "4 + 8 = 2", "given", 0),
         ("1 - 4 = 7", "1 - 5 = 6", "given", 1),
@@ -37,9 +37,9 @@ def test_the_right_thinking_is_right(problem):
         ("2 - 5", "2 - 5", None, None),
         ("1 - 4 = 7", "1 - 4 = 8", "arithmetic", 1),
         ("4 + 7 = 1", "4 - 7 = 7", "form", 0),
-        ("b = a - A = 1 - 4 = 7", "b = a", "form", 1),
-        ("\n\nb = a - A = 1 - 4 = 7", "", "form", 1),
-        ("= 7\n", "= 7\n\nc = a + b = 1 + 7 = 8\n", "form", 2),
+        ("b = a - A: 1 - 4 = 7", "b = a", "form", 1),
+        ("\n\nb = a - A: 1 - 4 = 7", "", "form", 1),
+        ("= 7\n", "= 7\n\nc = a + b: 1 + 7 = 8\n", "form", 2),
     ],
 )
 def test_the_first_error_is_named(problem, old, new, error, step):
@@ -54,7 +54,7 @@ def test_the_first_error_is_named(problem, old, new, error, step):
 def test_of_two_errors_the_first_counts(problem):
     from stepflow_tl.testbed import grade
 
-    verdict = grade(problem, "a = A + B = 4 + 7 = 2\n\nb = a - A = 2 - 5 = 7\n", "3")
+    verdict = grade(problem, "a = A + B: 4 + 7 = 2\n\nb = a - A: 2 - 5 = 7\n", "3")
     assert (verdict.error, verdict.step, verdict.correct) == ("arithmetic", 0, False)
 
 

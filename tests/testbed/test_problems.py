@@ -68,7 +68,7 @@ def test_edges_are_the_names_that_a_step_mentions(knobs, seed):
     lines = problem.question.splitlines()[:-1]
     steps, premises = set(), set()
     for i, text in enumerate(texts):
-        mentioned = set(text.split(" = ")[1].split(" ")) - {"+", "-"}
+        mentioned = set(text.split(" = ")[1].split(": ")[0].split(" ")) - {"+", "-"}
         steps |= {(i, j) for j, other in enumerate(texts) if other[0] in mentioned}
         premises |= {(i, p) for p, line in enumerate(lines) if line[0] in mentioned and line[0].isupper()}
         premises |= {(i, p) for p, line in enumerate(lines) if line[0] == text[0]}
