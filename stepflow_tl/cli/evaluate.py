@@ -14,12 +14,11 @@ from stepflow_tl.evaluation import (
     Decoding,
     Question,
     evaluate,
-    exact,
-    maths,
     questions_of,
     read_questions,
     standard_conditions,
 )
+from stepflow_tl.evaluation.graders import GRADERS
 from stepflow_tl.interventions import StepFlow
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
 
@@ -77,7 +76,7 @@ def run_evaluate(options: EvaluateOptions) -> int:
         questions,
         conditions=chosen,
         decoding=decoding,
-        grader={"exact": exact, "maths": maths}[options.grader],
+        grader=GRADERS[options.grader],
         seed=options.seed,
         progress=say,
     )

@@ -8,6 +8,7 @@ is asked.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +62,9 @@ def read_questions(path: str | Path) -> list[Question]:
     questions = [_parse(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
     if not questions:
         raise InputFileError(f"{path} has no question: expected one JSON object a line")
-    names = [question.id for question in questions]
-    twice = (
-        next((name for name in names if names.count(name) > 1), None)
-        if len(set(names)) < len(names)
-        else None
-    )
-    if twice is not None:
-        raise InputFileError(f"{path}: the id {twice!r} occurs more than once; ids must differ")
+    name, count = Counter(question.id for question in questions).most_common(1)[0]
+    if count > 1:
+        raise InputFileError(f"{path}: the id {name!r} occurs more than once; ids must differ")
     return questions
 
 
