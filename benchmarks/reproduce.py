@@ -101,7 +101,7 @@ def first_errors(found):
 
 
 def error_table(errors):
-    lines = ["Plain model, part of all problems; the first three are failures of information flow.", ""]
+    lines = ["Plain model, part of all problems; the first two are failures of information flow.", ""]
     lines += [
         "| difficulty | " + " | ".join(ERROR_KINDS) + " | none |",
         "|---|" + "---:|" * (len(ERROR_KINDS) + 1),
@@ -121,14 +121,14 @@ def repaired_table(found):
     ]
     names = list(found.results)
     lines = [
-        "Part of right answers, by what went wrong first in the plain model (`flow`: the first three).",
+        "Part of right answers, by what went wrong first in the plain model (`flow`: the first two).",
         "",
     ]
     lines += ["| first error | n | " + " | ".join(names) + " |", "|---|---:|" + "---:|" * len(names)]
     for title, wanted in (
         ("none", {None}),
         ("flow", set(FLOW_ERRORS)),
-        ("other", {"arithmetic", "form", "answer"}),
+        ("other", {"copy", "arithmetic", "form", "answer"}),
     ):
         chosen = [i for i, kind in enumerate(kinds) if kind in wanted]
         cells = [f"{found.results[n].scores[chosen].mean():.3f}" if chosen else "-" for n in names]

@@ -3,13 +3,14 @@
 Each written step is held against the one right derivation, in order; the first difference gives the verdict:
 
 - `definition`: the name, operands or sign are not the question's (the definition was looked up wrongly);
-- `given`: a given's value is not the question's (a premise was forgotten or mixed up);
 - `earlier step`: an earlier variable's value is not what the trace itself had found for it;
+- `copy`: a number of the definition, just written, is repeated wrongly;
 - `arithmetic`: all of that is right, and the result is wrong;
 - `form`: the text is no step, or steps are missing or too many;
 - `answer`: the thinking is right and the summary is not.
 
-The first three are failures of information flow, the fourth is not: that is the point of telling them apart.
+The first two are failures of information flow between steps, the next two happen within one: that is the
+point of telling them apart.
 All earlier steps are right when the first error happens, so the right value of an operand is the trace's own.
 """
 
@@ -21,11 +22,11 @@ from typing import Literal
 
 from stepflow_tl.testbed.problems import Derivation, Problem
 
-ErrorKind = Literal["definition", "given", "earlier step", "arithmetic", "form", "answer"]
+ErrorKind = Literal["definition", "earlier step", "copy", "arithmetic", "form", "answer"]
 ERROR_KINDS: tuple[ErrorKind, ...] = (
-    "definition", "given", "earlier step", "arithmetic", "form", "answer",
+    "definition", "earlier step", "copy", "arithmetic", "form", "answer",
 )  # fmt: skip
-FLOW_ERRORS: tuple[ErrorKind, ...] = ("definition", "given", "earlier step")
+FLOW_ERRORS: tuple[ErrorKind, ...] = ("definition", "earlier step")
 
 _STEP = re.compile(r"([a-z]) = (\w) ([+-]) (\w): (\d) ([+-]) (\d) = (\d)")
 
@@ -76,7 +77,7 @@ def _first_error(derivation: Derivation, text: str) -> ErrorKind | None:
         return "definition"
     for operand, stated, true in ((left, x, derivation.left_value), (right, y, derivation.right_value)):
         if int(stated) != true:
-            return "given" if operand.isupper() else "earlier step"
+            return "copy" if operand.isdigit() else "earlier step"
     if sign_again != sign:
         return "form"
     return None if int(value) == derivation.value else "arithmetic"

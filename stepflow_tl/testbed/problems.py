@@ -1,25 +1,26 @@
 """Problems that take several steps, each with the graph of what needs what.
 
-    B = 7            premises: values of givens (capital letters) ...
-    b = a - A
-    A = 4            ... and definitions of variables (small letters), in any order
-    a = A + B
-    find b
+    b = a - 5            premises: how each variable is defined, in any order
+    c = b + a
+    a = 4 + 7
+    find c
 
-    a = A + B: 4 + 7 = 1         step 0 needs the definition of a, and the givens A and B
+    a = 4 + 7: 4 + 7 = 1         step 0 needs the definition of a
 
-    b = a - A: 1 - 4 = 7         step 1 needs the definition of b, the given A, and step 0
+    b = a - 5: 1 - 5 = 6         step 1 needs the definition of b, and step 0
+
+    c = b + a: 6 + 1 = 7         step 2 needs the definition of c, step 1 and step 0
 
     7                            the summary needs the last step
 
 1. The variables are worked out in alphabetical order, so what each step must do is fixed by the question:
    nothing is guessed, and one thinking alone is right.
 2. The first operand of a step is an earlier variable, `min_distance` to `max_distance` steps back; the second
-   is a given with probability `given_share`, else another earlier variable. The first step has givens only.
-3. A step's true sources are therefore two premises or steps for the values and one premise for the
-   definition. Givens are told once, at the beginning, and may be needed at the very end: a premise that is
-   forgotten on the way gives a wrong value.
-4. Distractors are givens that nothing uses.
+   is a number with probability `number_share`, else another earlier variable. The first step adds or
+   subtracts two numbers.
+3. A step's true sources are therefore one premise, its definition, and one or two earlier steps. A premise is
+   told once, at the beginning, and may be needed at the very end; so may the value of an early step.
+4. Distractors are definitions of capital letters, which nothing uses and no step works out.
 
 Numbers are taken modulo `modulus`, at most 10, so every value is one digit, one token.
 """
@@ -40,22 +41,20 @@ class ProblemSpec:
 
     Args:
         n_steps: Variables to work out; 1 to 26.
-        n_givens: Givens that steps may use; at least 2.
-        n_distractors: Givens that no step uses.
-        given_share: Probability that a step's second operand is a given.
+        n_distractors: Definitions that no step uses; 0 to 26.
+        number_share: Probability that a step's second operand is a number.
         min_distance: Least number of steps between a step and the variable it takes first.
         max_distance: Largest such number; None for any.
         modulus: Values are 0 .. modulus - 1; 2 to 10.
-        shuffled: Whether premises stand in random order; else givens first, then definitions in order.
+        shuffled: Whether premises stand in random order; else definitions in order, then distractors.
 
     Raises:
         ProblemError: If a number is out of range.
     """
 
     n_steps: int = 8
-    n_givens: int = 4
     n_distractors: int = 0
-    given_share: float = 0.5
+    number_share: float = 0.5
     min_distance: int = 1
     max_distance: int | None = None
     modulus: int = 10
@@ -66,13 +65,11 @@ class ProblemSpec:
         letters = len(ascii_uppercase)
         checks = [
             (1 <= self.n_steps <= letters, f"n_steps={self.n_steps}: expected 1 to {letters}"),
-            (self.n_givens >= 2, f"n_givens={self.n_givens}: the first step adds two of them"),
-            (self.n_distractors >= 0, f"n_distractors={self.n_distractors}: expected 0 or more"),
             (
-                self.n_givens + self.n_distractors <= letters,
-                f"{self.n_givens} givens and {self.n_distractors} distractors: there are {letters} letters",
+                0 <= self.n_distractors <= letters,
+                f"n_distractors={self.n_distractors}: expected 0 to {letters}",
             ),
-            (0 <= self.given_share <= 1, f"given_share={self.given_share}: expected 0 to 1"),
+            (0 <= self.number_share <= 1, f"number_share={self.number_share}: expected 0 to 1"),
             (self.min_distance >= 1, f"min_distance={self.min_distance}: a step needs earlier ones"),
             (
                 self.max_distance is None or self.max_distance >= self.min_distance,
@@ -90,7 +87,7 @@ class ProblemSpec:
 
 @dataclass(frozen=True)
 class Premise:
-    """One line of the question: the value of a given or the definition of a variable."""
+    """One line of the question: the definition of a variable."""
 
     name: str
     text: str
@@ -98,7 +95,7 @@ class Premise:
 
 @dataclass(frozen=True)
 class Derivation:
-    """One thinking step: `name = left sign right`, with values."""
+    """One thinking step: `name = left sign right`, operands variables or numbers, with values."""
 
     name: str
     left: str
@@ -163,14 +160,9 @@ class Problem:
 
     @property
     def premise_edges(self) -> frozenset[tuple[int, int]]:
-        """`(i, p)`: thinking step i takes a definition or a given's value from line p of the question."""
+        """`(i, p)`: thinking step i works out what line p of the question defines."""
         line = {premise.name: p for p, premise in enumerate(self.premises)}
-        return frozenset(
-            (i, line[source])
-            for i, derivation in enumerate(self.derivations)
-            for source in (derivation.name, derivation.left, derivation.right)
-            if source == derivation.name or source.isupper()
-        )
+        return frozenset((i, line[derivation.name]) for i, derivation in enumerate(self.derivations))
 
 
 def make_problems(spec: ProblemSpec, n: int, *, seed: int) -> list[Problem]:
@@ -186,32 +178,34 @@ def stream_problems(spec: ProblemSpec, rng: random.Random) -> Iterator[Problem]:
 
 
 def _make(spec: ProblemSpec, rng: random.Random) -> Problem:
-    capitals = rng.sample(ascii_uppercase, spec.n_givens + spec.n_distractors)
-    values = {name: rng.randrange(spec.modulus) for name in capitals}
-    givens = capitals[: spec.n_givens]
+    names = ascii_lowercase[: spec.n_steps]
+    values: dict[str, int] = {}
     derivations: list[Derivation] = []
-    for step in range(spec.n_steps):
-        left, right = _operands(spec, step, givens, rng)
+    for step, name in enumerate(names):
+        left, right = _operands(spec, step, rng)
         sign = rng.choice("+-")
-        x, y = values[left], values[right]
-        value = (x + y if sign == "+" else x - y) % spec.modulus
-        name = ascii_lowercase[step]
-        values[name] = value
-        derivations.append(Derivation(name, left, sign, right, x, y, value))
-    premises = [Premise(name, f"{name} = {values[name]}") for name in capitals]
-    premises += [Premise(d.name, f"{d.name} = {d.definition}") for d in derivations]
+        x, y = (values[operand] if operand in values else int(operand) for operand in (left, right))
+        values[name] = (x + y if sign == "+" else x - y) % spec.modulus
+        derivations.append(Derivation(name, left, sign, right, x, y, values[name]))
+    premises = [Premise(d.name, f"{d.name} = {d.definition}") for d in derivations]
+    for name in rng.sample(ascii_uppercase, spec.n_distractors):
+        second = rng.choice(names) if rng.random() >= spec.number_share else _number(spec, rng)
+        premises.append(Premise(name, f"{name} = {rng.choice(names)} {rng.choice('+-')} {second}"))
     if spec.shuffled:
         rng.shuffle(premises)
     return Problem(spec, tuple(premises), tuple(derivations))
 
 
-def _operands(spec: ProblemSpec, step: int, givens: list[str], rng: random.Random) -> tuple[str, str]:
+def _operands(spec: ProblemSpec, step: int, rng: random.Random) -> tuple[str, str]:
     if step == 0:
-        first, second = rng.sample(givens, 2)
-        return first, second
+        return _number(spec, rng), _number(spec, rng)
     farthest = step if spec.max_distance is None else min(step, spec.max_distance)
     left = ascii_lowercase[step - rng.randint(min(spec.min_distance, farthest), farthest)]
     others = [name for name in ascii_lowercase[:step] if name != left]
-    if not others or rng.random() < spec.given_share:
-        return left, rng.choice(givens)
+    if not others or rng.random() < spec.number_share:
+        return left, _number(spec, rng)
     return left, rng.choice(others)
+
+
+def _number(spec: ProblemSpec, rng: random.Random) -> str:
+    return str(rng.randrange(spec.modulus))

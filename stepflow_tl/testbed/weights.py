@@ -151,7 +151,7 @@ python -m stepflow_tl.testbed.train {options} --out FOLDER
 in {minutes:.0f} minutes on {platform.machine()}, {torch.get_num_threads()} CPU threads,
 torch {torch.__version__}, transformers {transformers.__version__}.
 
-Greedy answers that are right, {n_graded} fresh problems a row (4 givens, no distractors):
+Greedy answers that are right, {n_graded} fresh problems a row (no distractors):
 
 | steps | right |
 |---:|---:|

@@ -33,7 +33,7 @@ def test_rows_name_the_steps_that_the_text_mentions():
                 for candidate, is_needed in zip(row.candidates, row.needed, strict=True):
                     name = texts[candidate][0]
                     is_premise = texts[candidate].count(" = ") == 1
-                    needed = name == own if is_premise and name.islower() else name in body
+                    needed = name == own if is_premise else name in body
                     assert is_needed == needed
                     assert candidate < row.query and (sources != "premises" or is_premise)
 
@@ -46,7 +46,7 @@ def test_a_question_in_one_step_is_refused():
 
     (problem,) = make_problems(ProblemSpec(), 1, seed=0)
     trace = ReasoningTrace.from_parts(tokenizer(), problem.question, problem.thinking, problem.answer)
-    with pytest.raises(ProblemError, match="has 1 steps, the problem 12 premises.*question_splitter='line'"):
+    with pytest.raises(ProblemError, match="has 1 steps, the problem 8 premises.*question_splitter='line'"):
         edge_rows(problem, trace)
 
 

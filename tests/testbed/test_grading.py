@@ -8,13 +8,13 @@ def problem():
     from stepflow_tl.testbed.problems import Derivation, Premise, Problem, ProblemSpec
 
     return Problem(
-        ProblemSpec(n_steps=2, n_givens=2),
-        (Premise("b", "b = a - A"), Premise("A", "A = 4"), Premise("B", "B = 7"), Premise("a", "a = A + B")),
-        (Derivation("a", "A", "+", "B", 4, 7, 1), Derivation("b", "a", "-", "A", 1, 4, 7)),
+        ProblemSpec(n_steps=2),
+        (Premise("b", "b = a - 4"), Premise("a", "a = 4 + 7")),
+        (Derivation("a", "4", "+", "7", 4, 7, 1), Derivation("b", "a", "-", "4", 1, 4, 7)),
     )
 
 
-RIGHT = "a = A + B: 4 + 7 = 1\n\nb = a - A: 1 - 4 = 7\n"
+RIGHT = "a = 4 + 7: 4 + 7 = 1\n\nb = a - 4: 1 - 4 = 7\n"
 
 
 def test_the_right_thinking_is_right(problem):
@@ -27,18 +27,19 @@ def test_the_right_thinking_is_right(problem):
 @pytest.mark.parametrize(
     ("old", "new", "error", "step"),
     [
-        ("a = A + B: 4", "a = B + A: 4", "definition", 0),
-        ("b = a - A", "c = a - A", "definition", 1),
-        ("b = a - A: 1", "b = a + A: 1", "definition", 1),
-        ("4 + 7 = 1", "5 + 7 = 2", "given", 0),
-        ("4 + 7 = 1", "4 + 8 = 2", "given", 0),
-        ("1 - 4 = 7", "1 - 5 = 6", "given", 1),
+        ("a = 4 + 7: 4", "a = 7 + 4: 4", "definition", 0),
+        ("b = a - 4", "c = a - 4", "definition", 1),
+        ("b = a - 4: 1", "b = a + 4: 1", "definition", 1),
+        ("b = a - 4: 1", "b = a - 5: 1", "definition", 1),
+        (": 4 + 7 = 1", ": 5 + 7 = 2", "copy", 0),
+        (": 4 + 7 = 1", ": 4 + 8 = 2", "copy", 0),
+        ("1 - 4 = 7", "1 - 5 = 6", "copy", 1),
         ("1 - 4 = 7", "2 - 4 = 8", "earlier step", 1),
         ("2 - 5", "2 - 5", None, None),
         ("1 - 4 = 7", "1 - 4 = 8", "arithmetic", 1),
-        ("4 + 7 = 1", "4 - 7 = 7", "form", 0),
-        ("b = a - A: 1 - 4 = 7", "b = a", "form", 1),
-        ("\n\nb = a - A: 1 - 4 = 7", "", "form", 1),
+        (": 4 + 7 = 1", ": 4 - 7 = 7", "form", 0),
+        ("b = a - 4: 1 - 4 = 7", "b = a", "form", 1),
+        ("\n\nb = a - 4: 1 - 4 = 7", "", "form", 1),
         ("= 7\n", "= 7\n\nc = a + b: 1 + 7 = 8\n", "form", 2),
     ],
 )
@@ -54,7 +55,7 @@ def test_the_first_error_is_named(problem, old, new, error, step):
 def test_of_two_errors_the_first_counts(problem):
     from stepflow_tl.testbed import grade
 
-    verdict = grade(problem, "a = A + B: 4 + 7 = 2\n\nb = a - A: 2 - 5 = 7\n", "3")
+    verdict = grade(problem, "a = 4 + 7: 4 + 7 = 2\n\nb = a - 4: 2 - 5 = 7\n", "3")
     assert (verdict.error, verdict.step, verdict.correct) == ("arithmetic", 0, False)
 
 

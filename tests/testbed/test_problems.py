@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 SPECS = st.fixed_dictionaries(
     {
         "n_steps": st.integers(1, 26),
-        "n_givens": st.integers(2, 12),
         "n_distractors": st.integers(0, 8),
-        "given_share": st.floats(0, 1),
+        "number_share": st.floats(0, 1),
         "min_distance": st.integers(1, 4),
         "modulus": st.integers(2, 10),
         "shuffled": st.booleans(),
@@ -46,13 +45,12 @@ def test_the_thinking_is_what_the_question_asks_for(knobs, seed):
     values = work_out(problem.question, spec.modulus)
     names = [derivation.name for derivation in problem.derivations]
     assert names == sorted(names) and len(names) == spec.n_steps
-    assert len(values) == spec.n_steps + spec.n_givens + spec.n_distractors
+    assert len(values) == spec.n_steps + spec.n_distractors
     for derivation in problem.derivations:
         assert derivation.value == values[derivation.name] < spec.modulus
-        assert (derivation.left_value, derivation.right_value) == (
-            values[derivation.left],
-            values[derivation.right],
-        )
+        operands = (derivation.left, derivation.right)
+        stated = (derivation.left_value, derivation.right_value)
+        assert stated == tuple(values[o] if o in values else int(o) for o in operands)
     assert problem.question.splitlines()[-1] == f"find {names[-1]}"
     assert problem.answer == str(values[names[-1]])
     assert problem.thinking.split("\n\n") == [derivation.text for derivation in problem.derivations]
@@ -70,7 +68,6 @@ def test_edges_are_the_names_that_a_step_mentions(knobs, seed):
     for i, text in enumerate(texts):
         mentioned = set(text.split(" = ")[1].split(": ")[0].split(" ")) - {"+", "-"}
         steps |= {(i, j) for j, other in enumerate(texts) if other[0] in mentioned}
-        premises |= {(i, p) for p, line in enumerate(lines) if line[0] in mentioned and line[0].isupper()}
         premises |= {(i, p) for p, line in enumerate(lines) if line[0] == text[0]}
     assert problem.step_edges == steps and all(j < i for i, j in steps)
     assert problem.premise_edges == premises
@@ -88,16 +85,29 @@ def test_the_first_operand_stands_at_the_distance_asked_for(low, more, seed):
         assert min(low, i) <= i - order[derivation.left] <= low + more
 
 
-def test_given_share_decides_about_the_second_operand():
+def test_number_share_decides_about_the_second_operand():
     from stepflow_tl.testbed import ProblemSpec, make_problems
 
-    def part_of_givens(share):
-        problems = make_problems(ProblemSpec(n_steps=20, given_share=share), 100, seed=0)
+    def part_of_numbers(share):
+        problems = make_problems(ProblemSpec(n_steps=20, number_share=share), 100, seed=0)
         later = [d for problem in problems for d in problem.derivations[2:]]
-        return sum(d.right.isupper() for d in later) / len(later)
+        return sum(d.right.isdigit() for d in later) / len(later)
 
-    assert part_of_givens(0.0) == 0 and part_of_givens(1.0) == 1
-    assert abs(part_of_givens(0.3) - 0.3) < 0.05
+    assert part_of_numbers(0.0) == 0 and part_of_numbers(1.0) == 1
+    assert abs(part_of_numbers(0.3) - 0.3) < 0.05
+
+
+def test_distractors_are_defined_like_variables_and_needed_by_nothing():
+    from stepflow_tl.testbed import ProblemSpec, make_problems
+
+    for problem in make_problems(ProblemSpec(n_steps=4, n_distractors=3), 20, seed=0):
+        extra = [p for p, premise in enumerate(problem.premises) if premise.name.isupper()]
+        assert len(extra) == 3 and not {p for _, p in problem.premise_edges} & set(extra)
+        for p in extra:
+            name, body = problem.premises[p].text.split(" = ")
+            left, sign, right = body.split(" ")
+            assert left in "abcd" and sign in "+-" and right in "abcd0123456789"
+            assert name not in problem.thinking
 
 
 def test_the_same_seed_gives_the_same_problems_and_another_seed_others():
@@ -114,10 +124,9 @@ def test_the_same_seed_gives_the_same_problems_and_another_seed_others():
 def test_premises_in_order_and_shuffled_are_the_same_lines():
     from stepflow_tl.testbed import ProblemSpec, make_problems
 
-    (problem,) = make_problems(ProblemSpec(shuffled=False), 1, seed=0)
+    (problem,) = make_problems(ProblemSpec(n_distractors=2, shuffled=False), 1, seed=0)
     names = [premise.name for premise in problem.premises]
-    assert [name.isupper() for name in names] == sorted((n.isupper() for n in names), reverse=True)
-    assert names[4:] == sorted(names[4:])
+    assert names[:8] == list("abcdefgh") and all(name.isupper() for name in names[8:])
     (shuffled,) = make_problems(ProblemSpec(), 1, seed=0)
     assert [p.name for p in shuffled.premises] != sorted(p.name for p in shuffled.premises)
 
@@ -127,10 +136,9 @@ def test_premises_in_order_and_shuffled_are_the_same_lines():
     [
         ({"n_steps": 0}, "n_steps=0: expected 1 to 26"),
         ({"n_steps": 27}, "n_steps=27: expected 1 to 26"),
-        ({"n_givens": 1}, "n_givens=1"),
-        ({"n_distractors": -1}, "n_distractors=-1"),
-        ({"n_givens": 20, "n_distractors": 7}, "20 givens and 7 distractors: there are 26 letters"),
-        ({"given_share": 1.5}, "given_share=1.5: expected 0 to 1"),
+        ({"n_distractors": -1}, "n_distractors=-1: expected 0 to 26"),
+        ({"n_distractors": 27}, "n_distractors=27: expected 0 to 26"),
+        ({"number_share": 1.5}, "number_share=1.5: expected 0 to 1"),
         ({"min_distance": 0}, "min_distance=0"),
         ({"min_distance": 3, "max_distance": 2}, "max_distance=2 is below min_distance=3"),
         ({"modulus": 11}, "modulus=11: expected 2 to 10"),

@@ -20,8 +20,8 @@ def test_text_comes_back_and_every_symbol_is_one_token(tokenizer, n_steps):
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.decode(tokens) == text
         assert tokenizer.unk_token_id not in tokens
-        # begin, user; 4 a given, 6 a definition, "find x"; 3 to open; 12 a step; end, blank, answer
-        assert len(tokens) == 2 + 4 * 6 + 6 * n_steps + 2 + 3 + 12 * n_steps + 3
+        # begin, user; 6 a definition, "find x"; 3 to open; 12 a step; end, blank, answer
+        assert len(tokens) == 2 + 6 * (n_steps + 2) + 2 + 3 + 12 * n_steps + 3
 
 
 def test_traces_are_cut_into_premises_and_steps(tokenizer):
