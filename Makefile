@@ -4,6 +4,7 @@
 #   make test    ruff, then the tests with TransformerLens 4.3 (.venv) and again with 3.9 (.venv-tl39)
 #   make lint    ruff, formatting, pyright
 #   make bench   the scripts in benchmarks/ that need nothing but the package
+#   make reproduce   the study on the testbed, from problems to tables; out/reproduce/report.md
 # On a machine without CUDA, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes.
 
 PYTHON ?= python3
@@ -33,7 +34,7 @@ endef
 # $(call PYTEST,ENVIRONMENT): one worker a core and one thread a worker. A file stays on one worker, so its fixtures are made once.
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench reproduce clean
 
 setup: .venv/.installed
 
@@ -63,9 +64,12 @@ lint: setup
 	@.venv/bin/ruff format --check .
 	@.venv/bin/pyright --pythonpath .venv/bin/python
 
-# The others need a data file or a trained testbed model, which does not ship yet, and are run by hand.
+# The others need a data file and are run by hand.
 bench: setup
-	@set -e; for script in $(addprefix benchmarks/,saliency.py stepflow.py gpu_check.py); do echo $$script; $(OFFLINE) .venv/bin/python $$script; done
+	@set -e; for script in $(addprefix benchmarks/,saliency.py stepflow.py gpu_check.py faithfulness.py); do echo $$script; $(OFFLINE) .venv/bin/python $$script; done
+
+reproduce: setup
+	@$(OFFLINE) .venv/bin/python benchmarks/reproduce.py
 
 clean:
 	rm -rf .venv .venv-tl39 out dist build .pytest_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stepflow_tl.models import load_default_model as load_default_model
     from stepflow_tl.saliency import StepSaliency as StepSaliency
     from stepflow_tl.saliency import step_saliency as step_saliency
+    from stepflow_tl.testbed.model import load_testbed_model as load_testbed_model
     from stepflow_tl.trace import ReasoningTrace as ReasoningTrace
     from stepflow_tl.trace import Segment as Segment
     from stepflow_tl.trace import Step as Step
@@ -31,6 +32,7 @@ _HOME_OF = {
     "Step": "stepflow_tl.trace",
     "Segment": "stepflow_tl.trace",
     "load_default_model": "stepflow_tl.models",
+    "load_testbed_model": "stepflow_tl.testbed.model",
     "step_saliency": "stepflow_tl.saliency",
     "StepSaliency": "stepflow_tl.saliency",
     "diagnose": "stepflow_tl.diagnostics",
@@ -50,6 +52,7 @@ __all__ = [
     "compare",
     "diagnose",
     "load_default_model",
+    "load_testbed_model",
     "momentum_hook",
     "step_saliency",
 ]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from stepflow_tl.rendering.circuitsvis_view import StepMapView as StepMapView
     from stepflow_tl.rendering.circuitsvis_view import show_step_maps as show_step_maps
     from stepflow_tl.rendering.export import save_figure as save_figure
+    from stepflow_tl.rendering.group_profiles import comparison_figure as comparison_figure
     from stepflow_tl.rendering.profiles import profile_figure as profile_figure
     from stepflow_tl.rendering.step_maps import step_map_figure as step_map_figure
 
@@ -18,11 +19,19 @@ _HOME_OF = {
     "StepMapView": "stepflow_tl.rendering.circuitsvis_view",
     "show_step_maps": "stepflow_tl.rendering.circuitsvis_view",
     "save_figure": "stepflow_tl.rendering.export",
+    "comparison_figure": "stepflow_tl.rendering.group_profiles",
     "profile_figure": "stepflow_tl.rendering.profiles",
     "step_map_figure": "stepflow_tl.rendering.step_maps",
 }
 
-__all__ = ["StepMapView", "profile_figure", "save_figure", "show_step_maps", "step_map_figure"]
+__all__ = [
+    "StepMapView",
+    "comparison_figure",
+    "profile_figure",
+    "save_figure",
+    "show_step_maps",
+    "step_map_figure",
+]
 
 
 def __getattr__(name: str) -> object:

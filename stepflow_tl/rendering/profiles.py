@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepflow_tl.bands import deep_band, shallow_band
 from stepflow_tl.diagnostics.diagnosis import Diagnosis
+from stepflow_tl.rendering.depth_axes import (
+    FIRST,
+    SECOND,
+    TEXT_SIZE,
+    TICK_SIZE,
+    TITLE_SIZE,
+    prepare_depth_axes,
+)
 from stepflow_tl.rendering.export import new_figure
 from stepflow_tl.rendering.extras import require
 from stepflow_tl.rendering.layout import wrap_to_width
@@ -24,12 +31,8 @@ from stepflow_tl.rendering.layout import wrap_to_width
 if TYPE_CHECKING:
     import matplotlib.figure
 
-_TICK_SIZE, _TEXT_SIZE, _TITLE_SIZE = 6.5, 7.0, 8.0
 _LEFT, _RIGHT, _BOTTOM, _TOP = 0.58, 0.12, 0.40, 0.45
 _GAP_X, _GAP_Y, _LINE = 0.30, 0.60, 0.15
-# Okabe and Ito's blue and vermilion, told apart further by marker and dash.
-_FIRST: dict[str, Any] = {"color": "#0072b2", "marker": "o", "linestyle": "-"}
-_SECOND: dict[str, Any] = {"color": "#d55e00", "marker": "s", "linestyle": (0, (4, 1.5))}
 _PANELS = (
     ("Thinking steps", ("lock_in", "on the step itself (lock-in)"), ("question_share", "on the question")),
     ("Summary steps", ("thinking_share", "on the thinking"), ("self_share", "on the summary itself")),
@@ -58,7 +61,7 @@ def profile_figure(
     panel_width = (width - _LEFT - _RIGHT - (columns - 1) * _GAP_X) / columns
     panel_height = min(2.0, 0.6 * panel_width)
     heading = title if title is not None else f"Step-Saliency over depth: {diagnosis.model_name}"
-    lines = wrap_to_width(heading, _TITLE_SIZE, width - _LEFT)
+    lines = wrap_to_width(heading, TITLE_SIZE, width - _LEFT)
     top = _TOP + _LINE * len(lines)
     height = top + rows * panel_height + (rows - 1) * _GAP_Y + _BOTTOM
     figure = new_figure(width, height)
@@ -67,37 +70,22 @@ def profile_figure(
         x = _LEFT + column * (panel_width + _GAP_X)
         y = height - top - panel_height - row * (panel_height + _GAP_Y)
         axes = figure.add_axes((x / width, y / height, panel_width / width, panel_height / height))
-        axes.set_title(name, fontsize=_TEXT_SIZE, pad=13, loc="left", fontweight="bold")
-        _shade_bands(axes, diagnosis.n_layers)
+        axes.set_title(name, fontsize=TEXT_SIZE, pad=13, loc="left", fontweight="bold")
+        prepare_depth_axes(axes, diagnosis.n_layers)
+        axes.set_ylim(0, 1.1)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25 %", "50 %", "75 %", "100 %"])
         _draw_shares(axes, diagnosis, (first, second), panel_width)
-        axes.tick_params(labelsize=_TICK_SIZE, length=2, width=0.5, pad=2)
+        axes.tick_params(labelsize=TICK_SIZE, length=2, width=0.5, pad=2)
         if column == 0:
-            axes.set_ylabel("share of a step's saliency", fontsize=_TEXT_SIZE)
+            axes.set_ylabel("share of a step's saliency", fontsize=TEXT_SIZE)
         else:
             axes.tick_params(labelleft=False)
         if row == rows - 1:
-            axes.set_xlabel("layer", fontsize=_TEXT_SIZE)
+            axes.set_xlabel("layer", fontsize=TEXT_SIZE)
     for i, line in enumerate(lines):
         y = 1 - (0.15 + _LINE * i) / height
-        figure.text(_LEFT / width, y, line, fontsize=_TITLE_SIZE, va="center", parse_math=False)
+        figure.text(_LEFT / width, y, line, fontsize=TITLE_SIZE, va="center", parse_math=False)
     return figure
-
-
-def _shade_bands(axes: Any, n_layers: int) -> None:
-    for band, name in ((shallow_band(n_layers), "shallow"), (deep_band(n_layers), "deep")):
-        axes.axvspan(band.start - 0.5, band.stop - 0.5, color="0.93", linewidth=0, zorder=0)
-        middle = (band.start + band.stop - 1) / 2
-        axes.text(middle, 1.02, name, fontsize=_TICK_SIZE, color="0.4", ha="center", va="bottom")
-    axes.set_xlim(-0.5, n_layers - 0.5)
-    axes.set_ylim(0, 1.1)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25 %", "50 %", "75 %", "100 %"])
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(axis="y", color="0.85", linewidth=0.4)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_linewidth(0.5)
 
 
 def _draw_shares(
@@ -106,7 +94,7 @@ def _draw_shares(
     order = np.argsort(diagnosis.layers)
     layers = np.asarray(diagnosis.layers)[order]
     drawn = False
-    for (metric, name), style in zip(lines, (_FIRST, _SECOND), strict=True):
+    for (metric, name), style in zip(lines, (FIRST, SECOND), strict=True):
         shares = np.asarray(getattr(diagnosis, metric).tolist(), dtype=float)[order]
         if np.isnan(shares).all():
             continue
@@ -116,7 +104,7 @@ def _draw_shares(
         drawn = True
     if drawn:
         axes.legend(
-            fontsize=_TICK_SIZE,
+            fontsize=TICK_SIZE,
             frameon=False,
             loc="lower left",
             bbox_to_anchor=(0, 1),
@@ -129,6 +117,6 @@ def _draw_shares(
         return
     reasons = [diagnosis.reasons[metric] for metric, _ in lines if metric in diagnosis.reasons]
     words = "\n".join(
-        wrap_to_width(reasons[0] if reasons else "not defined for this trace", _TEXT_SIZE, width)
+        wrap_to_width(reasons[0] if reasons else "not defined for this trace", TEXT_SIZE, width)
     )
-    axes.text(0.5, 0.4, words, fontsize=_TEXT_SIZE, color="0.35", transform=axes.transAxes, ha="center")
+    axes.text(0.5, 0.4, words, fontsize=TEXT_SIZE, color="0.35", transform=axes.transAxes, ha="center")

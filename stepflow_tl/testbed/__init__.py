@@ -1,8 +1,8 @@
 """A miniature reasoning model on problems whose true flow of information is known.
 
 `problems` makes chains of definitions that must be worked out step by step, with the true edges between
-steps; `vocabulary` writes them as R1-style text; `train` makes a model that solves them and `model` loads it
-(none ships yet); `grading` says whether a written trace is right and, if not, what went wrong first.
+steps; `vocabulary` writes them as R1-style text; `train` makes a model that solves them, `model` loads the
+one that ships; `grading` says whether a written trace is right and, if not, what went wrong first.
 """
 
 from stepflow_tl.testbed.grading import Grade, grade

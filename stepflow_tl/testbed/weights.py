@@ -108,8 +108,8 @@ def check_files(folder: Path) -> None:
     listed = folder / "checksums.json"
     if not listed.is_file():
         raise ModelError(
-            f"No testbed model in {folder}: checksums.json is missing. This version ships none: train "
-            "one with python -m stepflow_tl.testbed.train --out FOLDER, and name that folder."
+            f"No testbed model in {folder}: checksums.json is missing. Install the package again, or train "
+            "a model with python -m stepflow_tl.testbed.train --out FOLDER and name that folder."
         )
     for name, expected in json.loads(listed.read_text(encoding="utf-8")).items():
         file = folder / name
