@@ -7,11 +7,13 @@ Parts, each on problems of its own (another seed):
 1. Accuracy of the plain model, of the bridge, momentum and StepFlow, and of their controls, by difficulty;
    greedy, paired by problem.
 2. What went wrong first in the plain model's wrong traces, and which of these errors StepFlow repairs.
-3. Lock-in and decay of right against wrong traces, matched one to one by number of steps and of tokens.
-4. Bands chosen from half of these pairs; their effect, and the quarters', on the other half.
-5. How well each score finds the true edges (`faithfulness.py`), and the same with shuffled edges.
+3. A search over strengths and bands: chosen on validation problems, reported on test problems, both others
+   than those of part 1.
+4. Lock-in and decay of right against wrong traces, matched one to one by number of steps and of tokens.
+5. Bands chosen from half of these pairs; their effect, and the quarters', on the other half.
+6. How well each score finds the true edges (`faithfulness.py`), and the same with shuffled edges.
 
-Writes `report.md` and `study.json`. Nothing is tuned on what is reported.
+Writes `report.md`, its pictures and `study.json`. Nothing is tuned on what is reported.
 """
 
 import argparse
@@ -30,7 +32,8 @@ import torch
 from stepflow_tl import ReasoningTrace, compare, diagnose, step_saliency
 from stepflow_tl.bands import deep_band, shallow_band
 from stepflow_tl.diagnostics import choose_bands
-from stepflow_tl.evaluation import Decoding, evaluate, questions_of
+from stepflow_tl.evaluation import Decoding, evaluate, grid, questions_of, search
+from stepflow_tl.rendering import comparison_figure, save_figure, step_map_figure
 from stepflow_tl.testbed import ProblemSpec, grade, load_testbed_model, make_problems
 from stepflow_tl.testbed.grading import ERROR_KINDS, FLOW_ERRORS
 
@@ -41,8 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/reproduce"))
     parser.add_argument("--problems", type=int, default=2000, help="test problems of part 1")
-    parser.add_argument("--pairs", type=int, default=200, help="most matched pairs of part 3")
-    parser.add_argument("--edges", type=int, default=120, help="test problems of part 5")
+    parser.add_argument("--searched", type=int, default=800, help="problems of part 3, half for choosing")
+    parser.add_argument("--pairs", type=int, default=200, help="most matched pairs of part 4")
+    parser.add_argument("--edges", type=int, default=120, help="test problems of part 6")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -61,12 +65,15 @@ def main() -> None:
         "## What went wrong first",
         error_table(errors),
         repaired_table(found),
+        "## Strengths and bands, chosen on other problems",
+        *search_part(model, options),
         "## Shallow Lock-in and Deep Decay: right against wrong traces",
-        *diagnosis_part(pairs),
+        *diagnosis_part(pairs, options.out),
         "## Bands",
         *bands_part(pairs, int(model.cfg.n_layers), options.seed),
         "## Which scores find the true edges",
         *edges_part(options),
+        *map_part(model, options),
     ]
     minutes = (time.perf_counter() - start) / 60
     parts.append(
@@ -78,16 +85,42 @@ def main() -> None:
     print(f"written: {options.out}/report.md, {options.out}/study.json ({minutes:.1f} minutes)")
 
 
+def problems_of(options, n, seed):
+    """`n` problems, as many of each number of steps."""
+    specs = [ProblemSpec(n_steps=n_steps) for n_steps in options.steps]
+    return [p for spec in specs for p in make_problems(spec, n // len(specs), seed=seed + options.seed)]
+
+
+def greedy(options):
+    return Decoding(max_new_tokens=max(options.steps) * 12 + 24, batch_size=250)
+
+
 def accuracy(model, options):
-    per_length = options.problems // len(options.steps)
-    problems = [
-        problem
-        for n_steps in options.steps
-        for problem in make_problems(ProblemSpec(n_steps=n_steps), per_length, seed=10_000 + options.seed)
+    questions = questions_of(problems_of(options, options.problems, 10_000))
+    return evaluate(model, questions, decoding=greedy(options), seed=options.seed, progress=_say)
+
+
+def search_part(model, options):
+    n_layers = int(model.cfg.n_layers)
+    halves = tuple(range(n_layers // 2)), tuple(range(n_layers // 2, n_layers))
+    candidates = grid(tau_max=[0.05, 0.15, 0.5], alpha=[0.02, 0.06, 0.2])
+    candidates += grid(tau_max=[0.05, 0.15], alpha=[0.02, 0.06], shallow=[halves[0]], deep=[halves[1]])
+    found = search(
+        model,
+        questions_of(problems_of(options, options.searched, 20_000)),
+        candidates,
+        validation_part=0.5,
+        decoding=greedy(options),
+        seed=options.seed,
+        progress=_say,
+    )
+    lines = ["| candidate | right, validation |", "|---|---:|"]
+    lines += [f"| {brief(flow)} | {score:.3f} |" for flow, score in found.validation]
+    return [
+        "\n".join(lines),
+        f"Chosen: {brief(found.chosen)}. On the test problems, which no candidate has seen:",
+        fenced(found.test.table()),
     ]
-    longest = max(options.steps) * 12 + 24
-    decoding = Decoding(max_new_tokens=longest, batch_size=100)
-    return evaluate(model, questions_of(problems), decoding=decoding, seed=options.seed, progress=_say)
 
 
 def first_errors(found):
@@ -160,15 +193,22 @@ def matched_pairs(model, found, options):
     return pairs
 
 
-def diagnosis_part(pairs):
+def brief(flow):
+    bands = "quarters" if flow.shallow is None else "halves"
+    return f"tau_max {flow.tau_max:g}, alpha {flow.alpha:g}, bands {bands}"
+
+
+def diagnosis_part(pairs, out):
     if len(pairs) < 10:
         return [f"Only {len(pairs)} matched pairs: too few to compare."]
     right, wrong = ([pair[side] for pair in pairs] for side in (0, 1))
     ids = list(range(len(pairs)))
     comparison = compare(right, wrong, names=("right", "wrong"), pair_by=(ids, ids))
+    save_figure(comparison_figure(comparison), out / "right_and_wrong.png", dpi=150)
     return [
         f"{len(pairs)} pairs, matched by number of steps and of tokens; maps of what the plain model wrote.",
         fenced(str(comparison)),
+        "![Lock-in and thinking share over depth, right and wrong traces](right_and_wrong.png)",
     ]
 
 
@@ -218,6 +258,15 @@ def edges_part(options):
         parts.append("With shuffled edges, all layers:" if shuffle else "With the true edges:")
         parts.append(fenced(faithfulness.table(kept)))
     return parts
+
+
+def map_part(model, options):
+    """The map of one solution, to look at."""
+    (problem,) = make_problems(ProblemSpec(n_steps=10), 1, seed=options.seed)
+    saliency = step_saliency(model, faithfulness.trace_of(model.tokenizer, problem))
+    save_figure(step_map_figure(saliency), options.out / "map.png", dpi=150)
+    needs = ", ".join(f"T{i + 1} needs T{j + 1}" for i, j in sorted(problem.step_edges))
+    return ["## One map", f"Ten steps; {needs}.", "![Step maps of one solution, all layers](map.png)"]
 
 
 def fenced(text):

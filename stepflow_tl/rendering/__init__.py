@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stepflow_tl.rendering.arcs import arc_figure as arc_figure
     from stepflow_tl.rendering.circuitsvis_view import StepMapView as StepMapView
     from stepflow_tl.rendering.circuitsvis_view import show_step_maps as show_step_maps
     from stepflow_tl.rendering.export import save_figure as save_figure
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from stepflow_tl.rendering.step_maps import step_map_figure as step_map_figure
 
 _HOME_OF = {
+    "arc_figure": "stepflow_tl.rendering.arcs",
     "StepMapView": "stepflow_tl.rendering.circuitsvis_view",
     "show_step_maps": "stepflow_tl.rendering.circuitsvis_view",
     "save_figure": "stepflow_tl.rendering.export",
@@ -26,6 +28,7 @@ _HOME_OF = {
 
 __all__ = [
     "StepMapView",
+    "arc_figure",
     "comparison_figure",
     "profile_figure",
     "save_figure",
