@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from stepflow_tl.rendering.circuitsvis_view import StepMapView as StepMapView
     from stepflow_tl.rendering.circuitsvis_view import show_step_maps as show_step_maps
     from stepflow_tl.rendering.export import save_figure as save_figure
+    from stepflow_tl.rendering.flow_maps import flow_figure as flow_figure
     from stepflow_tl.rendering.group_profiles import comparison_figure as comparison_figure
     from stepflow_tl.rendering.profiles import profile_figure as profile_figure
     from stepflow_tl.rendering.step_maps import step_map_figure as step_map_figure
@@ -21,6 +22,7 @@ _HOME_OF = {
     "StepMapView": "stepflow_tl.rendering.circuitsvis_view",
     "show_step_maps": "stepflow_tl.rendering.circuitsvis_view",
     "save_figure": "stepflow_tl.rendering.export",
+    "flow_figure": "stepflow_tl.rendering.flow_maps",
     "comparison_figure": "stepflow_tl.rendering.group_profiles",
     "profile_figure": "stepflow_tl.rendering.profiles",
     "step_map_figure": "stepflow_tl.rendering.step_maps",
@@ -30,6 +32,7 @@ __all__ = [
     "StepMapView",
     "arc_figure",
     "comparison_figure",
+    "flow_figure",
     "profile_figure",
     "save_figure",
     "show_step_maps",

@@ -25,14 +25,11 @@ from stepflow_tl.rendering.export import new_figure
 from stepflow_tl.rendering.extras import require
 from stepflow_tl.rendering.layout import (
     POINTS_PER_INCH,
-    SegmentRun,
-    boundaries,
     evenly_over_depth,
-    margin_names,
     segment_runs,
-    thin_ticks,
     wrap_to_width,
 )
+from stepflow_tl.rendering.map_axes import TEXT_SIZE, TICK_SIZE, TITLE_SIZE, draw_map, label_axes
 from stepflow_tl.rendering.scales import DECADES, row_shares
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
@@ -45,9 +42,6 @@ Normalise = Literal["row", "row_linear", "log"]
 MAX_DEFAULT_PANELS = 6
 COLOUR_MAP = "magma_r"
 
-BOUNDARY_COLOUR = "#00a08a"  # absent from the colour map, and visible on both of its ends
-
-_TICK_SIZE, _TEXT_SIZE, _TITLE_SIZE = 6.0, 7.0, 8.0
 # Margins and gaps in inches.
 _LEFT, _RIGHT, _BOTTOM, _TOP, _LINE = 0.52, 0.88, 0.52, 0.25, 0.14
 _GAP_X, _GAP_Y = 0.14, 0.24
@@ -136,10 +130,10 @@ def step_map_figure(
         x = _LEFT + column * (side + _GAP_X)
         y = height - top - side - row * (side + _GAP_Y)
         axes = figure.add_axes((x / width, y / height, side / width, side / height))
-        image = _draw_map(axes, scaled, panel, runs, cell)
-        axes.set_title(f"layer {layer}", fontsize=_TEXT_SIZE, pad=2.5)
+        image = draw_map(axes, scaled.values[panel], COLOUR_MAP, scaled.norm, runs, cell)
+        axes.set_title(f"layer {layer}", fontsize=TEXT_SIZE, pad=2.5)
         outer = {"left": column == 0, "bottom": panel + columns >= len(chosen)}
-        _label_axes(axes, saliency.labels, runs, cell, **outer)
+        label_axes(axes, saliency.labels, runs, cell, **outer)
     _colour_bar(figure, image, scaled, width, height, top)
     for i, (line, size, colour) in enumerate(heading):
         y = 1 - (0.13 + _LINE * i) / height
@@ -185,57 +179,9 @@ def _heading(
         shown = f"{len(chosen)} of {saliency.n_layers} layers."
     second = f"{shown} Rows draw on columns. Objective: {saliency.provenance.objective}."
     lines = []
-    for text, size, colour in ((first, _TITLE_SIZE, "black"), (second, _TEXT_SIZE, "0.35")):
+    for text, size, colour in ((first, TITLE_SIZE, "black"), (second, TEXT_SIZE, "0.35")):
         lines += [(line, size, colour) for line in wrap_to_width(text, size, width - _LEFT)]
     return lines
-
-
-def _draw_map(axes: Any, scaled: _Scaled, panel: int, runs: list[SegmentRun], cell: float) -> Any:
-    image = axes.imshow(
-        scaled.values[panel], cmap=COLOUR_MAP, norm=scaled.norm, interpolation="nearest", aspect="auto"
-    )
-    n = scaled.values.shape[-1]
-    for at in boundaries(runs):
-        # An L inside the lower triangle: along the first row after the boundary, and down from the diagonal.
-        axes.plot(
-            [-0.5, at, at],
-            [at, at, n - 0.5],
-            color=BOUNDARY_COLOUR,
-            linewidth=min(0.8, 0.35 * cell),
-            solid_capstyle="butt",
-            solid_joinstyle="miter",
-        )
-    axes.set_xlim(-0.5, n - 0.5)
-    axes.set_ylim(n - 0.5, -0.5)
-    axes.spines[:].set_visible(False)
-    return image
-
-
-def _label_axes(
-    axes: Any, labels: list[str], runs: list[SegmentRun], cell: float, *, left: bool, bottom: bool
-) -> None:
-    """Step labels along the outer panels only, then a bar and a name a segment; `cell` is in points."""
-    ticks = thin_ticks(runs, _TICK_SIZE * 1.2 / cell)
-    names = [labels[i] for i in ticks]
-    axes.set_xticks(ticks, labels=names if bottom else [""] * len(ticks), rotation=90)
-    axes.set_yticks(ticks, labels=names if left else [""] * len(ticks))
-    axes.tick_params(labelsize=_TICK_SIZE, length=2, width=0.5, pad=1.5)
-    side = cell * len(labels)
-    bar_at = -(5 + max(len(name) for name in names) * _TICK_SIZE * 0.66) / side
-    name_at = bar_at - 6 / side
-    placed = margin_names(runs, _TEXT_SIZE * 0.66 / cell, len(labels))
-    for run, (name, centre) in zip(runs, placed, strict=True):
-        extent = [run.start - 0.5 + 0.7 / cell, run.end - 0.5 - 0.7 / cell]
-        if run.end - run.start < 2 / cell:  # too narrow for a gap at both ends
-            extent = [run.start - 0.5, run.end - 0.5]
-        bar = {"color": BOUNDARY_COLOUR, "linewidth": 1.5, "solid_capstyle": "butt", "clip_on": False}
-        text = {"fontsize": _TEXT_SIZE, "ha": "center", "va": "center"}
-        if bottom:
-            axes.plot(extent, [bar_at, bar_at], transform=axes.get_xaxis_transform(), **bar)
-            axes.text(centre, name_at, name, transform=axes.get_xaxis_transform(), **text)
-        if left:
-            axes.plot([bar_at, bar_at], extent, transform=axes.get_yaxis_transform(), **bar)
-            axes.text(name_at, centre, name, transform=axes.get_yaxis_transform(), rotation=90, **text)
 
 
 def _colour_bar(figure: Any, image: Any, scaled: _Scaled, width: float, height: float, top: float) -> None:
@@ -244,8 +190,8 @@ def _colour_bar(figure: Any, image: Any, scaled: _Scaled, width: float, height: 
     y = height - top - length
     bar_axes = figure.add_axes((x / width, y / height, _BAR_WIDTH / width, length / height))
     bar = figure.colorbar(image, cax=bar_axes, extend="min" if scaled.floor else "neither")
-    bar.set_label(scaled.label, fontsize=_TEXT_SIZE)
-    bar.ax.tick_params(labelsize=_TICK_SIZE, length=2, width=0.5, pad=1.5)
+    bar.set_label(scaled.label, fontsize=TEXT_SIZE)
+    bar.ax.tick_params(labelsize=TICK_SIZE, length=2, width=0.5, pad=1.5)
     bar.outline.set_linewidth(0.5)
     if scaled.percent:
         bar.ax.minorticks_off()

@@ -1,0 +1,75 @@
+"""Before and after StepFlow: the panels show shares and their difference."""
+
+import numpy as np
+import pytest
+import torch
+from made_maps import make_saliency
+
+
+def made_pair(n_thinking=6, n_summary=2):
+    plain = make_saliency(n_thinking, n_summary)
+    factor = 1 + torch.rand(plain.sums.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return plain, make_saliency(n_thinking, n_summary, sums=plain.sums * factor)
+
+
+def shares(saliency, layers):
+    mean = saliency.head_mean(layers=layers).mean(0).numpy()
+    return mean / mean.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("layers", [None, [1, 2]])
+def test_three_panels_plain_repaired_and_change(layers):
+    from stepflow_tl.rendering import flow_figure
+
+    plain, repaired = made_pair()
+    figure = flow_figure(plain, repaired, layers=layers)
+    images = [axes.images[0].get_array() for axes in figure.axes[:3]]
+    expected = [shares(saliency, layers or range(8)) for saliency in (plain, repaired)]
+    for image in images:
+        assert (image.mask == np.triu(np.ones((9, 9), dtype=bool), 1)).all()
+    for image, own in zip(images, expected, strict=False):
+        np.testing.assert_allclose(image.compressed(), np.maximum(own, 1e-3)[~image.mask])
+    change = 100 * (expected[1] - expected[0])
+    np.testing.assert_allclose(images[2].compressed(), change[~images[2].mask], atol=1e-9)
+    norm = figure.axes[2].images[0].norm
+    assert norm.vmin == -norm.vmax and 0.5 < norm.vmax <= np.abs(change).max()
+
+
+def test_no_change_is_drawn_as_none():
+    from stepflow_tl.rendering import flow_figure
+
+    plain, _ = made_pair()
+    image = flow_figure(plain, plain).axes[2].images[0]
+    assert not image.get_array().compressed().any() and image.norm(0.0) == 0.5
+
+
+@pytest.mark.parametrize("n_thinking", [6, 112])
+def test_no_text_overlaps_another_or_leaves_the_figure(n_thinking):
+    from stepflow_tl.rendering import flow_figure
+
+    figure = flow_figure(*made_pair(n_thinking))
+    renderer = figure.canvas.get_renderer()
+    figure.draw(renderer)
+    texts = list(figure.texts)
+    for axes in figure.axes:
+        texts += [*axes.texts, axes.title, axes.xaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()]
+    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts if t.get_text() and t.get_visible()]
+    assert len(boxes) > 20
+    inside = figure.bbox.padded(0.5)
+    low, high = -figure.bbox.width, 2 * figure.bbox.width
+    boxes = [(text, box) for text, box in boxes if low < box.x0 < high]
+    for i, (text, box) in enumerate(boxes):
+        assert inside.x0 <= box.x0 and box.x1 <= inside.x1, text
+        assert inside.y0 <= box.y0 and box.y1 <= inside.y1, text
+        for other, other_box in boxes[:i]:
+            assert not box.padded(-0.5).overlaps(other_box.padded(-0.5)), (text, other)
+
+
+def test_maps_of_different_traces_are_refused():
+    from stepflow_tl.errors import ComparisonError
+    from stepflow_tl.rendering import flow_figure
+
+    plain, _ = made_pair()
+    for other, what in ((make_saliency(7, 2), "tokens"), (make_saliency(6, 2, model_name="other"), "model")):
+        with pytest.raises(ComparisonError, match=f"differ in their {what}: map one trace twice"):
+            flow_figure(plain, other)
