@@ -37,7 +37,7 @@ from stepflow_tl.rendering import comparison_figure, save_figure, step_map_figur
 from stepflow_tl.testbed import ProblemSpec, grade, load_testbed_model, make_problems
 from stepflow_tl.testbed.grading import ERROR_KINDS, FLOW_ERRORS
 
-STEPS = (8, 12, 16, 20)
+STEPS = (12, 16, 18, 20)
 
 
 def main() -> None:

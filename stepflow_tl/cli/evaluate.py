@@ -23,7 +23,7 @@ from stepflow_tl.interventions import StepFlow
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
 
 TESTBED = "testbed"
-TESTBED_STEPS = (8, 12, 16, 20)
+TESTBED_STEPS = (12, 16, 18, 20)
 
 
 @dataclass(frozen=True)
