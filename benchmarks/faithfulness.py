@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--shuffle", action="store_true", help="random edges in place of the true ones")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = study(options)
+    rows = study(options)[options.shuffle]
     print(f"{options.problems} problems of {options.steps} steps, seed {options.seed}", end="")
     print(", SHUFFLED EDGES" if options.shuffle else "")
     print(table(rows))
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def study(options):
-    """Figures of every score, kind of source and place."""
+    """Figures of every score, kind of source and place: with the true edges, and with shuffled ones."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one order of summation, so the table is the same to the last digit
     try:
@@ -56,11 +56,14 @@ def study(options):
         test = measure(model, options, offset=2)
     finally:
         torch.set_num_threads(n_threads)
-    return summarise(train, test, model.cfg.n_layers, np.random.default_rng(options.seed))
+    return [
+        summarise(train[shuffle], test[shuffle], model.cfg.n_layers, np.random.default_rng(options.seed))
+        for shuffle in (False, True)
+    ]
 
 
 def measure(model, options, offset):
-    """`[problem, layer, metric]` by score and sources, on problems of this seed."""
+    """`[problem, layer, metric]` by score and sources: of true edges, and of shuffled ones."""
     per_length = [options.problems // len(options.steps)] * len(options.steps)
     per_length[0] += options.problems - sum(per_length)
     problems = [
@@ -69,19 +72,20 @@ def measure(model, options, offset):
         for problem in make_problems(ProblemSpec(n_steps=n_steps), n, seed=1000 * options.seed + offset)
     ]
     rng = np.random.default_rng([options.seed, offset])
-    found = {}
+    found = {}, {}
     for index, problem in enumerate(problems):
         trace = trace_of(model.tokenizer, problem)
-        rows = {sources: edge_rows(problem, trace, sources) for sources in SOURCES}
-        if options.shuffle:
-            rows = {sources: shuffled(own, rng) for sources, own in rows.items()}
+        true = {sources: edge_rows(problem, trace, sources) for sources in SOURCES}
+        edges = true, {sources: shuffled(own, rng) for sources, own in true.items()}
         for name, maps in score_maps(model, trace, rng).items():
-            for sources, own in rows.items():
-                layers = [score_rows(own, layer) for layer in (*maps, *band_means(maps))]
-                found.setdefault((name, sources), []).append(layers)
+            places = (*maps, *band_means(maps))
+            for values, rows in zip(found, edges, strict=True):
+                for sources, own in rows.items():
+                    scores = [score_rows(own, place) for place in places]
+                    values.setdefault((name, sources), []).append(scores)
         print(f"\r{index + 1}/{len(problems)}", end="", file=sys.stderr)
     print(file=sys.stderr)
-    return {key: np.array(values) for key, values in found.items()}
+    return [{key: np.array(values) for key, values in own.items()} for own in found]
 
 
 def score_maps(model, trace, rng):

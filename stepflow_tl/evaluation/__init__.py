@@ -2,7 +2,7 @@
 
 from stepflow_tl.evaluation.conditions import standard_conditions
 from stepflow_tl.evaluation.generation import Answer, Decoding, write_answers
-from stepflow_tl.evaluation.graders import exact, maths
+from stepflow_tl.evaluation.graders import exact, maths, steps
 from stepflow_tl.evaluation.questions import Question, questions_of, read_questions
 from stepflow_tl.evaluation.run import Evaluation, evaluate
 from stepflow_tl.evaluation.search import Search, grid, search
@@ -20,6 +20,7 @@ __all__ = [
     "read_questions",
     "search",
     "standard_conditions",
+    "steps",
     "questions_of",
     "write_answers",
 ]

@@ -1,7 +1,8 @@
 r"""Is an answer right?
 
 `exact` compares texts without the white space around them; `maths` parses both with the library math-verify,
-so that `\frac{1}{2}` is 0.5. Any function `(question, answer) -> bool` will do.
+so that `\frac{1}{2}` is 0.5; `steps` asks, on the testbed, that every thinking step be right too. Any
+function `(question, answer) -> bool` will do.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from stepflow_tl.errors import MissingExtraError
+from stepflow_tl.errors import MissingExtraError, ProblemError
 from stepflow_tl.evaluation.generation import Answer
 from stepflow_tl.evaluation.questions import Question
+from stepflow_tl.testbed.grading import grade
 
 Grader = Callable[[Question, Answer], bool]
 
@@ -39,4 +41,18 @@ def maths(question: Question, answer: Answer) -> bool:
     return verify(right, parse(answer.summary, **unlimited), timeout_seconds=None)
 
 
-GRADERS: dict[str, Grader] = {"exact": exact, "maths": maths}
+def steps(question: Question, answer: Answer) -> bool:
+    """Whether the summary and every thinking step are right; for testbed questions.
+
+    Raises:
+        ProblemError: If the question is none of the testbed.
+    """
+    if question.problem is None:
+        raise ProblemError(
+            f"question {question.id!r} has no testbed problem behind it, so its steps cannot be graded: "
+            "use the grader 'exact' or 'maths'"
+        )
+    return grade(question.problem, answer.thinking, answer.summary).error is None
+
+
+GRADERS: dict[str, Grader] = {"exact": exact, "maths": maths, "steps": steps}

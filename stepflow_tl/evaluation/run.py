@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,16 @@ class Evaluation:
         scores = self.results[condition].scores
         chosen = [difficulty in (None, question.difficulty) for question in self.questions]
         return float(scores[chosen].mean())
+
+    def regraded(self, grader: Grader) -> Evaluation:
+        """The same answers, counted by another grader."""
+        return replace(
+            self,
+            results={
+                name: replace(result, right=graded(self.questions, result.answers, grader))
+                for name, result in self.results.items()
+            },
+        )
 
     def difference(self, condition: str, against: str, difficulty: str | None = None) -> PairedDifference:
         """`condition` minus `against` on the same questions; its p-value is not corrected."""
@@ -226,11 +236,18 @@ def evaluate(
     for name, flow in conditions.items():
         texts = [question.text for question in questions]
         answers, seconds = write_answers(model, texts, flow, decoding, format=format)
-        right = tuple(
-            tuple(bool(grader(question, answer)) for answer in samples)
-            for question, samples in zip(questions, answers, strict=True)
-        )
+        right = graded(questions, answers, grader)
         results[name] = ConditionResult(flow, tuple(map(tuple, answers)), right, seconds)
         if progress is not None:
             progress(f"{name}: {results[name].scores.mean():.4f} right, {seconds:.0f} s")
     return Evaluation(tuple(questions), decoding, results, seed)
+
+
+def graded(
+    questions: Sequence[Question], answers: Sequence[Sequence[Answer]], grader: Grader
+) -> tuple[tuple[bool, ...], ...]:
+    """Whether each answer to each question is right."""
+    return tuple(
+        tuple(bool(grader(question, answer)) for answer in samples)
+        for question, samples in zip(questions, answers, strict=True)
+    )

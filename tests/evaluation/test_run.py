@@ -113,3 +113,35 @@ def test_search_chooses_on_validation_and_reports_on_test_questions(model, quest
         search(model, questions, [])
     with pytest.raises(ValueError, match="one side would be empty"):
         search(model, questions, candidates, validation_part=0.01)
+
+
+def test_regrading_counts_the_same_answers_anew(model, questions):
+    from stepflow_tl.evaluation import evaluate
+
+    found = evaluate(model, questions, conditions={"plain": None}, decoding=short())
+    again = found.regraded(lambda question, answer: question.id.endswith("0"))
+    assert again.accuracy("plain") == pytest.approx(1 / 9) and found.accuracy("plain") != again.accuracy(
+        "plain"
+    )
+    assert again.results["plain"].answers == found.results["plain"].answers
+    assert again.regraded(lambda question, answer: True).accuracy("plain") == 1
+
+
+def test_the_grader_of_steps_wants_every_step_right(questions):
+    from dataclasses import replace
+
+    from stepflow_tl.errors import ProblemError
+    from stepflow_tl.evaluation import Answer
+    from stepflow_tl.evaluation.graders import exact, steps
+
+    question = questions[0]
+    right = Answer((), question.problem.thinking, f"\n\n{question.answer}", 1, True)
+    assert steps(question, right) and exact(question, right)
+    last = question.problem.derivations[0]
+    slip = replace(
+        right, thinking=right.thinking.replace(last.text, last.text[:-1] + str((last.value + 1) % 10))
+    )
+    assert exact(question, slip) and not steps(question, slip)
+    assert not steps(question, replace(right, summary="x"))
+    with pytest.raises(ProblemError, match="'testbed-0' has no testbed problem"):
+        steps(replace(question, problem=None), right)
