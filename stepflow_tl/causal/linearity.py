@@ -18,7 +18,7 @@ float32, slopes near 0 drown in rounding; a larger eps helps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -140,22 +140,11 @@ def linearity_check(
         by_head = maps[name][:, :, query.index, key.index]
         by_head = by_head if chosen_heads is None else by_head[:, list(chosen_heads)]
         predicted.append(-float(by_head.double().sum()))
-        resolved = resolve_objective(loss, trace)
-        change = {}
-        for size in (eps, 2 * eps):
-            up, down = (
-                _dosed_loss(
-                    model,
-                    trace,
-                    resolved,
-                    patterns,
-                    partial(dose_hook, edge=(query, key), dose=dose, heads=chosen_heads),
-                    fwd_hooks,
-                )
-                for dose in (size, -size)
-            )
-            change[size] = up - down
-        measured.append((8 * change[eps] - change[2 * eps]) / (12 * eps))
+        dosing = partial(dose_hook, edge=(query, key), heads=chosen_heads)
+        loss_at = partial(
+            _dosed_loss, model, trace, resolve_objective(loss, trace), patterns, dosing, fwd_hooks
+        )
+        measured.append(_slope_at_zero(loss_at, eps))
     return LinearityCheck(
         pairs=chosen,
         predicted=torch.tensor(predicted, dtype=torch.float64),
@@ -182,20 +171,27 @@ def dose_hook(
     return pattern * factor
 
 
+def _slope_at_zero(function: Callable[[float], float], eps: float) -> float:
+    """Central differences of fourth order."""
+    near, far = (function(size) - function(-size) for size in (eps, 2 * eps))
+    return (8 * near - far) / (12 * eps)
+
+
 def _dosed_loss(
     model: Any,
     trace: ReasoningTrace,
     objective: Objective,
     patterns: Sequence[str],
-    dosing: Any,
+    dosing: Callable[..., Tensor],
     fwd_hooks: Sequence[NamedHook],
+    dose: float,
 ) -> float:
     fired: list[str] = []
 
     def count(pattern: Tensor, hook: Any) -> None:
         fired.append(hook.name)
 
-    last = [*fwd_hooks, *((name, hook) for name in patterns for hook in (dosing, count))]
+    last = [*fwd_hooks, *((name, hook) for name in patterns for hook in (partial(dosing, dose=dose), count))]
     with frozen(model), torch.no_grad(), attached(model, last=last):
         batch = trace.tokens[None].to(model_device(model))
         logits = model(batch, return_type="logits")
