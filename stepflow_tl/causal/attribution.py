@@ -85,8 +85,6 @@ def attribution_patching(
     effects = torch.zeros(len(plan.layers), len(plan.matches), dtype=torch.float64)
     for row, layer in enumerate(plan.layers):
         for column, match in enumerate(plan.matches):
-            if plan.unreachable(match):
-                continue
             here, step = activations[layer], slice(*match.corrupted.token_span)
             there = patched_step(
                 here, clean[layer], match, plan.alignment, placebo_seed=plan.placebo_seed, layer=layer

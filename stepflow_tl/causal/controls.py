@@ -46,11 +46,7 @@ def random_step_pairs(
     tested = _causal_pairs(trace, pairs)
     placebos = {}
     for query, key in tested.values():
-        candidates = [
-            step
-            for step in trace.steps[: query.index]
-            if step.index != key.index and (query.label, step.label) not in tested
-        ]
+        candidates = [step for step in trace.steps[: query.index] if (query.label, step.label) not in tested]
         if candidates:
             drawn = candidates[_draw(len(candidates), seed, _RANDOM, query.index, key.index)]
             placebos[query.label, key.label] = (query.label, drawn.label)
