@@ -26,6 +26,10 @@ class ObjectiveError(StepflowError, ValueError):
     """The objective is unknown, is not a scalar, or touches no token it could measure."""
 
 
+class AlignmentError(StepflowError, ValueError):
+    """The steps of two traces, or of a trace and a request, cannot be matched as asked."""
+
+
 class GradientError(StepflowError, ArithmeticError):
     """A gradient is missing or not finite, so no saliency can be stated."""
 

@@ -24,6 +24,17 @@ from typing import Any
 
 from stepflow_tl.errors import ModelError
 
+#: Activations of one layer that can be exchanged between two runs, by TransformerLens' own short names.
+COMPONENTS = {
+    "resid_pre": "blocks.{layer}.hook_resid_pre",
+    "resid_post": "blocks.{layer}.hook_resid_post",
+    "attn_out": "blocks.{layer}.hook_attn_out",
+    "mlp_out": "blocks.{layer}.hook_mlp_out",
+    "k": "blocks.{layer}.attn.hook_k",
+    "v": "blocks.{layer}.attn.hook_v",
+    "z": "blocks.{layer}.attn.hook_z",
+}
+
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 
 
@@ -87,6 +98,24 @@ def resolve_hooks(model: Any) -> ModelHooks:
     return ModelHooks(
         embed=embed, layers=tuple(_resolve_layer(model, names, layer) for layer in range(n_layers))
     )
+
+
+def component_hook(model: Any, component: str, layer: int) -> str:
+    """The own name of the hook point of one of `COMPONENTS` in one layer.
+
+    Raises:
+        ValueError: If `component` is unknown.
+        ModelError: If the layer has no such hook point.
+    """
+    if component not in COMPONENTS:
+        raise ValueError(f"unknown component {component!r}: expected one of {', '.join(COMPONENTS)}")
+    name = COMPONENTS[component].format(layer=layer)
+    if name not in getattr(model, "hook_dict", {}):
+        raise ModelError(
+            f"the model has no `{name}`: choose another component than {component!r}, or leave layer {layer} "
+            "out with layers=[...]"
+        )
+    return model.hook_dict[name].name or name
 
 
 def hook_counts(model: Any) -> dict[str, int]:

@@ -78,6 +78,22 @@ class Objective:
         Raises:
             ObjectiveError: If a callable does not return one differentiable number.
         """
+        value = self.measure(logits, tokens)
+        if self.targets is None and not value.requires_grad:
+            raise ObjectiveError(
+                f"objective {self.name!r} does not depend on the logits it was given, so it has no gradient: "
+                "compute it from `logits` without detach() or item()"
+            )
+        return value
+
+    def measure(
+        self, logits: Float[Tensor, "1 token vocabulary"], tokens: Int[Tensor, "1 token"]
+    ) -> Float[Tensor, ""]:
+        """The same scalar where no gradient is wanted.
+
+        Raises:
+            ObjectiveError: If a callable does not return one number.
+        """
         if self.targets is None:
             return self._call(logits, tokens)
         targets = self.targets.to(logits.device)
@@ -94,11 +110,6 @@ class Objective:
                 else type(value).__name__
             )
             raise ObjectiveError(f"objective {self.name!r} returned {found}: expected a scalar tensor")
-        if not value.requires_grad:
-            raise ObjectiveError(
-                f"objective {self.name!r} does not depend on the logits it was given, so it has no gradient: "
-                "compute it from `logits` without detach() or item()"
-            )
         return value.reshape(())
 
 

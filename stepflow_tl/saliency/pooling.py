@@ -57,6 +57,8 @@ def pool_tokens(
     pattern: Float[Tensor, "head query key"],
     pattern_grad: Float[Tensor, "head query key"],
     bins: StepBins,
+    *,
+    signed: bool = False,
 ) -> Float[Tensor, "head query_step key_bin"]:
     """Sum `|A * dL/dA|` over step pairs (DESIGN section 2; paper, Step-Saliency).
 
@@ -64,6 +66,7 @@ def pool_tokens(
         pattern: Post-softmax attention A of one layer.
         pattern_grad: dL/dA of the same layer.
         bins: The trace's bins; its dtype is the accumulation dtype.
+        signed: Sum `A * dL/dA` itself, so that opposite signs cancel.
 
     Returns:
         Sums per step pair; the last key bin is TEMPLATE.
@@ -73,8 +76,8 @@ def pool_tokens(
     out = bins.one_hot.new_zeros(pattern.shape[0], bins.n_steps, bins.n_steps + 1)
     for start in range(0, pattern.shape[1], _QUERY_BLOCK):
         rows = slice(start, start + _QUERY_BLOCK)
-        saliency = (pattern[:, rows].to(out.dtype) * pattern_grad[:, rows].to(out.dtype)).abs_()
-        per_key_bin = saliency @ bins.one_hot
+        saliency = pattern[:, rows].to(out.dtype) * pattern_grad[:, rows].to(out.dtype)
+        per_key_bin = (saliency if signed else saliency.abs_()) @ bins.one_hot
         out += bins.one_hot[rows, :-1].T @ per_key_bin
     return out
 

@@ -37,6 +37,8 @@ def hooks_backend(
     step_ids: Int[Tensor, " token"],
     objective: Objective,
     layers: tuple[int, ...],
+    *,
+    signed: bool = False,
 ) -> Float[Tensor, "layer head query_step key_bin"]:
     """Step sums of the chosen layers from one forward and one backward pass.
 
@@ -46,6 +48,7 @@ def hooks_backend(
         step_ids: Step of each token, -1 on TEMPLATE.
         objective: What is differentiated.
         layers: Model layers to pool, in order.
+        signed: Pool `A * dL/dA` instead of its absolute value.
 
     Returns:
         Sums of `|A * dL/dA|` on the CPU, in at least float32; the last key bin is TEMPLATE.
@@ -56,7 +59,7 @@ def hooks_backend(
         ObjectiveError: If a callable objective does not return a differentiable scalar.
     """
     hooks = resolve_hooks(model)
-    taps = PatternTaps(step_ids, layers)
+    taps = PatternTaps(step_ids, layers, signed=signed)
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         leaves: list[Tensor] = []
         local = PositionLocalGradients(model, hooks.layers) if objective.per_token else None
@@ -76,10 +79,13 @@ def hooks_backend(
 class PatternTaps:
     """Collects pooled saliency as pattern gradients arrive."""
 
-    def __init__(self, step_ids: Int[Tensor, " token"], layers: tuple[int, ...]) -> None:
-        """Collect for these layers and steps."""
+    def __init__(
+        self, step_ids: Int[Tensor, " token"], layers: tuple[int, ...], *, signed: bool = False
+    ) -> None:
+        """Collect for these layers and steps, with the sign of each term or without."""
         self._step_ids = step_ids
         self._layers = layers
+        self._signed = signed
         self._bins: dict[tuple[torch.dtype, torch.device], StepBins] = {}
         self._patterns: dict[int, Tensor] = {}
         self._pooled: dict[int, Tensor] = {}
@@ -103,7 +109,8 @@ class PatternTaps:
         key = (dtype, pattern.device)
         if key not in self._bins:
             self._bins[key] = StepBins.from_step_ids(self._step_ids, dtype=dtype, device=pattern.device)
-        self._pooled[layer] = pool_tokens(pattern[0], grad[0], self._bins[key]).cpu()
+        pooled = pool_tokens(pattern[0], grad[0], self._bins[key], signed=self._signed)
+        self._pooled[layer] = pooled.cpu()
 
     def collect(self) -> Float[Tensor, "layer head query_step key_bin"]:
         """The sums of all layers.

@@ -64,8 +64,8 @@ def step_saliency(
     with `hooks`.
     """
     facts = model_facts(model)
-    _check_fit(facts, trace)
-    chosen = _check_layers(facts, layers)
+    check_fit(facts, trace)
+    chosen = check_layers(facts, layers)
     resolved = resolve_objective(objective, trace)
     hooks = stepflow.hooks(model, trace, detach_values=resolved.per_token) if stepflow is not None else ()
     run = run_backend(
@@ -90,7 +90,13 @@ def step_saliency(
     )
 
 
-def _check_fit(facts: ModelFacts, trace: ReasoningTrace) -> None:
+def check_fit(facts: ModelFacts, trace: ReasoningTrace) -> None:
+    """Refuse a trace that the model cannot run.
+
+    Raises:
+        ModelError: If a token is outside the vocabulary, the trace is longer than the context, or it has no
+            step.
+    """
     outside = ((trace.tokens < 0) | (trace.tokens >= facts.n_vocab)).nonzero()
     if len(outside):
         position = int(outside[0])
@@ -107,7 +113,12 @@ def _check_fit(facts: ModelFacts, trace: ReasoningTrace) -> None:
         raise ModelError("the trace has no step, only template tokens: there is nothing to map")
 
 
-def _check_layers(facts: ModelFacts, layers: Sequence[int] | None) -> tuple[int, ...]:
+def check_layers(facts: ModelFacts, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers asked for, or all of them.
+
+    Raises:
+        ModelError: If one does not exist or is named twice, or there is none.
+    """
     chosen = tuple(range(facts.n_layers)) if layers is None else tuple(int(layer) for layer in layers)
     outside = [layer for layer in chosen if not 0 <= layer < facts.n_layers]
     if outside or not chosen or len(set(chosen)) != len(chosen):

@@ -1,0 +1,7 @@
+"""Causal checks of step maps: what changes when an activation or an edge of the flow is replaced."""
+
+from stepflow_tl.causal.attribution import attribution_patching as attribution_patching
+from stepflow_tl.causal.attribution import effect_agreement as effect_agreement
+from stepflow_tl.causal.linearity import linearity_check as linearity_check
+from stepflow_tl.causal.patching import step_patching as step_patching
+from stepflow_tl.causal.patching_result import StepPatching as StepPatching
