@@ -68,6 +68,11 @@ def run_evaluate(options: EvaluateOptions) -> int:
     if unknown:
         raise InputFileError(f"--conditions: {', '.join(unknown)}; known are {', '.join(flows)}")
     chosen = {name: flows[name] for name in options.conditions or flows}
+    if options.grader == "steps" and options.questions != TESTBED:
+        raise InputFileError(
+            f"--grader steps: the right steps are known for '{TESTBED}' alone, not for {options.questions}; "
+            "expected --grader exact or maths"
+        )
     questions = _questions(options)
     if options.out is not None and not options.out.parent.is_dir():
         raise InputFileError(f"--out {options.out}: there is no folder {options.out.parent}")
