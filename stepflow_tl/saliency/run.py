@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stepflow_tl.errors import ModelError
 from stepflow_tl.interventions.stepflow import StepFlow
-from stepflow_tl.model_facts import ModelFacts, model_facts
+from stepflow_tl.model_facts import check_fit, check_layers, model_facts
 from stepflow_tl.saliency.backends import Backend, run_backend
 from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective
 from stepflow_tl.saliency.provenance import Provenance, package_versions
@@ -64,8 +63,8 @@ def step_saliency(
     with `hooks`.
     """
     facts = model_facts(model)
-    _check_fit(facts, trace)
-    chosen = _check_layers(facts, layers)
+    check_fit(facts, trace)
+    chosen = check_layers(facts, layers)
     resolved = resolve_objective(objective, trace)
     hooks = stepflow.hooks(model, trace, detach_values=resolved.per_token) if stepflow is not None else ()
     run = run_backend(
@@ -88,29 +87,3 @@ def step_saliency(
             notes=notes,
         ),
     )
-
-
-def _check_fit(facts: ModelFacts, trace: ReasoningTrace) -> None:
-    outside = ((trace.tokens < 0) | (trace.tokens >= facts.n_vocab)).nonzero()
-    if len(outside):
-        position = int(outside[0])
-        raise ModelError(
-            f"token id {int(trace.tokens[position])} at position {position} is outside the model's "
-            f"vocabulary of {facts.n_vocab}: build the trace with this model's own tokenizer"
-        )
-    if len(trace) > facts.n_ctx:
-        raise ModelError(
-            f"the trace has {len(trace)} tokens, but the model's context holds {facts.n_ctx}: shorten the "
-            "trace, or load the model with a longer context"
-        )
-    if not trace.steps:
-        raise ModelError("the trace has no step, only template tokens: there is nothing to map")
-
-
-def _check_layers(facts: ModelFacts, layers: Sequence[int] | None) -> tuple[int, ...]:
-    chosen = tuple(range(facts.n_layers)) if layers is None else tuple(int(layer) for layer in layers)
-    outside = [layer for layer in chosen if not 0 <= layer < facts.n_layers]
-    if outside or not chosen or len(set(chosen)) != len(chosen):
-        problem = f"{outside} are outside it" if outside else "they must be distinct and at least one"
-        raise ModelError(f"layers={list(chosen)}: the model has layers 0..{facts.n_layers - 1}; {problem}")
-    return chosen
