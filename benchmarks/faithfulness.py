@@ -27,7 +27,7 @@ from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
 from stepflow_tl.testbed.edges import edge_rows, score_rows, shuffled, trace_of
 
 METRICS = ("AUROC", "average precision", "top-1")
-SOURCES = ("both", "premises", "steps")
+SOURCES = ("both", "premises", "steps", "carried")
 
 
 def main() -> None:
@@ -151,7 +151,12 @@ def summarise(train, test, rng):
 
 
 def table(rows):
-    titles = {"both": "premises and earlier steps", "premises": "premises", "steps": "earlier steps"}
+    titles = {
+        "both": "premises and earlier steps",
+        "premises": "premises",
+        "steps": "earlier steps, where the value was written",
+        "carried": "earlier steps, where the model keeps it (one step later)",
+    }
     lines = []
     for sources in dict.fromkeys(row["sources"] for row in rows):
         lines += ["", titles[sources], f"{'score':26}{'layers':>16}" + "".join(f"{m:>24}" for m in METRICS)]

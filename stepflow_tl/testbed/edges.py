@@ -7,6 +7,12 @@
    are the usual ones; their chance level is the part of candidates that are needed.
 3. Rows without one of either kind say nothing and are left out. A trace's figure is the mean of its rows.
 
+A step's value is written at its end, and the shipped model reads it from there into the first tokens of the
+*next* step, where later steps look it up: cutting step i from the step after its source costs 9 nats, cutting
+it from the source itself next to nothing (`benchmarks/faithfulness.py` has the figures). So there are two
+truths about earlier steps: which one the text needs (`"steps"`), and where the model keeps what it wrote
+(`"carried"`: the step after). A score of the model's flow can only be held against the second.
+
 The trace must be cut with `question_splitter="line"`, so that every premise is a step of its own.
 """
 
@@ -23,7 +29,7 @@ from stepflow_tl.segment import Segment
 from stepflow_tl.testbed.problems import Problem
 from stepflow_tl.trace import ReasoningTrace
 
-Sources = Literal["premises", "steps", "both"]
+Sources = Literal["premises", "steps", "both", "carried"]
 RowScore = tuple[float, float, float]
 
 
@@ -55,7 +61,8 @@ def edge_rows(problem: Problem, trace: ReasoningTrace, sources: Sources = "both"
     Args:
         problem: The problem.
         trace: Its trace; thinking must be right up to the last step that is there.
-        sources: Which candidates count.
+        sources: Which candidates count: the premises, the earlier steps, both; or the earlier steps where
+            the one after a needed step is the needed one, and the needed step itself is left out.
 
     Raises:
         ProblemError: If the trace's question is not cut into the problem's premises.
@@ -71,7 +78,12 @@ def edge_rows(problem: Problem, trace: ReasoningTrace, sources: Sources = "both"
     for i, query in enumerate(thinking[: len(problem.derivations)]):
         premises = [(question[p], (i, p) in problem.premise_edges) for p in range(len(problem.premises))]
         steps = [(thinking[j], (i, j) in problem.step_edges) for j in range(i)]
-        pairs = {"premises": premises, "steps": steps, "both": premises + steps}[sources]
+        carried = [
+            (thinking[j], (i, j - 1) in problem.step_edges)
+            for j in range(i)
+            if (i, j - 1) in problem.step_edges or (i, j) not in problem.step_edges
+        ]
+        pairs = {"premises": premises, "steps": steps, "both": premises + steps, "carried": carried}[sources]
         needed = np.array([is_needed for _, is_needed in pairs], dtype=bool)
         if needed.any() and not needed.all():
             rows.append(EdgeRow(query, tuple(index for index, _ in pairs), needed))

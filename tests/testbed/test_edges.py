@@ -38,6 +38,25 @@ def test_rows_name_the_steps_that_the_text_mentions():
                     assert candidate < row.query and (sources != "premises" or is_premise)
 
 
+def test_carried_rows_point_one_step_behind_the_source():
+    from stepflow_tl.testbed import ProblemSpec, make_problems
+    from stepflow_tl.testbed.edges import edge_rows, trace_of
+
+    found = 0
+    for problem in make_problems(ProblemSpec(n_steps=9), 20, seed=6):
+        trace = trace_of(tokenizer(), problem)
+        first = next(step.index for step in trace.steps if step.label == "T1")
+        for row in edge_rows(problem, trace, "carried"):
+            i = row.query - first
+            sources = {j for k, j in problem.step_edges if k == i}
+            carriers = {j + 1 for j in sources if j + 1 < i}
+            needed = {c - first for c, is_needed in zip(row.candidates, row.needed, strict=True) if is_needed}
+            assert needed == carriers
+            assert {c - first for c in row.candidates} == set(range(i)) - (sources - carriers)
+            found += 1
+    assert found > 60
+
+
 def test_a_question_in_one_step_is_refused():
     from stepflow_tl import ReasoningTrace
     from stepflow_tl.errors import ProblemError
