@@ -7,7 +7,8 @@ the patch minus the metric without. A positive effect means that the patch raise
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -82,6 +83,29 @@ class StepPatching:
                 f"both runs have the metric {self.clean_value}: there is no distance to recover a part of"
             )
         return self.effects / distance
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file (atomic: a reader sees the old file or the whole new one)."""
+        from stepflow_tl.causal.patching_files import save_patching
+
+        return save_patching(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> StepPatching:
+        """Read a file written by `save`.
+
+        Raises:
+            ResultFileError: If the file is missing, truncated, foreign or of an unknown version.
+        """
+        from stepflow_tl.causal.patching_files import load_patching
+
+        return load_patching(path)
+
+    def show(self, **options: Any) -> Any:
+        """The effects as a figure, layers over steps; options as in `rendering.patching_figure`."""
+        from stepflow_tl.rendering import patching_figure
+
+        return patching_figure(self, **options)
 
     def __repr__(self) -> str:
         """One line: what, how large, from which model."""

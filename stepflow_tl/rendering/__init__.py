@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stepflow_tl.rendering.export import save_figure as save_figure
     from stepflow_tl.rendering.flow_maps import flow_figure as flow_figure
     from stepflow_tl.rendering.group_profiles import comparison_figure as comparison_figure
+    from stepflow_tl.rendering.patching_map import patching_figure as patching_figure
     from stepflow_tl.rendering.profiles import profile_figure as profile_figure
     from stepflow_tl.rendering.step_maps import step_map_figure as step_map_figure
 
@@ -24,6 +25,7 @@ _HOME_OF = {
     "save_figure": "stepflow_tl.rendering.export",
     "flow_figure": "stepflow_tl.rendering.flow_maps",
     "comparison_figure": "stepflow_tl.rendering.group_profiles",
+    "patching_figure": "stepflow_tl.rendering.patching_map",
     "profile_figure": "stepflow_tl.rendering.profiles",
     "step_map_figure": "stepflow_tl.rendering.step_maps",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "arc_figure",
     "comparison_figure",
     "flow_figure",
+    "patching_figure",
     "profile_figure",
     "save_figure",
     "show_step_maps",
