@@ -1,4 +1,4 @@
-"""Pictures of step maps: matplotlib figures for paper and page, a circuitsvis view for notebooks.
+"""Pictures of step maps: matplotlib figures for papers, circuitsvis views for notebooks, a report page.
 
 Nothing is drawn or imported until a name is asked for (PEP 562), and the plotting libraries only when a
 picture is. No function here touches the network or pyplot's global state.
@@ -8,21 +8,33 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stepflow_tl.rendering.circuitsvis_view import StepMapView as StepMapView
-    from stepflow_tl.rendering.circuitsvis_view import show_step_maps as show_step_maps
+    from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView as CircuitsvisView
     from stepflow_tl.rendering.export import save_figure as save_figure
     from stepflow_tl.rendering.profiles import profile_figure as profile_figure
+    from stepflow_tl.rendering.report.page import write_report as write_report
+    from stepflow_tl.rendering.step_map_view import show_step_maps as show_step_maps
     from stepflow_tl.rendering.step_maps import step_map_figure as step_map_figure
+    from stepflow_tl.rendering.text_view import show_text as show_text
 
 _HOME_OF = {
-    "StepMapView": "stepflow_tl.rendering.circuitsvis_view",
-    "show_step_maps": "stepflow_tl.rendering.circuitsvis_view",
+    "CircuitsvisView": "stepflow_tl.rendering.circuitsvis_view",
+    "show_step_maps": "stepflow_tl.rendering.step_map_view",
+    "show_text": "stepflow_tl.rendering.text_view",
     "save_figure": "stepflow_tl.rendering.export",
     "profile_figure": "stepflow_tl.rendering.profiles",
     "step_map_figure": "stepflow_tl.rendering.step_maps",
+    "write_report": "stepflow_tl.rendering.report.page",
 }
 
-__all__ = ["StepMapView", "profile_figure", "save_figure", "show_step_maps", "step_map_figure"]
+__all__ = [
+    "CircuitsvisView",
+    "profile_figure",
+    "save_figure",
+    "show_step_maps",
+    "show_text",
+    "step_map_figure",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> object:
