@@ -35,8 +35,8 @@ _FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
 _PATIENCE = 60.0
-# The browser reads descriptor 3 and writes descriptor 4. The pipes are moved out of the way first, as they may have
-# those numbers the other way round.
+# The browser reads descriptor 3 and writes descriptor 4. The pipes are moved out of the way first, as they
+# may have those numbers the other way round.
 _LAUNCH = """
 import fcntl, os, sys
 reads, writes = (fcntl.fcntl(int(pipe), fcntl.F_DUPFD, 10) for pipe in sys.argv[1:3])

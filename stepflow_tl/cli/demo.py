@@ -3,7 +3,8 @@
 1. `generated`: the model thinks about a bundled question (`thinking`: budget forcing) and the trace is read
    from the token ids it produced.
 2. `written`: a bundled trace in the input format of `analyze`, correct, written for this package.
-3. For each: Step-Saliency, the table of `diagnose`, a result file, figures, the interactive view and the report page.
+3. For each: Step-Saliency, the table of `diagnose`, a result file, figures, the interactive view and the
+   report page.
 """
 
 import textwrap

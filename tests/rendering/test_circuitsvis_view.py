@@ -41,6 +41,7 @@ def test_the_fragment_is_small_and_the_script_is_not(view):
 
 def test_the_bundle_is_whole_and_cannot_end_its_element(view):
     import circuitsvis
+
     from stepflow_tl.rendering.circuitsvis_view import carrier_script
 
     folder = re.sub(r"__init__\.py$", "", circuitsvis.__file__)

@@ -10,7 +10,7 @@ from made_maps import make_saliency
 
 
 class Notebook:
-    """A front end: cells with outputs that are cleared when a cell runs, and can be replaced by display id."""
+    """A front end: outputs are cleared when their cell runs, and can be replaced by display id."""
 
     def __init__(self, carrier):
         self.carrier, self.runs, self.outputs = carrier, 0, {}

@@ -6,8 +6,8 @@
    `decades` decades. What lies below the last decade becomes 0.
 3. Hence the relative error of a cell is at most half a step, whatever the level of its row.
 
-Two bytes over 8 decades err by at most 0.014 %, one byte over 4 decades by 1.83 %. Memory: the codes, and a few
-copies of one map.
+Two bytes over 8 decades err by at most 0.014 %, one byte over 4 decades by 1.83 %. Memory: the codes, and a
+few copies of one map.
 """
 
 from __future__ import annotations
