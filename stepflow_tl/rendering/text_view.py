@@ -23,6 +23,7 @@ from stepflow_tl.errors import TraceError
 from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView, circuitsvis_view
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.segment import WHITE_SPACE
 
 Direction = Literal["sources", "readers"]
 
@@ -137,7 +138,9 @@ def _coloured_lines(
 
 def _lines(text: str) -> list[str]:
     """The text's own lines, long ones cut, without the blank ones at its end."""
-    seen = _UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text.replace("\r\n", "\n").rstrip())
+    seen = _UNSEEN.sub(
+        lambda found: f"[U+{ord(found[0]):04X}]", text.replace("\r\n", "\n").rstrip(WHITE_SPACE)
+    )
     wrap = textwrap.TextWrapper(_WIDTH, replace_whitespace=False, break_on_hyphens=False, expand_tabs=False)
     return [part for line in seen.split("\n") for part in (wrap.wrap(line) or [""])]
 

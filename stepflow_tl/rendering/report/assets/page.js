@@ -37,10 +37,10 @@ async function refresh(change = {}) {
   const found = await currentMap();
   if (wanted.layer !== state.layer || wanted.head !== state.head) return;
   current = found;
-  draw({ scroll: false });
+  draw();
 }
 
-function draw({ scroll }) {
+function draw(scroll = "") {
   drawMap();
   drawText(scroll);
   drawReadout();
@@ -50,7 +50,9 @@ function draw({ scroll }) {
   const kind = state.scale === "share" ? "share of each row's saliency" : data.quantity;
   const hint = isBand && data.heads ? ". Choose one layer to see its heads" : "";
   element("map-note").textContent = `${mapName()}; colours: ${kind}, logarithmic${hint}.`;
+  // For whoever drives or times the page from outside.
   document.documentElement.dataset.shown = `${state.layer} ${state.head}`;
+  performance.mark("shown");
 }
 
 function mapName() {
@@ -86,9 +88,9 @@ function drawText(scroll) {
   const { chosen, direction } = state;
   const { label } = steps[chosen];
   const shares = chosenShares();
-  const words = direction === "sources" ? `${label} draws most on` : `What draws most on ${label}, by share of its own saliency:`;
+  const words = direction === "sources" ? `${label} draws most on` : `${label} is drawn on most by`;
   element("text-note").textContent = `${words} ${strongest(shares, chosen)}.`;
-  list.show(chosen, shares, { scroll });
+  list.show(chosen, shares, scroll);
 }
 
 /** The three largest shares on other steps, in words. */
@@ -120,13 +122,14 @@ function strongestOf(query) {
 
 /** Enough of a step to know it; the whole text is in the text pane. */
 function excerpt(text) {
-  const trimmed = text.trim();
+  const trimmed = text.slice(0, trimmedEnd(text));
   return trimmed.length > 600 ? `${trimmed.slice(0, 600)}…` : trimmed;
 }
 
-function choose(step, { scroll }) {
+/** A step's sources come before it in the text, its readers after it. */
+function choose(step) {
   state.chosen = step;
-  draw({ scroll });
+  draw(state.direction === "sources" ? "nearest" : "top");
 }
 
 function addOptions(select, options) {
@@ -195,8 +198,8 @@ async function start() {
   fillProfiles();
   const summary = steps.findIndex((step) => step.segment === "summary");
   state.chosen = summary < 0 ? steps.length - 1 : summary;
-  map = new StepMap(element("map"), steps, () => current && drawReadout(), (step) => choose(step, { scroll: true }));
-  list = new StepList(element("text"), data.pieces, (step) => choose(step, { scroll: true }));
+  map = new StepMap(element("map"), steps, () => current && drawReadout(), choose);
+  list = new StepList(element("text"), data.pieces, choose);
   await refresh();
 }
 

@@ -43,8 +43,8 @@ class StepList {
     });
   }
 
-  /** Colour every step by its share (undefined: none applies) and mark the chosen one. */
-  show(chosen, shares, { scroll }) {
+  /** Colour every step by its share (undefined: none applies), mark the chosen one and, if told where, scroll to it. */
+  show(chosen, shares, scroll) {
     // The step's own share is often the largest by far; the tint is there to tell the others apart.
     const largest = Math.max(...shares.map((share, i) => (i === chosen ? 0 : share ?? 0)));
     for (const [i, { entry, value, label }] of this.entries.entries()) {
@@ -58,22 +58,22 @@ class StepList {
     }
     this.chosen = chosen;
     this.list.setAttribute("aria-activedescendant", `step-${chosen}`);
-    if (scroll) this.reveal(chosen);
+    if (scroll) this.reveal(chosen, scroll);
   }
 
-  /** Scroll the pane, and nothing but the pane, until the step can be seen. */
-  reveal(step) {
+  /** Scroll the pane, and nothing but the pane: the step to the "top", or to the "nearest" place where it is seen. */
+  reveal(step, where) {
     const { entry } = this.entries[step];
     const above = entry.offsetTop - this.list.scrollTop;
     const below = above + entry.offsetHeight - this.list.clientHeight;
-    if (above < 0) this.list.scrollTop += above - 8;
+    if (above < 0 || where === "top") this.list.scrollTop += above - 8;
     else if (below > 0) this.list.scrollTop += Math.min(below + 8, above);
   }
 }
 
 /** A piece's text; the blank lines at its end are part of it, but take no room. */
 function showPiece(node, text) {
-  const end = text.trimEnd().length;
+  const end = trimmedEnd(text);
   showText(node, text.slice(0, end));
   if (end === text.length) return;
   const trailing = made("span", "trailing");

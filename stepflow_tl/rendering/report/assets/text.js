@@ -30,6 +30,9 @@ function showText(node, text) {
   node.append(rest);
 }
 
+/** Where a text ends but for white space: the six ASCII characters, as everywhere in stepflow_tl. */
+const trimmedEnd = (text) => text.replace(/[ \t\n\r\f\v]+$/, "").length;
+
 /** A share as percent, three digits. */
 function percent(share) {
   if (share === 0) return "0 %";
