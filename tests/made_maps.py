@@ -1,5 +1,7 @@
 """A step map with known numbers, built by hand: rendering needs no model."""
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -7,33 +9,36 @@ def labels_of(n_thinking: int, n_summary: int) -> list[str]:
     return ["Q", *(f"T{i + 1}" for i in range(n_thinking)), *(f"S{i + 1}" for i in range(n_summary))]
 
 
-def make_trace(n_thinking: int, n_summary: int, text: str = "abcd "):
-    """One template token, then steps of one token a character of `text`."""
+def make_trace(n_thinking: int, n_summary: int, text: str | Sequence[str] = "abcd "):
+    """One template token, then steps of one token a character; `text` is every step's, or one a step."""
     from stepflow_tl.trace import ReasoningTrace, Segment, Step
 
-    size = len(text)
     segments = [Segment.QUESTION] + [Segment.THINKING] * n_thinking + [Segment.SUMMARY] * n_summary
+    texts = [text] * len(segments) if isinstance(text, str) else list(text)
+    ends = [1 + sum(len(text) for text in texts[: i + 1]) for i in range(len(texts))]
     steps = tuple(
         Step(
             index=i,
             segment=segment,
             label=label,
-            token_start=1 + i * size,
-            token_end=1 + (i + 1) * size,
-            char_start=1 + i * size,
-            char_end=1 + (i + 1) * size,
+            token_start=end - len(text),
+            token_end=end,
+            char_start=end - len(text),
+            char_end=end,
             text=text,
         )
-        for i, (segment, label) in enumerate(zip(segments, labels_of(n_thinking, n_summary), strict=True))
+        for i, (segment, label, text, end) in enumerate(
+            zip(segments, labels_of(n_thinking, n_summary), texts, ends, strict=True)
+        )
     )
-    n_tokens = 1 + len(steps) * size
+    n_tokens = ends[-1]
     starts = torch.arange(n_tokens)
     return ReasoningTrace(
         tokens=torch.arange(n_tokens),
-        text="^" + text * len(steps),
+        text="^" + "".join(texts),
         token_char_spans=torch.stack([starts, starts + 1], dim=1),
-        segment_ids=torch.tensor([0] + [int(s) for s in segments for _ in range(size)]),
-        step_ids=torch.tensor([-1] + [i for i in range(len(steps)) for _ in range(size)]),
+        segment_ids=torch.tensor([0] + [int(step.segment) for step in steps for _ in step.text]),
+        step_ids=torch.tensor([-1] + [step.index for step in steps for _ in step.text]),
         steps=steps,
         format="plain",
     )
@@ -45,7 +50,7 @@ def make_saliency(
     *,
     n_layers: int = 8,
     n_heads: int = 2,
-    text: str = "abcd ",
+    text: str | Sequence[str] = "abcd ",
     model_name: str = "tiny",
     sums=None,
 ):

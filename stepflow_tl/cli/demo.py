@@ -3,7 +3,8 @@
 1. `generated`: the model thinks about a bundled question (`thinking`: budget forcing) and the trace is read
    from the token ids it produced.
 2. `written`: a bundled trace in the input format of `analyze`, correct, written for this package.
-3. For each: Step-Saliency, the table of `diagnose`, a result file, figures and the interactive view.
+3. For each: Step-Saliency, the table of `diagnose`, a result file, figures, the interactive view and the
+   report page.
 """
 
 import textwrap
@@ -129,6 +130,7 @@ def _show(name: str, trace: ReasoningTrace, model: Any, out: Path) -> list[Path]
     except MissingExtraError as error:
         say(f"no figures: {error}")
     paths.append(show_step_maps(saliency).save(out / f"{name}.html"))
+    paths.append(saliency.report(out / f"{name}.report.html", title=title))
     return paths
 
 

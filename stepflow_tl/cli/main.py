@@ -23,6 +23,7 @@ examples:
   stepflow-tl analyze traces.jsonl --out results
   stepflow-tl analyze traces.jsonl --model Qwen/Qwen3-0.6B --out results --group-by is_correct
   stepflow-tl evaluate questions.jsonl --model Qwen/Qwen3-0.6B --grader maths
+  stepflow-tl report results/q1.safetensors
 """
 _ANALYZE_EPILOG = """\
 input: one JSON object a line, with the fields
@@ -82,10 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         "stepflow-tl", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_LAYOUT
     )
     parser.add_argument("--version", action="version", version=f"stepflow-tl {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="demo | analyze | evaluate", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="demo | analyze | evaluate | report", required=True
+    )
     _add_demo(commands)
     _add_analyze(commands)
     _add_evaluate(commands)
+    _add_report(commands)
     return parser
 
 
@@ -179,6 +183,16 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_run_evaluate)
 
 
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    summary = "one interactive HTML page of one result: maps, text, profiles; opens without any network"
+    report = commands.add_parser("report", help=summary, description=summary)
+    add = report.add_argument
+    add("result", type=Path, metavar="RESULT.safetensors", help="a result of analyze or StepSaliency.save")
+    add("--out", type=Path, metavar="FILE.html", help="the page (RESULT.report.html, beside the result)")
+    add("--pooling", choices=("mean", "causal_mean", "sum"), default="mean", help="of token saliency (mean)")
+    report.set_defaults(run=_run_report)
+
+
 def _run_demo(arguments: argparse.Namespace) -> int:
     from stepflow_tl.cli.demo import DemoOptions, demo
 
@@ -209,6 +223,15 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     return run_evaluate(
         EvaluateOptions(**{name: given[name] for name in EvaluateOptions.__dataclass_fields__})
     )
+
+
+def _run_report(arguments: argparse.Namespace) -> int:
+    from stepflow_tl.saliency.result import StepSaliency
+
+    saliency = StepSaliency.load(arguments.result)
+    out = arguments.out or arguments.result.with_suffix(".report.html")
+    print(saliency.report(out, pooling=arguments.pooling))
+    return 0
 
 
 def _positive(text: str) -> int:

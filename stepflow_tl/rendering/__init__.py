@@ -1,4 +1,4 @@
-"""Pictures of step maps: matplotlib figures for paper and page, a circuitsvis view for notebooks.
+"""Pictures of step maps: matplotlib figures for papers, circuitsvis views for notebooks, a report page.
 
 Nothing is drawn or imported until a name is asked for (PEP 562), and the plotting libraries only when a
 picture is. No function here touches the network or pyplot's global state.
@@ -9,29 +9,33 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stepflow_tl.rendering.arcs import arc_figure as arc_figure
-    from stepflow_tl.rendering.circuitsvis_view import StepMapView as StepMapView
-    from stepflow_tl.rendering.circuitsvis_view import show_step_maps as show_step_maps
+    from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView as CircuitsvisView
     from stepflow_tl.rendering.export import save_figure as save_figure
     from stepflow_tl.rendering.flow_maps import flow_figure as flow_figure
     from stepflow_tl.rendering.group_profiles import comparison_figure as comparison_figure
     from stepflow_tl.rendering.patching_map import patching_figure as patching_figure
     from stepflow_tl.rendering.profiles import profile_figure as profile_figure
+    from stepflow_tl.rendering.report.page import write_report as write_report
+    from stepflow_tl.rendering.step_map_view import show_step_maps as show_step_maps
     from stepflow_tl.rendering.step_maps import step_map_figure as step_map_figure
+    from stepflow_tl.rendering.text_view import show_text as show_text
 
 _HOME_OF = {
     "arc_figure": "stepflow_tl.rendering.arcs",
-    "StepMapView": "stepflow_tl.rendering.circuitsvis_view",
-    "show_step_maps": "stepflow_tl.rendering.circuitsvis_view",
+    "CircuitsvisView": "stepflow_tl.rendering.circuitsvis_view",
+    "show_step_maps": "stepflow_tl.rendering.step_map_view",
+    "show_text": "stepflow_tl.rendering.text_view",
     "save_figure": "stepflow_tl.rendering.export",
     "flow_figure": "stepflow_tl.rendering.flow_maps",
     "comparison_figure": "stepflow_tl.rendering.group_profiles",
     "patching_figure": "stepflow_tl.rendering.patching_map",
     "profile_figure": "stepflow_tl.rendering.profiles",
     "step_map_figure": "stepflow_tl.rendering.step_maps",
+    "write_report": "stepflow_tl.rendering.report.page",
 }
 
 __all__ = [
-    "StepMapView",
+    "CircuitsvisView",
     "arc_figure",
     "comparison_figure",
     "flow_figure",
@@ -39,7 +43,9 @@ __all__ = [
     "profile_figure",
     "save_figure",
     "show_step_maps",
+    "show_text",
     "step_map_figure",
+    "write_report",
 ]
 
 

@@ -1,58 +1,88 @@
-"""Step maps in circuitsvis' `attention_heads`, made safe: offline, escaped, and on a scale that can be seen.
+"""A circuitsvis element as HTML that runs anywhere: offline, escaped, one copy of the script a notebook.
 
-1. Values. circuitsvis colours 0 to 1 and clips the rest, so raw saliency would be blank. Either three decades
-   of a common logarithmic scale, or each row relative to its strongest source. Four decimals are kept.
-2. Script. circuitsvis' own HTML probes the network and takes its script from a CDN where it can, so a page
-   would depend on the machine that made it. This view always carries the bundle that ships in the circuitsvis
-   wheel (1.3 MB), and a saved page forbids every request by its content security policy.
-3. Text. Labels reach the page as data inside a script element. They are HTML-escaped before that: `</script>`
-   in a label would end the script, and some circuitsvis views set labels as innerHTML. Short ids such as T12
-   hold no such character, so nothing changes for them.
+circuitsvis' own HTML probes the network for a second and then takes its script from a CDN where it can, so a
+page would depend on the machine that made it. Here:
 
-circuitsvis draws no colour bar and no boundaries; the caption states scale and direction in words.
+1. The bundle that ships in the circuitsvis wheel (1.3 MB) stands in a script element of its own, the carrier.
+   It defines one drawing function for the page and draws whatever waits for it.
+2. A view is a frame, its data as JSON with every "<" escaped, and three lines of script: draw now if the page
+   has the function, else wait. Carrier and views may come in any order.
+3. A saved page has both, and forbids every request by its content security policy. In a notebook one output
+   has the carrier and the others share it; `notebook` decides which.
+
+The HTML depends on nothing but the data, so the same view gives the same HTML.
 """
 
 from __future__ import annotations
 
+import hashlib
 import html
+import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from string import Template
+from typing import Any
 
-import torch
-
-from stepflow_tl.errors import TraceError
 from stepflow_tl.rendering.extras import require
-from stepflow_tl.rendering.scales import DECADES, log_decades, row_max
 from stepflow_tl.result_files import write_atomically
-from stepflow_tl.saliency.pooling import Pooling
-from stepflow_tl.saliency.result import StepSaliency
 
-Scale = Literal["log", "row"]
-
-_COLOUR = "#3b0f70"
-_DECIMALS = 4
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+
+# A new name whenever carrier and view would no longer understand each other.
+_PAGE = "window.stepflowTlViews1 ??= {waiting: []}"
+
+_FRAME = Template("""\
+<div style="background: white; color: black; padding: 10px; overflow-x: auto">
+<p style="max-width: 60em; margin: 5px">$caption</p>
+<div data-stepflow-view="$key" style="margin: 10px 5px; min-height: 2em; $style">
+<p style="color: #595959">Nothing drawn yet: the script of this view stands in another output of the
+notebook. If that output was removed, run this cell again.</p>
+</div>
+</div>
+<script>
+(() => {
+  const page = $page;
+  const view = $view;
+  page.draw ? page.draw(view) : page.waiting.push(view);
+})();
+</script>
+""")
+_CARRIER = Template("""\
+<script>
+(() => {
+  const page = $page;
+  if (page.draw) return;
+  $bundle
+  let drawn = 0;
+  page.draw = ({key, element, props}) => {
+    for (const frame of document.querySelectorAll(`[data-stepflow-view="$${key}"]:not([id])`)) {
+      frame.id = `stepflow-view-$${key}-$${drawn++}`;
+      CircuitsVis.render(frame.id, CircuitsVis[element], props);
+    }
+  };
+  page.waiting.splice(0).forEach(page.draw);
+})();
+</script>
+""")
 
 
 @dataclass(frozen=True)
-class StepMapView:
+class CircuitsvisView:
     """An interactive view as HTML; a notebook shows it, `save` makes a page of it.
 
     Attributes:
-        html: Self-contained fragment, about 1.3 MB of script included. It loads nothing.
+        fragment: The view without circuitsvis' script: for a page that has `carrier_script` elsewhere.
         title: Plain text for the page's title.
     """
 
-    html: str
+    fragment: str
     title: str
 
-    def _repr_html_(self) -> str:
-        return self.html
-
-    def __repr__(self) -> str:
-        """One line; the fragment itself is megabytes long."""
-        return f"StepMapView({self.title!r}, {len(self.html) / 1e6:.1f} MB of HTML)"
+    @property
+    def html(self) -> str:
+        """The view with its script, about 1.3 MB. It loads nothing."""
+        return self.fragment + carrier_script()
 
     def save(self, path: str | Path) -> Path:
         """Write a page that opens from disk without any network, and return its path.
@@ -68,75 +98,68 @@ class StepMapView:
             f"</head>\n<body>\n{self.html}\n</body>\n</html>\n"
         )
         target = Path(path)
-        write_atomically(target, page.encode("utf-8"))
+        write_atomically(target, page.encode("utf-8", "replace"))
         return target
 
+    def _repr_html_(self) -> str:
+        return self.html
 
-def show_step_maps(
-    saliency: StepSaliency, layer: int | None = None, *, scale: Scale = "log", pooling: Pooling = "mean"
-) -> StepMapView:
-    """Show the heads of one layer, or the head mean of every stored layer, as selectable heatmaps.
+    def _ipython_display_(self) -> None:
+        from stepflow_tl.rendering.notebook import display_shared
+
+        display_shared(self)
+
+    def __repr__(self) -> str:
+        """One line; the fragment itself is long."""
+        return f"CircuitsvisView({self.title!r}, {len(self.html) / 1e6:.1f} MB of HTML)"
+
+
+def circuitsvis_view(
+    element: str, props: dict[str, Any], *, title: str, caption: str, style: str = ""
+) -> CircuitsvisView:
+    """Make a view of a circuitsvis element.
 
     Args:
-        saliency: The step map of one trace.
-        layer: Model layer whose heads to show; `None` shows the head mean of each layer side by side.
-        scale: `"log"` colours from the largest value of all maps shown (1) to a thousandth of it or less (0);
-            `"row"` divides each row by its largest value.
-        pooling: How token saliency was pooled, see `StepSaliency.pooled`.
-
-    Returns:
-        A view that a notebook displays; `.html` is the fragment, `.save(path)` writes a page.
+        element: Name of the React element, such as "AttentionHeads".
+        props: Its properties, plain JSON values. circuitsvis sets tokens as innerHTML: the caller escapes
+            them. Nothing else in them can become markup.
+        title: Plain text for a saved page's title.
+        caption: Plain text above the view.
+        style: CSS declarations for the frame; fixed text, never data.
 
     Raises:
-        ValueError: If `scale` or `pooling` is unknown.
-        ModelError: If `layer` is not among the stored ones.
-        TraceError: If the trace has no steps.
         MissingExtraError: If circuitsvis is not installed.
-
-    Cost: a browser draws every cell of every map before it shows one. Thirty maps take seconds at 24 steps,
-    ten seconds or more at 120; `saliency.select(layers)` shows fewer.
     """
-    if scale not in get_args(Scale):
-        raise ValueError(f"unknown scale {scale!r}: expected one of {', '.join(get_args(Scale))}")
-    if not saliency.labels:
-        raise TraceError(
-            "this trace has no steps, so there is no map to show: give it a question or thinking"
-        )
-    attention = require("circuitsvis.attention", purpose="The interactive view")
-    if layer is None:
-        maps, what = saliency.head_mean(pooling), "head mean of each layer"
-        names = [f"L{number}" for number in saliency.layers]
-    else:
-        maps, what = saliency.pooled(pooling, layers=[layer])[0], f"heads of layer {layer}"
-        names = [f"L{layer}H{head}" for head in range(saliency.n_heads)]
-    maps = maps.detach().cpu().to(torch.float64)
-    values = log_decades(maps) if scale == "log" else row_max(maps)
-    rendered = attention.attention_heads(
-        attention=values.numpy().round(_DECIMALS),
-        tokens=[html.escape(label) for label in saliency.labels],
-        attention_head_names=names,
-        positive_color=_COLOUR,
-        max_value=1,
-        min_value=-1,
-        mask_upper_tri=True,
+    carrier_script()  # a missing circuitsvis is an error now, not when a page is opened
+    data = _script_json({"element": element, "props": props})
+    key = hashlib.sha256(data.encode("ascii")).hexdigest()[:16]
+    fragment = _FRAME.substitute(
+        caption=html.escape(caption),
+        key=key,
+        style=style,
+        page=_PAGE,
+        view=_script_json({"key": key, "element": element, "props": props}),
     )
-    title = f"Step-Saliency, {what}: {saliency.provenance.model_name}"
-    caption = f"{title}. {_caption(scale, pooling, float(maps.max()))}"
-    fragment = f'<p style="max-width: 60em; margin: 15px">{html.escape(caption)}</p>\n{rendered.local_src}'
-    return StepMapView(fragment, title)
+    return CircuitsvisView(fragment, title)
 
 
-def _caption(scale: Scale, pooling: Pooling, largest: float) -> str:
-    quantity = {
-        "mean": "mean saliency per token pair",
-        "causal_mean": "mean saliency per causal token pair",
-        "sum": "summed saliency",
-    }[pooling]
-    if scale == "row":
-        colours = f"Each row's {quantity}, relative to the row's largest value (full colour, 1)."
-    else:
-        colours = (
-            f"Logarithm of {quantity}: full colour (1) is the largest value shown, {largest:.2g} nats; "
-            f"white (0) is a thousandth of it or less; each third is a factor of {10 ** (DECADES // 3)}."
-        )
-    return f"Rows are the steps that read, columns the steps they draw on. {colours}"
+def carrier_script() -> str:
+    """The script element with circuitsvis' bundle and the drawing function.
+
+    Raises:
+        MissingExtraError: If circuitsvis is not installed.
+    """
+    return _carrier(str(require("circuitsvis", purpose="The interactive view").__file__))
+
+
+@cache
+def _carrier(package: str) -> str:
+    bundle = Path(package).with_name("dist").joinpath("cdn", "iife.js").read_text(encoding="utf-8")
+    # The same string to JavaScript, and no end of the element to HTML. The source map is not there to load.
+    bundle = bundle.replace("</script", r"<\/script").partition("\n//# sourceMappingURL=")[0]
+    return _CARRIER.substitute(page=_PAGE, bundle=bundle)
+
+
+def _script_json(value: Any) -> str:
+    """JSON that a script element can hold: ASCII, and no "<"."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

@@ -127,11 +127,27 @@ class StepSaliency:
 
         return load_saliency(path)
 
-    def show(self, layer: int | None = None, **options: Any) -> Any:
-        """Heads of one layer (or the head means of all layers) as an interactive circuitsvis view."""
-        from stepflow_tl.rendering import show_step_maps
+    def show(self, layer: int | None = None, *, step: str | int | None = None, **options: Any) -> Any:
+        """An interactive circuitsvis view for a notebook, which needs no network.
 
-        return show_step_maps(self, layer=layer, **options)
+        Args:
+            layer: One layer's heads (or its text view); all layers by default.
+            step: Show the trace's text instead, coloured by what this step ("T3", or an index) draws on, or
+                with `direction="readers"` by what draws on it.
+            **options: Of `rendering.show_step_maps` (`scale`, `pooling`), or with a step of
+                `rendering.show_text` (`direction`, `pooling`).
+        """
+        from stepflow_tl.rendering import show_step_maps, show_text
+
+        if step is None:
+            return show_step_maps(self, layer=layer, **options)
+        return show_text(self, step, layer=layer, **options)
+
+    def report(self, path: str | Path, **options: Any) -> Path:
+        """Write maps, text and profiles as one interactive HTML page; see `rendering.write_report`."""
+        from stepflow_tl.rendering import write_report
+
+        return write_report(self, path, **options)
 
     def _layer_index(self, layers: tuple[int, ...]) -> list[int]:
         position = {layer: i for i, layer in enumerate(self.layers)}

@@ -8,7 +8,7 @@ from stepflow_tl.cli.demo import bundled_question, bundled_record
 from stepflow_tl.saliency import StepSaliency
 from stepflow_tl.trace import ReasoningTrace, Segment
 
-FILES = ("txt", "safetensors", "maps.png", "profile.png", "html")
+FILES = ("txt", "safetensors", "maps.png", "profile.png", "html", "report.html")
 
 
 @pytest.fixture

@@ -10,9 +10,15 @@ MODULES = [
     "stepflow_tl.rendering.export",
     "stepflow_tl.rendering.extras",
     "stepflow_tl.rendering.layout",
+    "stepflow_tl.rendering.notebook",
     "stepflow_tl.rendering.profiles",
+    "stepflow_tl.rendering.report.page",
+    "stepflow_tl.rendering.report.payload",
+    "stepflow_tl.rendering.report.quantise",
     "stepflow_tl.rendering.scales",
+    "stepflow_tl.rendering.step_map_view",
     "stepflow_tl.rendering.step_maps",
+    "stepflow_tl.rendering.text_view",
 ]
 PLOTTING = ("matplotlib", "circuitsvis")
 
@@ -72,6 +78,6 @@ def test_a_library_that_is_installed_but_broken_raises_its_own_error(monkeypatch
 def test_an_unknown_name_is_refused_with_the_public_ones():
     from stepflow_tl import rendering
 
-    with pytest.raises(AttributeError, match="'sankey'; public names: StepMapView, arc_figure"):
+    with pytest.raises(AttributeError, match="'sankey'; public names: CircuitsvisView, arc_figure"):
         _ = rendering.sankey
     assert set(rendering.__all__) <= set(dir(rendering))

@@ -1,0 +1,108 @@
+"""Step maps in circuitsvis' `attention_heads`, on a scale that can be seen.
+
+1. Values. circuitsvis colours 0 to 1 and clips the rest, so raw saliency would be blank. Either three decades
+   of a common logarithmic scale, or each row relative to its strongest source. Four decimals are kept.
+2. Labels. circuitsvis sets them as innerHTML, so they are escaped; short ids such as T12 hold no such
+   character, so nothing changes for them.
+
+3. Number. A browser draws every cell of every map before it shows one, some 0.1 ms each. Layers beyond
+   `_MOST_CELLS` are thinned evenly over depth, and the caption says so.
+
+circuitsvis draws no colour bar and no boundaries; the caption states scale and direction in words.
+"""
+
+from __future__ import annotations
+
+import html
+from typing import Literal, get_args
+
+import torch
+
+from stepflow_tl.errors import TraceError
+from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView, circuitsvis_view
+from stepflow_tl.rendering.layout import evenly_over_depth
+from stepflow_tl.rendering.scales import DECADES, log_decades, row_max
+from stepflow_tl.saliency.pooling import Pooling
+from stepflow_tl.saliency.result import StepSaliency
+
+Scale = Literal["log", "row"]
+
+_COLOUR = "#3b0f70"
+_DECIMALS = 4
+_MOST_CELLS = 60_000
+_FEWEST_LAYERS = 6
+
+
+def show_step_maps(
+    saliency: StepSaliency, layer: int | None = None, *, scale: Scale = "log", pooling: Pooling = "mean"
+) -> CircuitsvisView:
+    """Show the heads of one layer, or the head mean of every stored layer, as selectable heatmaps.
+
+    Args:
+        saliency: The step map of one trace.
+        layer: Model layer whose heads to show; `None` shows the head mean of each layer side by side, or of
+            some layers evenly over depth where all would take a browser too long: from 47 steps on for 28
+            layers.
+        scale: `"log"` colours from the largest value of all maps shown (1) to a thousandth of it or less (0);
+            `"row"` divides each row by its largest value.
+        pooling: How token saliency was pooled, see `StepSaliency.pooled`.
+
+    Returns:
+        A view that a notebook displays; `.html` is all of it, `.save(path)` writes a page.
+
+    Raises:
+        ValueError: If `scale` or `pooling` is unknown.
+        ModelError: If `layer` is not among the stored ones.
+        TraceError: If the trace has no steps.
+        MissingExtraError: If circuitsvis is not installed.
+
+    Cost: a browser takes about 0.1 ms a cell of a map: seconds for the layers of 24 steps, ten seconds or
+    more for 8 heads of 120 steps. `StepSaliency.report` shows any number at once.
+    """
+    if scale not in get_args(Scale):
+        raise ValueError(f"unknown scale {scale!r}: expected one of {', '.join(get_args(Scale))}")
+    if not saliency.labels:
+        raise TraceError(
+            "this trace has no steps, so there is no map to show: give it a question or thinking"
+        )
+    if layer is None:
+        shown = evenly_over_depth(
+            saliency.layers, max(_FEWEST_LAYERS, _MOST_CELLS // len(saliency.labels) ** 2)
+        )
+        maps, what = saliency.head_mean(pooling, layers=shown), "head mean of each layer"
+        if len(shown) < len(saliency.layers):
+            what = f"head mean of {len(shown)} of {len(saliency.layers)} layers, evenly over depth"
+        names = [f"L{number}" for number in shown]
+    else:
+        maps, what = saliency.pooled(pooling, layers=[layer])[0], f"heads of layer {layer}"
+        names = [f"L{layer}H{head}" for head in range(saliency.n_heads)]
+    maps = maps.detach().cpu().to(torch.float64)
+    values = log_decades(maps) if scale == "log" else row_max(maps)
+    props = {
+        "attention": values.numpy().round(_DECIMALS).tolist(),
+        "attentionHeadNames": names,
+        "tokens": [html.escape(label) for label in saliency.labels],
+        "positiveColor": _COLOUR,
+        "maxValue": 1,
+        "minValue": -1,
+        "maskUpperTri": True,
+    }
+    title = f"Step-Saliency, {what}: {saliency.provenance.model_name}"
+    caption = f"{title}. {_caption(scale, pooling, float(maps.max()))}"
+    return circuitsvis_view("AttentionHeads", props, title=title, caption=caption)
+
+
+def _caption(scale: Scale, pooling: Pooling, largest: float) -> str:
+    quantity = {
+        "mean": "mean saliency per token pair",
+        "causal_mean": "mean saliency per causal token pair",
+        "sum": "summed saliency",
+    }[pooling]
+    if scale == "row":
+        colours = f"Each row's {quantity}, relative to the row's largest value (full colour, 1)."
+    else:
+        colours = (
+            f"Logarithm of {quantity}: full colour (1) is the largest value shown, {largest:.2g} nats; "
+            f"white (0) is a thousandth of it or less; each third is a factor of {10 ** (DECADES // 3)}."
+        )
+    return f"Rows are the steps that read, columns the steps they draw on. {colours}"
