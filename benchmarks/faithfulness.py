@@ -4,8 +4,9 @@
 
 The testbed model reads right solutions of fresh problems; each thinking step's candidates are the premises
 and the earlier steps (`stepflow_tl.testbed.edges`). A score is a step map, heads averaged, rows normalised
-below the diagonal, then averaged over the layers of a band. Intervals are BCa over problems. `best layer` is
-chosen by AUROC on as many other problems, never on those reported. `--shuffle` replaces the true edges by
+below the diagonal, then averaged over the layers of a band. Step knockout cuts an edge in all layers at once
+and so has one map. Intervals are BCa over problems. `best layer` is chosen by AUROC on as many other
+problems, never on those reported. `--shuffle` replaces the true edges by
 random ones: every score must fall to chance, or the benchmark is broken.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from stepflow_tl.bands import deep_band, shallow_band
+from stepflow_tl.causal import step_knockout
 from stepflow_tl.diagnostics.resampling import bca_interval
 from stepflow_tl.saliency import step_saliency
 from stepflow_tl.saliency.baselines import baseline_maps
@@ -52,18 +54,18 @@ def study(options):
     torch.set_num_threads(1)  # one order of summation, so the table is the same to the last digit
     try:
         model = load_testbed_model()
-        train = measure(model, options, offset=1)
-        test = measure(model, options, offset=2)
+        train = measure(model, options, offset=1, knockout=False)
+        test = measure(model, options, offset=2, knockout=True)
     finally:
         torch.set_num_threads(n_threads)
     return [
-        summarise(train[shuffle], test[shuffle], model.cfg.n_layers, np.random.default_rng(options.seed))
+        summarise(train[shuffle], test[shuffle], np.random.default_rng(options.seed))
         for shuffle in (False, True)
     ]
 
 
-def measure(model, options, offset):
-    """`[problem, layer, metric]` by score and sources: of true edges, and of shuffled ones."""
+def measure(model, options, offset, knockout):
+    """`[problem, metric]` by (score, sources) and place: of true edges, and of shuffled ones."""
     per_length = [options.problems // len(options.steps)] * len(options.steps)
     per_length[0] += options.problems - sum(per_length)
     problems = [
@@ -77,15 +79,21 @@ def measure(model, options, offset):
         trace = trace_of(model.tokenizer, problem)
         true = {sources: edge_rows(problem, trace, sources) for sources in SOURCES}
         edges = true, {sources: shuffled(own, rng) for sources, own in true.items()}
-        for name, maps in score_maps(model, trace, rng).items():
-            places = (*maps, *band_means(maps))
+        scores = {name: places_of(maps) for name, maps in score_maps(model, trace, rng).items()}
+        if knockout:
+            scores["step knockout"] = {"all": knockout_map(model, trace, true["both"])}
+        for name, places in scores.items():
             for values, rows in zip(found, edges, strict=True):
                 for sources, own in rows.items():
-                    scores = [score_rows(own, place) for place in places]
-                    values.setdefault((name, sources), []).append(scores)
+                    by_place = values.setdefault((name, sources), {})
+                    for place, step_map in places.items():
+                        by_place.setdefault(place, []).append(score_rows(own, step_map))
         print(f"\r{index + 1}/{len(problems)}", end="", file=sys.stderr)
     print(file=sys.stderr)
-    return [{key: np.array(values) for key, values in own.items()} for own in found]
+    return [
+        {key: {place: np.array(values) for place, values in places.items()} for key, places in own.items()}
+        for own in found
+    ]
 
 
 def score_maps(model, trace, rng):
@@ -110,23 +118,34 @@ def score_maps(model, trace, rng):
     return found
 
 
-def band_means(maps):
+def knockout_map(model, trace, rows):
+    """Change of a step's NLL when it may not read a candidate: `[query_step, key_step]`."""
+    pairs = [(row.query, candidate) for row in rows for candidate in row.candidates]
+    return step_knockout(model, trace, pairs=pairs).effects.numpy()
+
+
+def places_of(maps):
+    """Each layer's map by its number, and the means over bands."""
     n_layers = len(maps)
     shallow, deep = list(shallow_band(n_layers)), list(deep_band(n_layers))
     middle = [layer for layer in range(n_layers) if layer not in shallow + deep]
-    return [maps[band].mean(0) for band in (shallow, middle, deep, list(range(n_layers)))]
+    bands = {"shallow": shallow, "middle": middle, "deep": deep, "all": list(range(n_layers))}
+    return dict(enumerate(maps)) | {name: maps[layers].mean(0) for name, layers in bands.items()}
 
 
-def summarise(train, test, n_layers, rng):
+def summarise(train, test, rng):
     rows = []
     for (name, sources), values in test.items():
-        best = int(train[name, sources][:, :n_layers, 0].mean(0).argmax())
-        places = {"shallow": n_layers, "middle": n_layers + 1, "deep": n_layers + 2, "all": n_layers + 3}
-        for place, column in {**places, f"best layer ({best})": best}.items():
-            low, high = bca_interval([(1, values[:, column])], confidence=0.95, n_bootstrap=4000, rng=rng)
+        chosen = {place: place for place in values if isinstance(place, str)}
+        layers = [place for place in values if not isinstance(place, str)]
+        if layers:
+            best = max(layers, key=lambda layer: train[name, sources][layer][:, 0].mean())
+            chosen[f"best layer ({best})"] = best
+        for place, key in chosen.items():
+            low, high = bca_interval([(1, values[key])], confidence=0.95, n_bootstrap=4000, rng=rng)
             row = dict(score=name, sources=sources, layers=place)
             for i, metric in enumerate(METRICS):
-                row[metric] = [float(values[:, column, i].mean()), float(low[i]), float(high[i])]
+                row[metric] = [float(values[key][:, i].mean()), float(low[i]), float(high[i])]
             rows.append(row)
     return rows
 

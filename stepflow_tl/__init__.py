@@ -12,6 +12,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stepflow_tl.causal import StepKnockout as StepKnockout
+    from stepflow_tl.causal import step_knockout as step_knockout
     from stepflow_tl.diagnostics import compare as compare
     from stepflow_tl.diagnostics import diagnose as diagnose
     from stepflow_tl.interventions import StepFlow as StepFlow
@@ -40,6 +42,8 @@ _HOME_OF = {
     "StepFlow": "stepflow_tl.interventions",
     "bridge_hook": "stepflow_tl.interventions",
     "momentum_hook": "stepflow_tl.interventions",
+    "step_knockout": "stepflow_tl.causal",
+    "StepKnockout": "stepflow_tl.causal",
 }
 
 __all__ = [
@@ -47,6 +51,7 @@ __all__ = [
     "Segment",
     "Step",
     "StepFlow",
+    "StepKnockout",
     "StepSaliency",
     "bridge_hook",
     "compare",
@@ -54,6 +59,7 @@ __all__ = [
     "load_default_model",
     "load_testbed_model",
     "momentum_hook",
+    "step_knockout",
     "step_saliency",
 ]
 

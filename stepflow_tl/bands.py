@@ -40,6 +40,19 @@ def deep_half(n_layers: int) -> range:
     return range(n_layers // 2, n_layers)
 
 
+def named_layers(name: str, n_layers: int) -> range:
+    """Layers of "all", "shallow" or "deep".
+
+    Raises:
+        ValueError: If the name is none of these.
+    """
+    if name == "all":
+        return range(n_layers)
+    if name in ("shallow", "deep"):
+        return shallow_band(n_layers) if name == "shallow" else deep_band(n_layers)
+    raise ValueError(f"layers is {name!r}: expected 'all', 'shallow', 'deep', or layer numbers")
+
+
 def _band_size(n_layers: int) -> int:
     if n_layers < 1:
         raise ValueError(f"a model of {n_layers} layers has no bands: n_layers must be at least 1")

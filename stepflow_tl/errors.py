@@ -52,3 +52,7 @@ class MissingExtraError(StepflowError, ImportError):
 
 class ProblemError(StepflowError, ValueError):
     """A testbed problem cannot be made with these numbers, or a problem file's record cannot be read."""
+
+
+class KnockoutError(StepflowError, ValueError):
+    """A step knockout's pairs, heads or measure are not such that an effect could be stated."""

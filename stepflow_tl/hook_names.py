@@ -175,3 +175,12 @@ def original_attention(model: Any, layer: int) -> Any:
     """The wrapped attention module on a bridge, the attention component itself on a HookedTransformer."""
     attention = model.blocks[layer].attn
     return getattr(attention, "original_component", None) or attention
+
+
+def delegates_attention(model: Any, layer: int) -> bool:
+    """Whether a layer leaves attention to the wrapped module, so that edited scores would be discarded."""
+    if not hasattr(model, "original_model"):
+        return False
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    return type(model.blocks[layer].attn).forward is AttentionBridge.forward

@@ -4,12 +4,14 @@ Read from `cfg` of a TransformerLens model, or from `config` of a plain transfor
 fused backend serves. Nothing is imported to find out which of the two it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.trace import ReasoningTrace
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,40 @@ def model_facts(model: Any) -> ModelFacts:
     name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
     n_ctx = int(getattr(text, "max_position_embeddings", 0) or 2**62)
     return ModelFacts(name, int(text.num_hidden_layers), int(text.vocab_size), n_ctx, dtype, device)
+
+
+def check_fit(facts: ModelFacts, trace: ReasoningTrace) -> None:
+    """Refuse a trace that this model cannot read.
+
+    Raises:
+        ModelError: If a token id is outside the vocabulary, the trace is longer than the context, or it has
+            no step.
+    """
+    outside = ((trace.tokens < 0) | (trace.tokens >= facts.n_vocab)).nonzero()
+    if len(outside):
+        position = int(outside[0])
+        raise ModelError(
+            f"token id {int(trace.tokens[position])} at position {position} is outside the model's "
+            f"vocabulary of {facts.n_vocab}: build the trace with this model's own tokenizer"
+        )
+    if len(trace) > facts.n_ctx:
+        raise ModelError(
+            f"the trace has {len(trace)} tokens, but the model's context holds {facts.n_ctx}: shorten the "
+            "trace, or load the model with a longer context"
+        )
+    if not trace.steps:
+        raise ModelError("the trace has no step, only template tokens: there is nothing to map")
+
+
+def check_layers(facts: ModelFacts, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The chosen layers, all by default.
+
+    Raises:
+        ModelError: If a layer does not exist or is named twice, or there is none.
+    """
+    chosen = tuple(range(facts.n_layers)) if layers is None else tuple(int(layer) for layer in layers)
+    outside = [layer for layer in chosen if not 0 <= layer < facts.n_layers]
+    if outside or not chosen or len(set(chosen)) != len(chosen):
+        problem = f"{outside} are outside it" if outside else "they must be distinct and at least one"
+        raise ModelError(f"layers={list(chosen)}: the model has layers 0..{facts.n_layers - 1}; {problem}")
+    return chosen

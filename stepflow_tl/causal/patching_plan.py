@@ -24,11 +24,10 @@ from stepflow_tl.causal.patching_result import StepPatching
 from stepflow_tl.errors import ModelError, ObjectiveError
 from stepflow_tl.hook_names import component_hook
 from stepflow_tl.hooking import NamedHook, attached
-from stepflow_tl.model_facts import ModelFacts, model_facts
+from stepflow_tl.model_facts import ModelFacts, check_fit, check_layers, model_facts
 from stepflow_tl.saliency.objectives import Objective, resolve_objective
 from stepflow_tl.saliency.provenance import Provenance, package_versions
 from stepflow_tl.saliency.reference import model_device
-from stepflow_tl.saliency.run import check_fit, check_layers
 from stepflow_tl.trace import ReasoningTrace, Step
 
 #: Hooks in force in every pass: pairs, or a function that makes them for a trace, for those that know tokens.

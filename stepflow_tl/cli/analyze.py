@@ -30,8 +30,8 @@ from stepflow_tl.cli.records import Record, Unreadable, count_records, read_reco
 from stepflow_tl.diagnostics import Diagnosis, diagnose
 from stepflow_tl.errors import ComparisonError, InputFileError, ModelError, ResultFileError, StepflowError
 from stepflow_tl.hook_names import resolve_hooks
+from stepflow_tl.result_files import write_atomically
 from stepflow_tl.saliency import StepSaliency, step_saliency
-from stepflow_tl.saliency.files import write_atomically
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace_building import resolve_format
 

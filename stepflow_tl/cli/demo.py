@@ -19,8 +19,8 @@ from stepflow_tl.cli.records import Record, read_records
 from stepflow_tl.cli.thinking import generate_with_thinking
 from stepflow_tl.diagnostics import diagnose
 from stepflow_tl.errors import InputFileError, MissingExtraError
+from stepflow_tl.result_files import write_atomically
 from stepflow_tl.saliency import step_saliency
-from stepflow_tl.saliency.files import write_atomically
 from stepflow_tl.trace import ReasoningTrace
 
 _FIGURE_DPI = 200

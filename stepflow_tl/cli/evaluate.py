@@ -20,6 +20,7 @@ from stepflow_tl.evaluation import (
 )
 from stepflow_tl.evaluation.graders import GRADERS
 from stepflow_tl.interventions import StepFlow
+from stepflow_tl.result_files import write_atomically
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
 
 TESTBED = "testbed"
@@ -68,6 +69,11 @@ def run_evaluate(options: EvaluateOptions) -> int:
     if unknown:
         raise InputFileError(f"--conditions: {', '.join(unknown)}; known are {', '.join(flows)}")
     chosen = {name: flows[name] for name in options.conditions or flows}
+    if options.grader == "steps" and options.questions != TESTBED:
+        raise InputFileError(
+            f"--grader steps: the right steps are known for '{TESTBED}' alone, not for {options.questions}; "
+            "expected --grader exact or maths"
+        )
     questions = _questions(options)
     if options.out is not None and not options.out.parent.is_dir():
         raise InputFileError(f"--out {options.out}: there is no folder {options.out.parent}")
@@ -82,7 +88,7 @@ def run_evaluate(options: EvaluateOptions) -> int:
     )
     print(found.table())
     if options.out is not None:
-        options.out.write_text(found.to_json() + "\n", encoding="utf-8")
+        write_atomically(options.out, (found.to_json() + "\n").encode())
         print(f"\nwritten: {options.out}")
     return 0
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from stepflow_tl.bands import deep_band, shallow_band
 from stepflow_tl.errors import ModelError
-from stepflow_tl.hook_names import LayerHooks, original_attention, resolve_hooks
+from stepflow_tl.hook_names import LayerHooks, delegates_attention, original_attention, resolve_hooks
 from stepflow_tl.hooking import NamedHook, attached
 from stepflow_tl.interventions.bridge import bridge_hook, bridge_pattern_hook, check_bridge
 from stepflow_tl.interventions.momentum import capture_values_hook, momentum_hook
@@ -310,14 +310,9 @@ def refuse_delegated(model: Any, hooks: LayerHooks) -> None:
     Raises:
         ModelError: If neither scores nor pattern are live.
     """
-    if hooks.scores is None or not hasattr(model, "original_model"):
-        return
-    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
-
-    attention = model.blocks[hooks.layer].attn
-    if type(attention).forward is AttentionBridge.forward:
+    if hooks.scores is not None and delegates_attention(model, hooks.layer):
         raise ModelError(
-            f"layer {hooks.layer}: {type(attention).__name__} leaves attention to the wrapped module, so "
-            "an edit of its scores would be discarded. Leave the layer out with shallow=[...], or use "
-            "tau_max=0 for momentum alone."
+            f"layer {hooks.layer}: {type(model.blocks[hooks.layer].attn).__name__} leaves attention to the "
+            "wrapped module, so an edit of its scores would be discarded. Leave the layer out with "
+            "shallow=[...], or use tau_max=0 for momentum alone."
         )

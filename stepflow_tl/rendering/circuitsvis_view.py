@@ -24,7 +24,7 @@ import torch
 from stepflow_tl.errors import TraceError
 from stepflow_tl.rendering.extras import require
 from stepflow_tl.rendering.scales import DECADES, log_decades, row_max
-from stepflow_tl.saliency.files import write_atomically
+from stepflow_tl.result_files import write_atomically
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 

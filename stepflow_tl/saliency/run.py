@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stepflow_tl.errors import ModelError
 from stepflow_tl.interventions.stepflow import StepFlow
-from stepflow_tl.model_facts import ModelFacts, model_facts
+from stepflow_tl.model_facts import check_fit, check_layers, model_facts
 from stepflow_tl.saliency.backends import Backend, run_backend
 from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective
 from stepflow_tl.saliency.provenance import Provenance, package_versions
@@ -88,40 +87,3 @@ def step_saliency(
             notes=notes,
         ),
     )
-
-
-def check_fit(facts: ModelFacts, trace: ReasoningTrace) -> None:
-    """Refuse a trace that the model cannot run.
-
-    Raises:
-        ModelError: If a token is outside the vocabulary, the trace is longer than the context, or it has no
-            step.
-    """
-    outside = ((trace.tokens < 0) | (trace.tokens >= facts.n_vocab)).nonzero()
-    if len(outside):
-        position = int(outside[0])
-        raise ModelError(
-            f"token id {int(trace.tokens[position])} at position {position} is outside the model's "
-            f"vocabulary of {facts.n_vocab}: build the trace with this model's own tokenizer"
-        )
-    if len(trace) > facts.n_ctx:
-        raise ModelError(
-            f"the trace has {len(trace)} tokens, but the model's context holds {facts.n_ctx}: shorten the "
-            "trace, or load the model with a longer context"
-        )
-    if not trace.steps:
-        raise ModelError("the trace has no step, only template tokens: there is nothing to map")
-
-
-def check_layers(facts: ModelFacts, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """The layers asked for, or all of them.
-
-    Raises:
-        ModelError: If one does not exist or is named twice, or there is none.
-    """
-    chosen = tuple(range(facts.n_layers)) if layers is None else tuple(int(layer) for layer in layers)
-    outside = [layer for layer in chosen if not 0 <= layer < facts.n_layers]
-    if outside or not chosen or len(set(chosen)) != len(chosen):
-        problem = f"{outside} are outside it" if outside else "they must be distinct and at least one"
-        raise ModelError(f"layers={list(chosen)}: the model has layers 0..{facts.n_layers - 1}; {problem}")
-    return chosen

@@ -1,4 +1,4 @@
-"""Pairs of traces of one problem: as long as each other step by step, and not."""
+"""Traces of one problem, in the tiny tokenizer's tokens: as long as each other step by step, and not."""
 
 import pytest
 
@@ -19,6 +19,12 @@ def make_trace(tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
+def tiny_trace(make_trace):
+    """Steps of one token and of many."""
+    return make_trace(*RIGHT)
+
+
+@pytest.fixture(scope="session")
 def right_trace(make_trace):
     return make_trace(*RIGHT)
 
@@ -33,3 +39,18 @@ def wrong_trace(make_trace):
 def longer_trace(make_trace):
     """The same labels, other lengths."""
     return make_trace(*LONGER)
+
+
+@pytest.fixture(scope="session")
+def bridges():
+    """`bridges(name)`: a tiny transformers model of that architecture behind a TransformerBridge."""
+    from saliency.fused.architectures import build_bridge
+
+    built = {}
+
+    def build(name):
+        if name not in built:
+            built[name] = build_bridge(name)
+        return built[name]
+
+    return build

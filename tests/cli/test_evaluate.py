@@ -58,6 +58,10 @@ def test_a_file_of_questions_is_evaluated(untrained, tmp_path, capsys):
     ("arguments", "said"),
     [
         (["nothing.jsonl"], "cannot read nothing.jsonl"),
+        (
+            ["nothing.jsonl", "--grader", "steps"],
+            "--grader steps: the right steps are known for 'testbed' alone",
+        ),
         (["testbed", "--conditions", "magic"], "--conditions: magic; known are plain, bridge"),
         (["testbed", "--samples", "3"], "3 samples of greedy decoding"),
         (["testbed", "--tau-max", "2"], "tau_max"),

@@ -3,21 +3,6 @@ import torch
 
 
 @pytest.fixture
-def float64_throughout(monkeypatch):
-    """Let norms and softmaxes that work "in float32" work in float64, so that 1e-8 means something.
-
-    transformers and TransformerLens name the type as `torch.float32` or call `.float()`; both are looked up
-    when the line runs. Our own modules have tables of types, so they are imported before the names change.
-    """
-    import stepflow_tl.saliency.fused.device
-    import stepflow_tl.saliency.layerwise
-    import stepflow_tl.saliency.run  # noqa: F401
-
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-@pytest.fixture
 def threads():
     """Sets PyTorch's number of threads; puts it back after the test."""
     before = torch.get_num_threads()

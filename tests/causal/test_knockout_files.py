@@ -1,0 +1,114 @@
+"""`StepKnockout`: what is saved comes back, what is foreign is refused, and no illegal state can be made."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def knockout(bridges, tiny_trace):
+    from stepflow_tl import step_knockout
+
+    return step_knockout(bridges("llama"), tiny_trace, layers="deep", heads=[1, 2])
+
+
+def rewrite(source, target, **changes):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    name = "stepflow_tl.StepKnockout"
+    with safe_open(source, framework="pt") as file:
+        document = {**json.loads(file.metadata()[name]), **changes}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    save_file(tensors, target, metadata={name: json.dumps(document)})
+    return target
+
+
+def test_what_is_saved_comes_back(knockout, tmp_path):
+    from stepflow_tl import StepKnockout
+
+    again = StepKnockout.load(knockout.save(tmp_path / "map"))
+    assert torch.equal(again.effects, knockout.effects) and again.effects.dtype == torch.float64
+    assert torch.equal(again.measured, knockout.measured) and again.trace == knockout.trace
+    for name in ("layers", "n_layers", "heads", "measure", "onto", "provenance"):
+        assert getattr(again, name) == getattr(knockout, name)
+    assert again.heads == (1, 2) and again.layers == (3,) and again.effects.any()
+    assert knockout.save(tmp_path / "two").read_bytes() == (tmp_path / "map").read_bytes()
+
+
+def test_every_defect_of_a_file_is_named(knockout, tmp_path, bridges, tiny_trace):
+    from stepflow_tl import StepKnockout, step_saliency
+    from stepflow_tl.errors import ResultFileError
+
+    path = knockout.save(tmp_path / "map")
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ResultFileError, match="cut is not a whole safetensors file"):
+        StepKnockout.load(tmp_path / "cut")
+    with pytest.raises(ResultFileError, match="expected a file written by StepKnockout.save"):
+        StepKnockout.load(tmp_path / "absent")
+    step_saliency(bridges("llama"), tiny_trace, layers=[0]).save(tmp_path / "saliency")
+    with pytest.raises(ResultFileError, match="not a step-knockout result"):
+        StepKnockout.load(tmp_path / "saliency")
+    with pytest.raises(ResultFileError, match="schema version 7; this stepflow_tl reads up to 1"):
+        StepKnockout.load(rewrite(path, tmp_path / "newer", version=7))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trace": {}},
+        {"layers": [9]},
+        {"layers": []},
+        {"measure": 3},
+        {"onto": 1},
+        {"heads": "x"},
+        {"provenance": []},
+    ],
+)
+def test_metadata_that_does_not_hold_together_is_refused(changes, knockout, tmp_path):
+    from stepflow_tl import StepKnockout
+    from stepflow_tl.errors import ResultFileError
+
+    broken = rewrite(knockout.save(tmp_path / "map"), tmp_path / "broken", **changes)
+    with pytest.raises(ResultFileError, match="does not hold together"):
+        StepKnockout.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("effects", torch.full((5, 5), torch.nan), "must be finite"),
+        ("effects", torch.ones(5, 5), "must be 0 where nothing was measured"),
+        ("measured", torch.ones(5, 5, dtype=torch.bool), "key step comes after its query step"),
+        ("layers", (), "must be distinct and at least one"),
+        ("layers", (4,), "outside the model's 0..3"),
+    ],
+)
+def test_no_illegal_state_can_be_made(field, value, said, knockout):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(knockout, **{field: value})
+
+
+def test_pooling_is_that_of_a_saliency_map(knockout):
+    lengths = knockout.step_lengths.double()
+    assert torch.equal(knockout.pooled("sum"), knockout.effects)
+    assert torch.allclose(knockout.pooled("mean"), knockout.effects / (lengths[:, None] * lengths))
+    assert knockout.labels == ["Q", "T1", "T2", "T3", "S1"]
+
+
+def test_the_table_lists_the_strongest_pairs_first(knockout):
+    lines = knockout.table(3).splitlines()
+    assert "Step knockout: tiny-llama" in lines[0] and "3 of 10 pairs; positive: the cut hurts" in lines[-1]
+    place = knockout.effects.abs().argmax()
+    query, key = divmod(int(place), 5)
+    assert lines[5].split()[:2] == [knockout.labels[query], knockout.labels[key]]
+    assert repr(knockout) == (
+        "StepKnockout(10 pairs of 5 steps, 1 of 4 layers, measure='nll', method='cached', model='tiny-llama')"
+    )
+
+
+def test_a_map_of_another_number_of_steps_is_refused(knockout):
+    with pytest.raises(ValueError, match=r"effects has shape \(3, 3\), but the trace has 5 steps"):
+        dataclasses.replace(knockout, effects=torch.zeros(3, 3), measured=torch.zeros(3, 3, dtype=torch.bool))
