@@ -32,7 +32,7 @@ PACKAGES = (
 )
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")
 #: A docstring may leave its arguments to another one, which must then list them.
-ELSEWHERE = re.compile(r"[Aa]rguments[^.`]*\bas in `(\w+)`|`(\w+)`: the same arguments")
+ELSEWHERE = re.compile(r"[Aa]rguments[^.`]*\bas\s+in\s+`(\w+)`|`(\w+)`: the same arguments")
 NOTE = "<!-- Written by docs/scripts/api_reference.py from the docstrings; change those. -->"
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

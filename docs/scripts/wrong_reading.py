@@ -9,8 +9,9 @@ the model is locked in". Every solution here is right, and the true sources of e
    In each thinking row of the map (heads averaged, rows as shares): is the darkest cell the step itself? Is
    the darkest earlier cell one that the step takes something from? At chance it is as often as a cell drawn
    at random.
-2. The same with the saliency of a pair of steps summed instead of averaged over its token pairs.
-3. `lock_in` of the shallow band on the same tokens cut into half as many thinking steps, and on shorter and
+2. Is it the one whose knockout, in all layers, most raises the NLL of the step's own predictions?
+3. The same with the saliency of a pair of steps summed instead of averaged over its token pairs.
+4. `lock_in` of the shallow band on the same tokens cut into half as many thinking steps, and on shorter and
    longer problems. The cut moves no saliency: sums over blocks of cells are compared, and must agree.
 
 Intervals are BCa over problems, 95 %. One thread, so the table is the same to the last digit.
@@ -27,6 +28,7 @@ import torch
 
 from stepflow_tl import ReasoningTrace, Segment, StepSaliency, diagnose, load_testbed_model, step_saliency
 from stepflow_tl.bands import shallow_band
+from stepflow_tl.causal import step_knockout
 from stepflow_tl.diagnostics import row_shares
 from stepflow_tl.diagnostics.resampling import bca_interval
 from stepflow_tl.rendering import save_figure
@@ -54,37 +56,67 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     problems = make_problems(ProblemSpec(n_steps=N_STEPS), options.problems, seed=options.seed)
     maps = [step_saliency(model, trace_of(model.tokenizer, problem)) for problem in problems]
-    print(darkest_table(problems, maps, rng), end="\n\n")
+    effects = [earlier_effects(model, problem, m.trace) for problem, m in zip(problems, maps, strict=True)]
+    print(darkest_table(problems, maps, effects, rng), end="\n\n")
     print(lock_in_table(model, problems, maps, options.seed, rng))
     if options.figure:
         save_figure(figure(problems[0], maps[0]), options.figure, dpi=150)
 
 
-def darkest_table(problems: list[Problem], maps: list[StepSaliency], rng: np.random.Generator) -> str:
+def darkest_table(
+    problems: list[Problem], maps: list[StepSaliency], effects: list[np.ndarray], rng: np.random.Generator
+) -> str:
     """Where the darkest cells are, by layers and pooling."""
     n_layers = maps[0].n_layers
     places = {str(layer): [layer] for layer in range(n_layers)} | {"all": list(range(n_layers))}
-    lines = [
-        "| layers | darkest cell is the step itself | darkest earlier cell is needed (mean) | the same (sum) "
-        "| mean and sum name different cells |",
-        "|---|---|---|---|---|",
-    ]
+    columns = (
+        "the step itself is darkest",
+        "darkest earlier step is needed (mean)",
+        "the same (sum)",
+        "mean and sum name different steps",
+        "cutting the darkest earlier step hurts most (mean)",
+    )
+    lines = [f"| layers | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    chance, cut_finds, cut_needed, cut_other = [], [], [], []
     for name, layers in places.items():
-        own, mean, total, differ, chance = [], [], [], [], []
-        for problem, saliency in zip(problems, maps, strict=True):
+        found: list[list[float]] = []
+        for problem, saliency, effect in zip(problems, maps, effects, strict=True):
             by_mean, by_sum = (shares(saliency, pooling, layers) for pooling in POOLINGS)
             rows = needed_rows(problem, saliency.trace)
             first, second = darkest_earlier(by_mean, rows), darkest_earlier(by_sum, rows)
-            own.append(np.mean([by_mean[i, : i + 1].argmax() == i for i in rows]))
-            mean.append(np.mean([j in rows[i] for i, j in first.items()]))
-            total.append(np.mean([j in rows[i] for i, j in second.items()]))
-            differ.append(np.mean([first[i] != second[i] for i in rows]))
-            chance.append(np.mean([len(needed) / i for i, needed in rows.items()]))
-        cells = " | ".join(with_interval(values, rng) for values in (own, mean, total, differ))
+            hurts_most = darkest_earlier(effect, rows)
+            answers = [
+                (by_mean[i, : i + 1].argmax() == i, first[i] in needed, second[i] in needed)
+                + (first[i] != second[i], first[i] == hurts_most[i])
+                for i, needed in rows.items()
+            ]
+            found.append(np.mean(answers, axis=0).tolist())
+            if name == "all":
+                chance.append(np.mean([len(needed) / i for i, needed in rows.items()]))
+                cut_finds.append(np.mean([hurts_most[i] in needed for i, needed in rows.items()]))
+                cut_needed.append(np.mean([effect[i, j] for i, needed in rows.items() for j in needed]))
+                others = [(i, j) for i, needed in rows.items() for j in range(i) if j not in needed]
+                cut_other.append(np.mean([effect[pair] for pair in others]))
+        cells = " | ".join(with_interval(values, rng) for values in zip(*found, strict=True))
         lines.append(f"| {name} | {cells} |")
     n_rows = sum(len(needed_rows(problem, m.trace)) for problem, m in zip(problems, maps, strict=True))
-    lines += ["", f"{len(problems)} problems, {n_rows} rows; at chance {np.mean(chance):.3f} are needed."]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{len(problems)} problems, {n_rows} rows. "
+            f"Of all earlier steps, {np.mean(chance):.3f} are needed.",
+            f"The step whose knockout hurts most is needed in {with_interval(cut_finds, rng)} of the rows.",
+            f"NLL change by cutting a needed step {with_interval(cut_needed, rng)} nats,",
+            f"another earlier step {with_interval(cut_other, rng)} nats.",
+        ]
+    )
+
+
+def earlier_effects(model: Any, problem: Problem, trace: ReasoningTrace) -> np.ndarray:
+    """Knockout effects of every thinking step on every earlier step, in nats."""
+    pairs = [(i, j) for i in needed_rows(problem, trace) for j in range(i)]
+    return step_knockout(model, trace, pairs=pairs).effects.numpy()
 
 
 def lock_in_table(

@@ -55,10 +55,19 @@ def test_every_public_name_documents_its_arguments(package: str):
     ("source", "gap"),
     [
         ("def made(x): pass", "made has no docstring"),
-        ('def made(x):\n    "Text that says `x`, but does not list it."', "made: its docstring does not name x"),
-        ('def made(x, *, y):\n    """T.\n\n    Args:\n        x: X.\n    """', "made: its docstring does not name y"),
+        (
+            'def made(x):\n    "Text that says `x`, but does not list it."',
+            "made: its docstring does not name x",
+        ),
+        (
+            'def made(x, *, y):\n    """T.\n\n    Args:\n        x: X.\n    """',
+            "made: its docstring does not name y",
+        ),
         ('@dataclass\nclass made:\n    """T."""\n    x: int', "made: its docstring does not name x"),
-        ('class made:\n    """T."""\n    def of(self, x):\n        "T."', "made.of: its docstring does not name x"),
+        (
+            'class made:\n    """T."""\n    def of(self, x):\n        "T."',
+            "made.of: its docstring does not name x",
+        ),
         ('class made:\n    """T."""\n    def of(self): pass', "made.of has no docstring"),
     ],
 )
