@@ -56,7 +56,7 @@ test: setup .venv-tl39/.installed
 	echo "Tests with TransformerLens 4.3"; \
 	$(call PYTEST,.venv) || status=1; \
 	echo "Tests with TransformerLens $(TL39)"; \
-	$(call PYTEST,.venv-tl39) -m 'not slow' --ignore=tests/rendering --ignore=tests/cli || status=1; \
+	$(call PYTEST,.venv-tl39) -m 'not slow' --ignore=tests/rendering --ignore=tests/cli --ignore=tests/docs || status=1; \
 	exit $$status
 
 lint: setup

@@ -28,7 +28,18 @@ class Segment(IntEnum):
 
 @dataclass(frozen=True)
 class Step:
-    """A contiguous stretch of one segment. Spans are half-open; `label` is "Q", "T1", "S1" and so on."""
+    """A contiguous stretch of one segment. Spans are half-open.
+
+    Attributes:
+        index: Place among the trace's steps.
+        segment: The segment it lies in; never TEMPLATE.
+        label: "Q", "T1", "S1" and so on.
+        token_start: First token.
+        token_end: The one after the last.
+        char_start: First character of the trace's text.
+        char_end: The one after the last.
+        text: What stands there.
+    """
 
     index: int
     segment: Segment

@@ -105,7 +105,7 @@ class ReasoningTrace:
         return torch.tensor([step.n_tokens for step in self.steps], dtype=torch.int64)
 
     def steps_in(self, segment: Segment) -> tuple[Step, ...]:
-        """The steps of one segment, in trace order."""
+        """The steps of one `segment`, in trace order."""
         return tuple(step for step in self.steps if step.segment == segment)
 
     @property
@@ -124,7 +124,7 @@ class ReasoningTrace:
         return tuple(pieces)
 
     def table(self, width: int = 48) -> str:
-        """The pieces as text, one a line: label, segment, token and character span, how the text starts."""
+        """The pieces as text, one a line: label, segment, spans, and the first `width` characters."""
         rows = [["label", "segment", "tokens", "chars", "text"]]
         for piece in self.pieces:
             start = piece.text if len(piece.text) <= width else piece.text[: width - 1] + "…"
@@ -156,7 +156,7 @@ class ReasoningTrace:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ReasoningTrace":
-        """Read what `to_json` wrote.
+        """Read `data` that `to_json` wrote.
 
         Raises:
             TraceError: A field is missing, of the wrong kind or of another version, or the fields contradict.
@@ -204,6 +204,17 @@ class ReasoningTrace:
         """A trace from its parts, the chat template applied around them.
 
         See `trace_building.build_from_parts`.
+
+        Args:
+            tokenizer: The model's own.
+            question: The user's text.
+            thinking: The text between the thinking markers.
+            summary: The visible answer after them; none by default.
+            format: Name, or a `ReasoningFormat`; default: the chat template's own, "plain" without one.
+            splitter: Cuts thinking into steps: a name or a splitter; default "paragraph".
+            summary_splitter: Cuts the summary; default: like thinking.
+            question_splitter: Cuts the question; default: one step.
+            system: System prompt; default: the template's own.
         """
         from stepflow_tl.trace_building import build_from_parts
 
@@ -222,9 +233,10 @@ class ReasoningTrace:
         summary_splitter: Any = None,
         question_splitter: Any = None,
     ) -> "ReasoningTrace":
-        """A trace from a full transcript, markers and all.
+        """A trace from a full transcript, markers and all: `text` as it is decoded, nothing hidden.
 
-        See `trace_building.build_from_text`.
+        With format "plain", the text up to the end of `question` is the question; without it all is thinking.
+        Other arguments as in `from_parts`; see `trace_building.build_from_text`.
         """
         from stepflow_tl.trace_building import build_from_text
 
@@ -245,7 +257,8 @@ class ReasoningTrace:
     ) -> "ReasoningTrace":
         """A trace from the token ids of a full transcript.
 
-        See `trace_building.build_from_tokens`.
+        `ids` is any iterable of integers, or a tensor `[token]` or `[1, token]`. Other arguments as in
+        `from_parts`; see `trace_building.build_from_tokens`.
         """
         from stepflow_tl.trace_building import build_from_tokens
 

@@ -114,6 +114,10 @@ class EffectAgreement:
 def effect_agreement(measured: StepPatching, predicted: StepPatching) -> EffectAgreement:
     """Agreement of measured and predicted effects (`step_patching` and `attribution_patching`).
 
+    Args:
+        measured: Effects by patching.
+        predicted: Effects of the same request, by attribution.
+
     Raises:
         ComparisonError: If the two answer different questions, or fewer than three entries, or entries that
             are all alike, leave nothing to correlate.

@@ -110,14 +110,17 @@ class StepKnockout:
         return text_table(f"Step knockout: {self.provenance.model_name}", header, rows, footer)
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file (atomic: a reader sees the old file or the whole new one)."""
+        """Write a safetensors file to `path`.
+
+        It is atomic: a reader sees the old file or the whole new one.
+        """
         from stepflow_tl.causal.knockout_files import save_knockout
 
         return save_knockout(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> StepKnockout:
-        """Read a file written by `save`.
+        """Read the file at `path` that `save` wrote.
 
         Raises:
             ResultFileError: If the file is missing, truncated, foreign or of an unknown version.

@@ -68,7 +68,7 @@ class Comparison:
     objective: str
 
     def of(self, metric: str) -> tuple[Effect, ...]:
-        """Effects of one metric, layer by layer; for "decay_slope", its one effect.
+        """Effects of one `metric`, layer by layer; for "decay_slope", its one effect.
 
         Raises:
             ComparisonError: If there is no such metric.
@@ -81,7 +81,7 @@ class Comparison:
         return found
 
     def significant(self, metric: str, level: float = 0.05) -> tuple[Effect, ...]:
-        """Effects of one metric whose corrected p-value is at most `level`.
+        """Effects of one `metric` whose corrected p-value is at most `level`.
 
         Raises:
             ComparisonError: If there is no such metric.
@@ -111,7 +111,7 @@ class Comparison:
         return data
 
     def table(self, metric: str | None = None) -> str:
-        """The headline as text, or one metric over the layers.
+        """The headline as text, or one `metric` over the layers.
 
         Raises:
             ComparisonError: If there is no such metric.

@@ -161,7 +161,7 @@ class Diagnosis:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Diagnosis:
-        """Read `to_json`'s data.
+        """Read `data` that `to_json` made.
 
         Raises:
             ResultFileError: If the data is not a diagnosis, or does not hold together.

@@ -33,7 +33,11 @@ from stepflow_tl.trace import ReasoningTrace, Segment
 
 
 def step_segments(trace: ReasoningTrace) -> Int[Tensor, " step"]:
-    """Segment of each step, in step order."""
+    """Segment of each step, in step order.
+
+    Args:
+        trace: The trace.
+    """
     return torch.tensor([int(step.segment) for step in trace.steps], dtype=torch.int64)
 
 

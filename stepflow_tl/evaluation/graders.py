@@ -19,12 +19,19 @@ Grader = Callable[[Question, Answer], bool]
 
 
 def exact(question: Question, answer: Answer) -> bool:
-    """Whether the summary is the right answer, character by character."""
+    """Whether the summary is the right answer, character by character.
+
+    Args:
+        question: What was asked, with its right answer.
+        answer: What was written.
+    """
     return answer.summary.strip() == question.answer.strip()
 
 
 def maths(question: Question, answer: Answer) -> bool:
     """Whether the summary holds the right number or formula, by math-verify.
+
+    Arguments as in `exact`.
 
     Raises:
         MissingExtraError: If math-verify is not installed.
@@ -43,6 +50,8 @@ def maths(question: Question, answer: Answer) -> bool:
 
 def steps(question: Question, answer: Answer) -> bool:
     """Whether the summary and every thinking step are right; for testbed questions.
+
+    Arguments as in `exact`.
 
     Raises:
         ProblemError: If the question is none of the testbed.

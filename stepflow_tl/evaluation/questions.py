@@ -38,7 +38,11 @@ class Question:
 
 
 def questions_of(problems: Iterable[Problem]) -> list[Question]:
-    """Testbed problems as questions; their difficulty is the number of steps."""
+    """Testbed problems as questions; their difficulty is the number of steps.
+
+    Args:
+        problems: From `testbed.make_problems`.
+    """
     return [
         Question(
             f"testbed-{i}", problem.question, problem.answer, f"{len(problem.derivations)} steps", problem
@@ -49,6 +53,9 @@ def questions_of(problems: Iterable[Problem]) -> list[Question]:
 
 def read_questions(path: str | Path) -> list[Question]:
     """The questions of a file of JSON lines.
+
+    Args:
+        path: One object a line with `question` and `answer`, and optionally `id` and `difficulty`.
 
     Raises:
         InputFileError: If the file cannot be read, has no question, or a line is not one; the message names

@@ -78,13 +78,13 @@ class Evaluation:
     seed: int = 0
 
     def accuracy(self, condition: str, difficulty: str | None = None) -> float:
-        """Part of right answers, over all questions or those of one difficulty."""
+        """Part of right answers of `condition`, over all questions or those of one `difficulty`."""
         scores = self.results[condition].scores
         chosen = [difficulty in (None, question.difficulty) for question in self.questions]
         return float(scores[chosen].mean())
 
     def regraded(self, grader: Grader) -> Evaluation:
-        """The same answers, counted by another grader."""
+        """The same answers, counted by another `grader`."""
         return replace(
             self,
             results={
@@ -94,7 +94,10 @@ class Evaluation:
         )
 
     def difference(self, condition: str, against: str, difficulty: str | None = None) -> PairedDifference:
-        """`condition` minus `against` on the same questions; its p-value is not corrected."""
+        """`condition` minus `against` on the same questions, all or those of one `difficulty`.
+
+        Its p-value is not corrected.
+        """
         chosen = [difficulty in (None, question.difficulty) for question in self.questions]
         scores = [self.results[name].scores[chosen] for name in (condition, against)]
         return paired_difference(*scores, binary=self.decoding.n_samples == 1, seed=self.seed)

@@ -40,6 +40,10 @@ class Search:
 def grid(base: StepFlow | None = None, **choices: Sequence[Any]) -> list[StepFlow]:
     """Every combination of the choices, as in `grid(tau_max=[0.1, 0.2], alpha=[0, 0.06])`.
 
+    Args:
+        base: Where every other argument comes from; the paper's StepFlow by default.
+        **choices: Values to try, by argument of StepFlow.
+
     Raises:
         TypeError: If a choice is no argument of StepFlow.
     """

@@ -118,7 +118,7 @@ class StepFlow:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def bands(self, model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Layers of the bridge and of momentum on this model.
+        """Layers of the bridge and of momentum on this `model`.
 
         Raises:
             ModelError: If a layer does not exist.

@@ -78,7 +78,7 @@ class StepSaliency:
         return self.sums.shape[1]
 
     def select(self, layers: Iterable[int]) -> StepSaliency:
-        """Keep some model layers, in the order given.
+        """Keep some model `layers`, in the order given.
 
         Raises:
             ModelError: If a layer is not among the stored ones.
@@ -107,18 +107,21 @@ class StepSaliency:
     def head_mean(
         self, pooling: Pooling = "mean", *, layers: Iterable[int] | None = None
     ) -> Float[Tensor, "layer query_step key_step"]:
-        """Mean over heads of `pooled`: the paper's map."""
+        """Mean over heads of `pooled`: the paper's map. Arguments as in `pooled`."""
         return self.pooled(pooling, layers=layers).mean(dim=1)
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file (atomic: a reader sees the old file or the whole new one); see `files`."""
+        """Write a safetensors file to `path`; see `files`.
+
+        It is atomic: a reader sees the old file or the whole new one.
+        """
         from stepflow_tl.saliency.files import save_saliency
 
         return save_saliency(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> StepSaliency:
-        """Read a file written by `save`.
+        """Read the file at `path` that `save` wrote.
 
         Raises:
             ResultFileError: If the file is missing, truncated, foreign or of an unknown version.
