@@ -85,6 +85,8 @@ def measure(model, options, offset, knockout):
         for name, places in scores.items():
             for values, rows in zip(found, edges, strict=True):
                 for sources, own in rows.items():
+                    if not own:  # a short problem may have no row with both kinds of candidate
+                        continue
                     by_place = values.setdefault((name, sources), {})
                     for place, step_map in places.items():
                         by_place.setdefault(place, []).append(score_rows(own, step_map))
