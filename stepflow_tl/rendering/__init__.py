@@ -11,18 +11,27 @@ if TYPE_CHECKING:
     from stepflow_tl.rendering.circuitsvis_view import StepMapView as StepMapView
     from stepflow_tl.rendering.circuitsvis_view import show_step_maps as show_step_maps
     from stepflow_tl.rendering.export import save_figure as save_figure
+    from stepflow_tl.rendering.knockout_view import show_knockout as show_knockout
     from stepflow_tl.rendering.profiles import profile_figure as profile_figure
     from stepflow_tl.rendering.step_maps import step_map_figure as step_map_figure
 
 _HOME_OF = {
     "StepMapView": "stepflow_tl.rendering.circuitsvis_view",
     "show_step_maps": "stepflow_tl.rendering.circuitsvis_view",
+    "show_knockout": "stepflow_tl.rendering.knockout_view",
     "save_figure": "stepflow_tl.rendering.export",
     "profile_figure": "stepflow_tl.rendering.profiles",
     "step_map_figure": "stepflow_tl.rendering.step_maps",
 }
 
-__all__ = ["StepMapView", "profile_figure", "save_figure", "show_step_maps", "step_map_figure"]
+__all__ = [
+    "StepMapView",
+    "profile_figure",
+    "save_figure",
+    "show_knockout",
+    "show_step_maps",
+    "step_map_figure",
+]
 
 
 def __getattr__(name: str) -> object:
