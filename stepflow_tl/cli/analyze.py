@@ -3,9 +3,10 @@
 1. Check what can be checked before any work: the file, the folder, the model, its hook points, format and
    layers.
 2. Per record: build the trace; keep an earlier result that is the same analysis; else compute, diagnose
-   and save, atomically. A record that fails is named with its reason and the run goes on.
+   and save, atomically. The same for its knockout, if asked for (`causal`). A record that fails is named with
+   its reason and the run goes on.
 3. At the end, and after Ctrl-C: `summary.csv`, the table of band means, and the comparison of two groups
-   if asked for.
+   and the agreement of scores if asked for.
 
 Only numbers are held on to, so memory does not grow with the number of traces. Exit codes: 0 if every
 line has a result, 1 if one failed, 130 after Ctrl-C; what stops the run before it starts is an exception.
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from stepflow_tl import models
+from stepflow_tl.cli.causal import CausalCheck, causal_report
 from stepflow_tl.cli.console import Progress, printable, say
 from stepflow_tl.cli.file_names import FileNames
 from stepflow_tl.cli.grouping import DEFAULT_PAIR_FIELD, compare_groups, pairing_field
@@ -57,6 +59,7 @@ class AnalyzeOptions:
     dtype: str = "float32"
     device: str = "cpu"
     figures: bool = False
+    causal: bool = False
 
 
 def analyze(options: AnalyzeOptions) -> int:
@@ -118,6 +121,9 @@ class _Run:
             dtype=str(next(weights, torch.float32)),
             layers=_checked_layers(self.model, options.layers),
         )
+        self.causal = (
+            CausalCheck(self.model, options.out, self.settings, options.overwrite) if options.causal else None
+        )
         self._names = FileNames()
         self._line_of: dict[str, int] = {}
 
@@ -147,7 +153,8 @@ class _Run:
     def _analyse(self, record: Record, progress: Progress) -> Outcome:
         trace = self._trace(record)
         path = self.options.out / f"{self._names.stem(record.id)}.safetensors"
-        result = self._kept(path, trace, record, progress)
+        place = f"line {record.line}, id '{printable(record.id)}'"
+        result = self._kept(path, trace, place, progress)
         seconds = 0.0
         if is_new := result is None:
             started = time.perf_counter()
@@ -160,6 +167,10 @@ class _Run:
             result.save(path)
         if self.options.figures:
             _save_figures(result, diagnosis, path, record.id)
+        agreement = None
+        if self.causal is not None:
+            agreement, spent = self.causal.analyse(result, path.name, place, progress)
+            seconds += spent
         return Outcome(
             line=record.line,
             id=record.id,
@@ -170,6 +181,7 @@ class _Run:
             diagnosis=diagnosis,
             group=record.group,
             pair=record.pair,
+            agreement=agreement,
         )
 
     def _trace(self, record: Record) -> ReasoningTrace:
@@ -188,15 +200,13 @@ class _Run:
             tokenizer, record.text, format=self.format, question=question, splitter=splitter
         )
 
-    def _kept(
-        self, path: Path, trace: ReasoningTrace, record: Record, progress: Progress
-    ) -> StepSaliency | None:
+    def _kept(self, path: Path, trace: ReasoningTrace, place: str, progress: Progress) -> StepSaliency | None:
         if self.options.overwrite:
             return None
         try:
             return kept_result(path, trace, self.settings)
         except DamagedResultError as error:
-            progress.note(f"line {record.line}, id '{printable(record.id)}': analysed again, because {error}")
+            progress.note(f"{place}: analysed again, because {error}")
             return None
 
 
@@ -240,6 +250,8 @@ def _report(options: AnalyzeOptions, outcomes: list[Outcome]) -> bool:
     """Write and print the summary; false if a comparison was asked for and cannot be made."""
     written = [_write(options.out / "summary.csv", summary_csv(outcomes))]
     print(summary_table(outcomes))
+    if options.causal:
+        written += [_write(options.out / name, text) for name, text in causal_report(outcomes).items()]
     is_compared = True
     if options.group_by is not None:
         pair_by = pairing_field(outcomes, options.pair_by, unpaired=options.unpaired)

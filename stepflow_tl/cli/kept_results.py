@@ -1,4 +1,4 @@
-"""Can a result file of an earlier run stand for this trace in this one?
+"""Can a result file of an earlier run, a saliency map or a knockout, stand for this trace in this one?
 
 1. No file: no.
 2. A file that is cut off or does not hold together: no, and it is replaced.
@@ -7,13 +7,21 @@
    error. To keep it would mix analyses, to replace it would destroy what someone may want.
 """
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from stepflow_tl.causal import StepKnockout
+from stepflow_tl.causal.knockout_files import SCHEMA as KNOCKOUT_SCHEMA
 from stepflow_tl.errors import ResultFileError
+from stepflow_tl.result_files import Schema
 from stepflow_tl.saliency import StepSaliency
-from stepflow_tl.saliency.files import SCHEMA, VERSION
+from stepflow_tl.saliency.files import SCHEMA as SALIENCY_SCHEMA
 from stepflow_tl.trace import ReasoningTrace
+
+Result = TypeVar("Result", StepSaliency, StepKnockout)
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,28 @@ def kept_result(path: Path, trace: ReasoningTrace, settings: Settings) -> StepSa
         DamagedResultError: If the file is damaged: analyse again.
         ResultFileError: If the file is whole but something else: leave it alone.
     """
+    return _kept(path, trace, settings, StepSaliency.load, SALIENCY_SCHEMA)
+
+
+def kept_knockout(path: Path, trace: ReasoningTrace, settings: Settings) -> StepKnockout | None:
+    """The knockout at `path`, or None if there is none; `objective` is the name in its provenance.
+
+    Raises:
+        DamagedResultError: If the file is damaged: measure again.
+        ResultFileError: If the file is whole but something else: leave it alone.
+    """
+    return _kept(path, trace, settings, StepKnockout.load, KNOCKOUT_SCHEMA)
+
+
+def _kept(
+    path: Path, trace: ReasoningTrace, settings: Settings, load: Callable[[Path], Result], schema: Schema
+) -> Result | None:
     if not path.exists():
         return None
     try:
-        result = StepSaliency.load(path)
+        result = load(path)
     except ResultFileError as error:
-        if _is_whole_but_foreign(path):
+        if _is_whole_but_foreign(path, schema):
             raise ResultFileError(f"{error}. It was left alone: choose another --out") from error
         raise DamagedResultError(str(error)) from error
     provenance = result.provenance
@@ -61,7 +85,7 @@ class DamagedResultError(ResultFileError):
     """A result file that nobody can want: cut off, or not holding together."""
 
 
-def _is_whole_but_foreign(path: Path) -> bool:
+def _is_whole_but_foreign(path: Path, schema: Schema) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -69,7 +93,13 @@ def _is_whole_but_foreign(path: Path) -> bool:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError):
         return False
-    return metadata.get("schema") != SCHEMA or metadata.get("version") != str(VERSION)
+    if schema.name not in metadata:
+        return True
+    try:
+        version = json.loads(metadata[schema.name])["version"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return isinstance(version, int) and version > schema.version
 
 
 def _show(value: object) -> str:

@@ -37,7 +37,8 @@ example line:
   {"id": "q1", "question": "2+2*3?", "thinking": "2*3 = 6.\\n\\n2+6 = 8.", "summary": "8", "is_correct": true}
 
 output, in the folder --out: one .safetensors a trace (StepSaliency.load reads it), summary.csv, and with
---group-by comparison.txt and comparison.json.
+--group-by comparison.txt and comparison.json. With --causal also knockout/ with one .safetensors a trace
+(StepKnockout.load reads it), agreement.csv and agreement.json.
 
 exit code: 0 every line has a result; 1 something failed, the rest is done; 2 the run could not start;
 130 after Ctrl-C.
@@ -150,6 +151,11 @@ def _add_analyze(commands: argparse._SubParsersAction) -> None:
     add("--limit", type=_positive, metavar="N", help="read the first N lines only")
     add("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32", help="(float32)")
     add("--device", type=_device, default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    add(
+        "--causal",
+        action="store_true",
+        help="also cut every pair of steps, measure the harm, and say how well the maps agree",
+    )
     add("--figures", action="store_true", help="draw step maps and profiles beside each result")
     analyze.set_defaults(run=_run_analyze)
 

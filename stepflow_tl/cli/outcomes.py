@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from stepflow_tl.causal.agreement import TraceAgreement
 from stepflow_tl.cli.console import printable
 from stepflow_tl.diagnostics import LAYER_METRICS, Diagnosis
 from stepflow_tl.diagnostics.diagnosis import Band
@@ -39,6 +40,7 @@ class Outcome:
         diagnosis: Its measures, or None where it failed.
         group: Value of the grouping field, if there is one.
         pair: Value of the pairing field, if there is one.
+        agreement: Agreement of its map with knockout and attention, where `--causal` asked for it.
     """
 
     line: int
@@ -51,6 +53,7 @@ class Outcome:
     diagnosis: Diagnosis | None = None
     group: bool | None = None
     pair: str | None = None
+    agreement: TraceAgreement | None = None
 
     @property
     def place(self) -> str:

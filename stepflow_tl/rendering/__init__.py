@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stepflow_tl.rendering.export import save_figure as save_figure
     from stepflow_tl.rendering.flow_maps import flow_figure as flow_figure
     from stepflow_tl.rendering.group_profiles import comparison_figure as comparison_figure
+    from stepflow_tl.rendering.knockout_view import show_knockout as show_knockout
     from stepflow_tl.rendering.patching_map import patching_figure as patching_figure
     from stepflow_tl.rendering.profiles import profile_figure as profile_figure
     from stepflow_tl.rendering.report.page import write_report as write_report
@@ -25,6 +26,7 @@ _HOME_OF = {
     "CircuitsvisView": "stepflow_tl.rendering.circuitsvis_view",
     "show_step_maps": "stepflow_tl.rendering.step_map_view",
     "show_text": "stepflow_tl.rendering.text_view",
+    "show_knockout": "stepflow_tl.rendering.knockout_view",
     "save_figure": "stepflow_tl.rendering.export",
     "flow_figure": "stepflow_tl.rendering.flow_maps",
     "comparison_figure": "stepflow_tl.rendering.group_profiles",
@@ -42,6 +44,7 @@ __all__ = [
     "patching_figure",
     "profile_figure",
     "save_figure",
+    "show_knockout",
     "show_step_maps",
     "show_text",
     "step_map_figure",

@@ -17,10 +17,7 @@ from stepflow_tl.trace import ReasoningTrace
 if TYPE_CHECKING:
     from stepflow_tl.saliency.result import StepSaliency
 
-SCHEMA = "stepflow_tl.StepSaliency"
-VERSION = 1
-
-_SCHEMA = Schema(SCHEMA, VERSION, "a step-saliency result", "StepSaliency.save")
+SCHEMA = Schema("stepflow_tl.StepSaliency", 1, "a step-saliency result", "StepSaliency.save")
 
 
 def save_saliency(saliency: StepSaliency, path: str | Path) -> Path:
@@ -36,7 +33,7 @@ def save_saliency(saliency: StepSaliency, path: str | Path) -> Path:
         "trace": saliency.trace.to_json(),
     }
     tensors = {"sums": saliency.sums, "template_sums": saliency.template_sums}
-    return save_result(path, _SCHEMA, tensors, document)
+    return save_result(path, SCHEMA, tensors, document)
 
 
 def load_saliency(path: str | Path) -> StepSaliency:
@@ -46,7 +43,7 @@ def load_saliency(path: str | Path) -> StepSaliency:
         ResultFileError: If the file is missing, truncated, foreign or of an unknown version; the message
             says which.
     """
-    return load_result(path, _SCHEMA, ("sums", "template_sums"), _build)
+    return load_result(path, SCHEMA, ("sums", "template_sums"), _build)
 
 
 def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> StepSaliency:

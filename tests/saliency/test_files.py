@@ -28,10 +28,10 @@ def rewrite(source, target, **changes):
     from stepflow_tl.saliency.files import SCHEMA
 
     with safe_open(source, framework="pt") as file:
-        document = {**json.loads(file.metadata()[SCHEMA]), **changes}
+        document = {**json.loads(file.metadata()[SCHEMA.name]), **changes}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     document = {name: value for name, value in document.items() if value is not None}
-    save_file(tensors, target, metadata={SCHEMA: json.dumps(document)})
+    save_file(tensors, target, metadata={SCHEMA.name: json.dumps(document)})
     return target
 
 
@@ -41,7 +41,7 @@ def rewrite_raw(source, target, metadata):
 
     from stepflow_tl.saliency.files import SCHEMA
 
-    save_file(load_file(source), target, metadata={SCHEMA: metadata})
+    save_file(load_file(source), target, metadata={SCHEMA.name: metadata})
     return target
 
 
