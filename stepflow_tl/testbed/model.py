@@ -11,6 +11,8 @@ import torch
 from stepflow_tl.errors import ModelError
 from stepflow_tl.testbed.weights import SHIPPED, read_weights
 
+NAME = "stepflow-testbed"
+
 
 def load_testbed_model(
     device: str | torch.device = "cpu",
@@ -44,9 +46,13 @@ def load_testbed_model(
         return _hooked(hf_model, tokenizer, device, dtype)
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_transformers(
+    model = TransformerBridge.boot_transformers(
         "Qwen/Qwen2-0.5B", hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
     )
+    model.cfg.model_name = (
+        NAME  # the name above says only which architecture it is; tables and files say this
+    )
+    return model
 
 
 def _hooked(hf_model: Any, tokenizer: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
@@ -82,7 +88,7 @@ def _hooked(hf_model: Any, tokenizer: Any, device: str | torch.device, dtype: to
         rotary_base=int(config.rope_parameters["rope_theta"]),
         rotary_adjacent_pairs=False,
         original_architecture="Qwen2ForCausalLM",
-        model_name="stepflow-testbed",
+        model_name=NAME,
         device=str(device),
         dtype=dtype,
         default_prepend_bos=False,

@@ -18,6 +18,12 @@ def card_rows():
     return {int(steps): float(part) for steps, part in cells}
 
 
+def test_results_carry_its_own_name(model):
+    from stepflow_tl.model_facts import model_facts
+
+    assert model_facts(model).name == "stepflow-testbed"
+
+
 def test_its_files_are_whole_and_small():
     from stepflow_tl.testbed.weights import SHIPPED, check_files
 
