@@ -85,14 +85,14 @@ class StepPatching:
         return self.effects / distance
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file (atomic: a reader sees the old file or the whole new one)."""
+        """Write a safetensors file to `path` (atomic: a reader sees the old file or the whole new one)."""
         from stepflow_tl.causal.patching_files import save_patching
 
         return save_patching(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> StepPatching:
-        """Read a file written by `save`.
+        """Read the file at `path`, written by `save`.
 
         Raises:
             ResultFileError: If the file is missing, truncated, foreign or of an unknown version.

@@ -147,7 +147,7 @@ class StepSaliency:
         return show_text(self, step, layer=layer, **options)
 
     def report(self, path: str | Path, **options: Any) -> Path:
-        """Write maps, text and profiles as one interactive HTML page; see `rendering.write_report`."""
+        """Write maps, text and profiles to `path` as one HTML page; see `rendering.write_report`."""
         from stepflow_tl.rendering import write_report
 
         return write_report(self, path, **options)

@@ -27,9 +27,11 @@ def test_a_batch_holds_whole_texts_of_one_kind():
 
 
 @pytest.mark.slow
-def test_it_learns_and_equal_seeds_give_equal_weights(capsys):
-    from stepflow_tl.testbed.train import train
+def test_it_learns_and_equal_seeds_give_equal_weights(capsys, monkeypatch):
+    from stepflow_tl.testbed import train as module
 
+    monkeypatch.setattr(module, "REPORT_TOKENS", 30_000)
+    train = module.train
     first, again = train(SETTINGS), train(SETTINGS)
     other = train({**SETTINGS, "seed": 1})
     losses = [float(line.split("NLL ")[1]) for line in capsys.readouterr().out.splitlines()]
