@@ -72,6 +72,32 @@ def test_effects_equal_a_loop_over_run_with_hooks(
     )
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss", "phi3"])
+@pytest.mark.parametrize("component", ["resid_pre", "z"])
+def test_windows_sinks_and_soft_caps_equal_the_loop_too(
+    bridges, right_trace, wrong_trace, name, component, float64_throughout
+):
+    from transformer_lens.utilities import get_act_name
+
+    model, layer, step = bridges(name), 1, wrong_trace.steps[3]
+    point = model.hook_dict[get_act_name(component, layer)].name
+    _, cache = model.run_with_cache(right_trace.tokens[None])
+    tokens, span, fired = wrong_trace.tokens[None], slice(*step.token_span), []
+
+    def write(activation, hook):
+        fired.append(hook.name)
+        activation = activation.clone()
+        activation[:, span] = cache[get_act_name(component, layer)][:, span]
+        return activation
+
+    patched = model.run_with_hooks(tokens, fwd_hooks=[(point, write)])
+    assert len(fired) == 1
+    expected = nll_of_step(patched, wrong_trace, "S1") - nll_of_step(model(tokens), wrong_trace, "S1")
+    found = patch(model, right_trace, wrong_trace, component=component, layers=[layer], steps=["T3"])
+    assert abs(expected) > 1e-3
+    assert float(found.effects) == pytest.approx(expected, abs=1e-8)
+
+
 @pytest.mark.filterwarnings("ignore::Warning")  # TransformerLens' own, of its progress bar and frames
 def test_single_token_steps_equal_transformer_lens_positions(tiny_model, right_trace, wrong_trace):
     from transformer_lens.patching import get_act_patch_resid_pre
