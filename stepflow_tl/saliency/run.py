@@ -71,7 +71,11 @@ def step_saliency(
     run = run_backend(
         backend, model, trace.tokens, trace.step_ids, resolved, chosen, checkpoint=checkpoint, hooks=hooks
     )
-    notes = run.notes if stepflow is None else {**run.notes, "stepflow": repr(stepflow)}
+    notes = dict(run.notes)
+    if stepflow is not None:
+        notes["stepflow"] = repr(stepflow)
+        if stepflow.placebo is not None:
+            notes["placebo"] = str(stepflow.placebo)
     return StepSaliency(
         sums=run.sums[..., :-1].contiguous(),
         template_sums=run.sums[..., -1].contiguous(),
