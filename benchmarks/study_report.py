@@ -86,8 +86,8 @@ def _repaired(found):
         scores = [found.results[name].scores[chosen] for name in ("StepFlow", against)]
         d = paired_difference(*scores, binary=True, seed=found.seed)
         paragraphs.append(
-            f"Where the flow failed first, StepFlow minus {against}: {d.difference:+.4f} [{d.low:+.4f}, "
-            f"{d.high:+.4f}], p = {d.p_value:.3f}."
+            f"Where the flow failed first, StepFlow minus {against}: {d}"
+            + (f", p = {d.p_value:.3f}." if d.differs else ".")
         )
     return paragraphs
 

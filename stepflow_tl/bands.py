@@ -1,6 +1,6 @@
 """Which layers are shallow, which are deep: the one place that says so.
 
-Both bands hold `n_layers // 4` layers, at least one (DESIGN section 4; paper: the bottom and the top
+Both bands hold `n_layers // 4` layers, at least one (docs/method.md section 5; paper: the bottom and the top
 quarter). The quotient is rounded down, so a band never reaches past its quarter: L = 28 gives 0..6 and
 21..27, L = 30 gives 0..6 and 23..29. From two layers on the bands are disjoint; a model of one layer has that
 layer in both.

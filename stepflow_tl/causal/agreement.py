@@ -79,18 +79,30 @@ def score_maps(
     Raises:
         ComparisonError: If the two results are of different traces.
     """
-    if saliency.trace != knockout.trace:
-        raise ComparisonError("saliency and knockout are of different traces: compare results of one trace")
+    own, cut = saliency_and_effects(saliency, knockout, pooling)
     attention = baseline_maps(model, saliency.trace)["attention"][list(saliency.layers)]
-    effects = knockout.pooled(pooling)
     n_steps = len(saliency.labels)
     steps = np.arange(n_steps)
     return {
-        "Step-Saliency": _array(saliency.head_mean(pooling).mean(0)),
+        "Step-Saliency": own,
         "attention": _array(normalise(attention, saliency.step_lengths, pooling).mean((0, 1))),
-        "knockout": _array(effects if signed else effects.abs()),
+        "knockout": cut if signed else np.abs(cut),
         "nearness": -np.abs(steps[:, None] - steps[None, :]).astype(np.float64),
     }
+
+
+def saliency_and_effects(
+    saliency: StepSaliency, knockout: StepKnockout, pooling: Pooling = "mean"
+) -> tuple[StepMap, StepMap]:
+    """Step-Saliency, averaged over heads and its layers, and knockout effects with their sign, pooled alike.
+
+    Raises:
+        ComparisonError: If the two results are of different traces.
+        ValueError: If `pooling` is unknown.
+    """
+    if saliency.trace != knockout.trace:
+        raise ComparisonError("saliency and knockout are of different traces: compare results of one trace")
+    return _array(saliency.head_mean(pooling).mean(0)), _array(knockout.pooled(pooling))
 
 
 def trace_agreement(
@@ -118,8 +130,8 @@ def trace_agreement(
     values = {}
     for (name, a), (other, b) in itertools.combinations(maps.items(), 2):
         values[name, other] = {
-            "spearman": _spearman(a[pairs], b[pairs]),
-            "row_spearman": _mean([_spearman(a[query, keys], b[query, keys]) for query, keys in ranked]),
+            "spearman": spearman(a[pairs], b[pairs]),
+            "row_spearman": _mean([spearman(a[query, keys], b[query, keys]) for query, keys in ranked]),
             "top_k": _mean([_overlap(a[query, keys], b[query, keys], k) for query, keys in crowded]),
         }
     chance = _mean([k / len(keys) for _, keys in crowded])
@@ -225,8 +237,8 @@ def _array(values: Any) -> StepMap:
     return values.detach().cpu().double().numpy()
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation, ties at their mean rank; NaN where one side is constant."""
+def spearman(a: Float[np.ndarray, " pair"], b: Float[np.ndarray, " pair"]) -> float:
+    """Rank correlation of two scores of the same pairs, ties at their mean rank; NaN if one is constant."""
     from scipy.stats import rankdata
 
     ranks = [rankdata(values) for values in (a, b)]

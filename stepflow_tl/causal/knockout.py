@@ -1,4 +1,4 @@
-"""`step_knockout`: cut a step from an earlier one and measure what that does (DESIGN section 5).
+"""`step_knockout`: cut a step from an earlier one and measure what that does (docs/method.md section 8).
 
 1. To cut (i <- j) is to set the attention scores from the queries of step i to the keys of step j to -inf, in
    the chosen layers and heads, so that the softmax gives their mass to the other keys (`cut`).
@@ -70,8 +70,8 @@ def step_knockout(
 
     Row i, column j of the result: what becomes of step i's predictions when its tokens cannot attend to those
     of step j. Row t of the logits predicts token t + 1, so step i's predictions are its own tokens but the
-    first, and the first token after it (DESIGN section 2 counts the same rows). TEMPLATE tokens are never
-    cut.
+    first, and the first token after it (row i of a saliency map is about the same rows). TEMPLATE tokens are
+    never cut.
 
     Args:
         model: A TransformerLens model: TransformerBridge or HookedTransformer. Hooks that are attached stay

@@ -25,7 +25,7 @@ _TEXT_WIDTH = 32
 
 @dataclass(frozen=True)
 class StepKnockout:
-    """Effect of cutting each query step from each key step (DESIGN section 5).
+    """Effect of cutting each query step from each key step (docs/method.md section 8).
 
     Attributes:
         effects: Effect of a pair, summed over the predictions measured, in nats for "nll" and "kl"; positive

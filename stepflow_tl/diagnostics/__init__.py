@@ -1,4 +1,4 @@
-"""Numbers for one step map (`diagnose`) and for two groups of them (`compare`); DESIGN section 3."""
+"""Numbers for one step map (`diagnose`) and for two groups of them (`compare`); docs/method.md section 5."""
 
 from stepflow_tl.diagnostics.band_choice import BandChoice as BandChoice
 from stepflow_tl.diagnostics.band_choice import choose_bands as choose_bands

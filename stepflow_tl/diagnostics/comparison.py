@@ -198,7 +198,7 @@ def compare(
     correction: Correction = "holm",
     seed: int = 0,
 ) -> Comparison:
-    """Compare two groups of traces (DESIGN section 3).
+    """Compare two groups of traces (docs/method.md section 5).
 
     Args:
         group: Maps or diagnoses of the first group; an iterator is read once, one map at a time.

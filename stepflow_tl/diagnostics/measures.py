@@ -1,4 +1,6 @@
-"""Measures of a step map: pure functions from shares and segments to one number a layer (DESIGN section 3).
+"""Measures of a step map: pure functions from shares and segments to one number a layer.
+
+Definitions: docs/method.md section 5.
 
 1. `row_shares` turns a map into `P[l, i, j]`: the part of step i's saliency that falls on step j, TEMPLATE
    left out.

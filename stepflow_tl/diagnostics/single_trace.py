@@ -25,7 +25,7 @@ from stepflow_tl.trace import Segment
 def diagnose(
     saliency: StepSaliency, *, window: int = 0, recent: int = 1, pooling: Pooling = "mean"
 ) -> Diagnosis:
-    """Shallow Lock-in, Deep Decay and the authors' block metrics of one step map (DESIGN section 3).
+    """Shallow Lock-in, Deep Decay and the authors' block metrics of one step map (docs/method.md section 5).
 
     Args:
         saliency: The step map; its mean over heads is read.

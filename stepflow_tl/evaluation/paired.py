@@ -30,6 +30,9 @@ class PairedDifference:
         gained: Questions on which the condition scores higher.
         lost: Questions on which it scores lower.
         p_value: Two-sided; not corrected.
+
+    Where no question's score differs there is nothing to resample: both ends are 0, which is no interval. Say
+    "no answer differs" then, as `str` does.
     """
 
     n: int
@@ -39,6 +42,18 @@ class PairedDifference:
     gained: int
     lost: int
     p_value: float
+
+    @property
+    def differs(self) -> bool:
+        """Whether any question's score differs."""
+        return self.gained + self.lost > 0
+
+    def __str__(self) -> str:
+        """Difference and interval in one line."""
+        if not self.differs:
+            return f"no answer differs, of {self.n} questions"
+        counts = f"gained {self.gained}, lost {self.lost} of {self.n}"
+        return f"{self.difference:+.4f} [{self.low:+.4f}, {self.high:+.4f}], {counts}"
 
 
 def paired_difference(

@@ -27,6 +27,9 @@ from stepflow_tl.evaluation.paired import PairedDifference, paired_difference
 from stepflow_tl.evaluation.questions import Question
 from stepflow_tl.interventions.stepflow import StepFlow
 
+#: In place of a difference and its interval, where every question has the same score under both conditions.
+_SAME = ("no answer", "differs", "")
+
 
 @dataclass(frozen=True)
 class ConditionResult:
@@ -165,13 +168,11 @@ class Evaluation:
             [
                 name,
                 f"{self.accuracy(name):.4f}",
-                f"{d.difference:+.4f}",
-                f"{d.low:+.4f}",
-                f"{d.high:+.4f}",
+                *([f"{d.difference:+.4f}", f"{d.low:+.4f}", f"{d.high:+.4f}"] if d.differs else _SAME),
                 str(d.gained),
                 str(d.lost),
-                probability(d.p_value),
-                probability(p),
+                probability(d.p_value) if d.differs else "-",
+                probability(p) if d.differs else "-",
             ]
             for (name, d), p in zip(found.items(), p_values, strict=True)
         ]

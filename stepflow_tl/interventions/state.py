@@ -13,7 +13,7 @@ forward pass; nobody else counts.
    its score.
 4. `injections` are the first tokens of new steps in this pass, with the columns of the step before.
 
-Groups (DESIGN section 4; paper equation 5), with labels as known when the query arrived:
+Groups (docs/method.md section 6; paper equation 5), with labels as known when the query arrived:
 
 * `granularity="segment"`: S is the query's own segment; B is the question while thinking, thinking while
   summarising.

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stepflow_tl.rendering.agreement_scatter import agreement_figure as agreement_figure
     from stepflow_tl.rendering.arcs import arc_figure as arc_figure
     from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView as CircuitsvisView
     from stepflow_tl.rendering.export import save_figure as save_figure
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from stepflow_tl.rendering.text_view import show_text as show_text
 
 _HOME_OF = {
+    "agreement_figure": "stepflow_tl.rendering.agreement_scatter",
     "arc_figure": "stepflow_tl.rendering.arcs",
     "CircuitsvisView": "stepflow_tl.rendering.circuitsvis_view",
     "show_step_maps": "stepflow_tl.rendering.step_map_view",
@@ -38,6 +40,7 @@ _HOME_OF = {
 
 __all__ = [
     "CircuitsvisView",
+    "agreement_figure",
     "arc_figure",
     "comparison_figure",
     "flow_figure",

@@ -27,6 +27,7 @@ from stepflow_tl.rendering.extras import require
 from stepflow_tl.rendering.layout import (
     POINTS_PER_INCH,
     SEGMENT_NAMES,
+    layer_span,
     margin_names,
     segment_runs,
     thin_ticks,
@@ -93,7 +94,9 @@ def arc_figure(
     shown = [(i, int(j)) for i, row in enumerate(strongest) for j in row if weights[i, j] > 0]
     shown.sort(key=lambda pair: weights[pair])  # the strongest on top
     of = "strongest source" if per_step == 1 else f"{per_step} strongest sources"
-    note = wrap_to_width(f"{_span(chosen)}; each step's {of} among earlier steps", TEXT_SIZE, width - 0.3)
+    note = wrap_to_width(
+        f"{layer_span(chosen)}; each step's {of} among earlier steps", TEXT_SIZE, width - 0.3
+    )
     inner = width - _LEFT - _RIGHT
     reach = max((query - key for query, key in shown), default=1)
     tall = min(2.6, inner / len(steps) * reach / 2 + 0.15)
@@ -152,14 +155,6 @@ def edge_weights(
 def _layers(saliency: StepSaliency) -> tuple[int, ...]:
     band = shallow_band(saliency.n_layers)
     return tuple(layer for layer in saliency.layers if layer in band) or saliency.layers
-
-
-def _span(layers: tuple[int, ...]) -> str:
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    if list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"layers {layers[0]} to {layers[-1]}"
-    return "layers " + ", ".join(map(str, layers))
 
 
 def _label(axes: Any, saliency: StepSaliency, cell: float, tall: float) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from stepflow_tl.errors import ComparisonError, TraceError
 from stepflow_tl.rendering.export import new_figure
 from stepflow_tl.rendering.extras import require
-from stepflow_tl.rendering.layout import POINTS_PER_INCH, segment_runs, wrap_to_width
+from stepflow_tl.rendering.layout import POINTS_PER_INCH, layer_span, segment_runs, wrap_to_width
 from stepflow_tl.rendering.map_axes import TEXT_SIZE, TICK_SIZE, TITLE_SIZE, draw_map, label_axes
 from stepflow_tl.rendering.scales import DECADES, row_shares
 from stepflow_tl.rendering.step_maps import COLOUR_MAP
@@ -46,7 +46,8 @@ def flow_figure(
 
     Args:
         plain: From `step_saliency(model, trace)`.
-        repaired: From `step_saliency(model, trace, stepflow=...)`.
+        repaired: From `step_saliency(model, trace, stepflow=...)`; the panel says so where that StepFlow is a
+            control.
         layers: Model layers to average over; all stored ones by default.
         pooling: How token saliency was pooled.
         width: Figure width in inches.
@@ -78,13 +79,15 @@ def flow_figure(
     largest = float(np.quantile(np.abs(change[~above]), 0.99)) or 1.0
     panels = [
         ("plain", np.maximum(shares[0], log.vmin), COLOUR_MAP, log),
-        ("with StepFlow", np.maximum(shares[1], log.vmin), COLOUR_MAP, log),
+        (_treatment(repaired), np.maximum(shares[1], log.vmin), COLOUR_MAP, log),
         ("change", change, CHANGE_MAP, colors.Normalize(-largest, largest)),
     ]
 
     heading = wrap_to_width(title or f"StepFlow: {plain.provenance.model_name}", TITLE_SIZE, width - _LEFT)
     flow = repaired.provenance.notes.get("stepflow", "The StepFlow is not recorded")
-    notes = wrap_to_width(f"Mean of layers {_names(chosen)}. {flow}", TEXT_SIZE, width - _LEFT)
+    where = layer_span(chosen)
+    where = f"Mean of {where}" if len(chosen) > 1 else where.capitalize()
+    notes = wrap_to_width(f"{where}. {flow}", TEXT_SIZE, width - _LEFT)
     side = (width - _LEFT - _RIGHT - 2 * _GAP) / 3
     top = _TOP + _LINE * len([*heading, *notes])
     height = top + side + _BOTTOM
@@ -114,6 +117,14 @@ def flow_figure(
     return figure
 
 
+def _treatment(repaired: StepSaliency) -> str:
+    """What the second panel is of: StepFlow, or what was put in its place."""
+    placebo = repaired.provenance.notes.get("placebo")
+    if placebo is None:
+        return "with StepFlow"
+    return "with the control" if placebo == "both" else f"with the {placebo}'s control"
+
+
 def _check_comparable(plain: StepSaliency, repaired: StepSaliency) -> None:
     facts = {
         "tokens": (plain.trace.tokens.tolist(), repaired.trace.tokens.tolist()),
@@ -126,15 +137,6 @@ def _check_comparable(plain: StepSaliency, repaired: StepSaliency) -> None:
             raise ComparisonError(
                 f"the two maps differ in their {name}: map one trace twice, without and with stepflow="
             )
-
-
-def _names(layers: tuple[int, ...]) -> str:
-    run = list(range(layers[0], layers[-1] + 1))
-    return (
-        f"{layers[0]} to {layers[-1]}"
-        if len(run) > 2 and list(layers) == run
-        else ", ".join(map(str, layers))
-    )
 
 
 def _colour_bar(

@@ -110,6 +110,15 @@ def evenly_over_depth(layers: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(layers[round(i * (len(layers) - 1) / (count - 1))] for i in range(count))
 
 
+def layer_span(layers: Sequence[int]) -> str:
+    """Layers in words: "layer 5", "layers 0, 3", "layers 0 to 6"."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return "layers " + ", ".join(map(str, layers))
+
+
 def wrap_to_width(text: str, font_size: float, width: float) -> list[str]:
     """Break a text into lines that fit a width in inches; a character is 0.58 font sizes wide, rounded up."""
     return textwrap.wrap(text, max(12, int(width * POINTS_PER_INCH / (0.58 * font_size))))

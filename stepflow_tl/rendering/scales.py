@@ -1,9 +1,10 @@
-"""Three ways to bring a step map into [0, 1], so that it can be seen.
+"""Ways to bring a step map into [0, 1], so that it can be seen.
 
 Raw saliency spans several decades, and depth, row and pooling all move its level. Each scale answers one
 question:
 
 - `row_shares`: of what step i draws on, which part comes from step j? Each row sums to 1, as in `diagnose`.
+- `share_decades`: the same on a logarithmic scale, so that a share of 1 % can still be seen.
 - `row_max`: the same picture with every row stretched to its own strongest source.
 - `log_decades`: how strong is the pair compared with the strongest pair of all the maps shown together?
 
@@ -29,6 +30,13 @@ def row_max(maps: Float[Tensor, "*map query_step key_step"]) -> Float[Tensor, "*
     if maps.numel() == 0:
         return maps.clone()
     return _ratio(maps, maps.amax(dim=-1, keepdim=True))
+
+
+def share_decades(
+    maps: Float[Tensor, "*map query_step key_step"], decades: int = DECADES
+) -> Float[Tensor, "*map query_step key_step"]:
+    """Each row's shares, 100 % at 1 and `10**-decades` of that, or less, at 0, linearly in log10."""
+    return (1 + row_shares(maps).clamp(min=10.0**-decades).log10() / decades).clamp(0, 1)
 
 
 def log_decades(

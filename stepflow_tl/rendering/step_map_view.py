@@ -1,7 +1,10 @@
 """Step maps in circuitsvis' `attention_heads`, on a scale that can be seen.
 
-1. Values. circuitsvis colours 0 to 1 and clips the rest, so raw saliency would be blank. Either three decades
-   of a common logarithmic scale, or each row relative to its strongest source. Four decimals are kept.
+1. Values. circuitsvis colours 0 to 1 and clips the rest, so raw saliency would be blank. Three decades of a
+   logarithmic scale of each row's shares, as in `step_map_figure`; or each row relative to its strongest
+   source; or three decades below the largest value of all. The last is blank in rows whose loss is small
+   beside that of others: a token that the model is sure of has a gradient near 0, so a thinking step can lie
+   five decades below the question. It compares rows; it is not the default. Four decimals are kept.
 2. Labels. circuitsvis sets them as innerHTML, so they are escaped; short ids such as T12 hold no such
    character, so nothing changes for them.
 
@@ -21,12 +24,13 @@ import torch
 from stepflow_tl.errors import TraceError
 from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView, circuitsvis_view
 from stepflow_tl.rendering.layout import evenly_over_depth
-from stepflow_tl.rendering.scales import DECADES, log_decades, row_max
+from stepflow_tl.rendering.scales import DECADES, log_decades, row_max, share_decades
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 
-Scale = Literal["log", "row"]
+Scale = Literal["share", "row", "log"]
 
+_SCALES = {"share": share_decades, "row": row_max, "log": log_decades}
 _COLOUR = "#3b0f70"
 _DECIMALS = 4
 _MOST_CELLS = 60_000
@@ -34,7 +38,7 @@ _FEWEST_LAYERS = 6
 
 
 def show_step_maps(
-    saliency: StepSaliency, layer: int | None = None, *, scale: Scale = "log", pooling: Pooling = "mean"
+    saliency: StepSaliency, layer: int | None = None, *, scale: Scale = "share", pooling: Pooling = "mean"
 ) -> CircuitsvisView:
     """Show the heads of one layer, or the head mean of every stored layer, as selectable heatmaps.
 
@@ -43,8 +47,9 @@ def show_step_maps(
         layer: Model layer whose heads to show; `None` shows the head mean of each layer side by side, or of
             some layers evenly over depth where all would take a browser too long: from 47 steps on for 28
             layers.
-        scale: `"log"` colours from the largest value of all maps shown (1) to a thousandth of it or less (0);
-            `"row"` divides each row by its largest value.
+        scale: `"share"` colours what part of a row's saliency a cell is, from all of it (1) to a thousandth
+            or less (0), logarithmically; `"row"` divides each row by its largest value; `"log"` colours from
+            the largest value of all maps shown (1) to a thousandth of it or less (0), logarithmically.
         pooling: How token saliency was pooled, see `StepSaliency.pooled`.
 
     Returns:
@@ -77,7 +82,7 @@ def show_step_maps(
         maps, what = saliency.pooled(pooling, layers=[layer])[0], f"heads of layer {layer}"
         names = [f"L{layer}H{head}" for head in range(saliency.n_heads)]
     maps = maps.detach().cpu().to(torch.float64)
-    values = log_decades(maps) if scale == "log" else row_max(maps)
+    values = _SCALES[scale](maps)
     props = {
         "attention": values.numpy().round(_DECIMALS).tolist(),
         "attentionHeadNames": names,
@@ -98,7 +103,12 @@ def _caption(scale: Scale, pooling: Pooling, largest: float) -> str:
         "causal_mean": "mean saliency per causal token pair",
         "sum": "summed saliency",
     }[pooling]
-    if scale == "row":
+    if scale == "share":
+        colours = (
+            f"Share of a row's {quantity}, logarithmic: full colour (1) is all of it, white (0) a thousandth "
+            f"or less; each third is a factor of {10 ** (DECADES // 3)}."
+        )
+    elif scale == "row":
         colours = f"Each row's {quantity}, relative to the row's largest value (full colour, 1)."
     else:
         colours = (

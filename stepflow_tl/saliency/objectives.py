@@ -4,9 +4,10 @@
 token after t, and nothing else. Every other objective is one scalar, so its row t also counts what row t
 does to all later tokens.
 
-Names: `"per_token"`; `"response"` (mean NLL of thinking and summary tokens: the authors' code); `"thinking"`;
-`"summary"`; a step's label such as `"T3"` or a `Step`; a token span `(start, end)`; a `LogitDifference`; or
-any callable `(logits, tokens) -> scalar`. Losses are in nats, taken in at least float32.
+Names: `"per_token"`; `"response"` (mean NLL of thinking and summary tokens); `"thinking"`; `"summary"`; a
+step's label such as `"T3"` or a `Step`; a token span `(start, end)`, of which `(0, len(trace))` is the mean
+over all tokens, as in the authors' code; a `LogitDifference`; or any callable `(logits, tokens) -> scalar`.
+Losses are in nats, taken in at least float32.
 """
 
 from __future__ import annotations

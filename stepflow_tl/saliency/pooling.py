@@ -60,7 +60,7 @@ def pool_tokens(
     *,
     signed: bool = False,
 ) -> Float[Tensor, "head query_step key_bin"]:
-    """Sum `|A * dL/dA|` over step pairs (DESIGN section 2; paper, Step-Saliency).
+    """Sum `|A * dL/dA|` over step pairs (docs/method.md section 4; paper, Step-Saliency).
 
     Args:
         pattern: Post-softmax attention A of one layer.

@@ -24,21 +24,22 @@ def step_saliency(
     checkpoint: bool = False,
     stepflow: StepFlow | None = None,
 ) -> StepSaliency:
-    """Step-to-step saliency map of one trace (paper: Step-Saliency; DESIGN section 2).
+    """Step-to-step saliency map of one trace (paper: Step-Saliency; docs/method.md sections 2 to 4).
 
     The default objective is the paper's per-token loss: row t of a map is `|A[t] * dL_t/dA[t]|`, with L_t
-    the NLL of the token after t. The authors' code differentiates the mean loss instead, which also counts
-    what row t does to every later token and so inflates the shallow layers, the very ones a diagnosis of
-    Shallow Lock-in reads.
+    the NLL of the token after t. The authors' code differentiates the mean loss over all tokens instead,
+    question included. A mean loss also counts what row t does to every later token and so inflates the
+    shallow layers, the very ones a diagnosis of Shallow Lock-in reads.
 
     Args:
         model: A TransformerLens model: TransformerBridge (4.x) or HookedTransformer (3.9). Its parameters
             need no gradient; hooks that are already attached stay in force. The fused backend also takes
             a plain transformers causal LM.
         trace: The trace, in this model's token ids.
-        objective: `"per_token"`, `"response"` (mean NLL of thinking and summary: the authors' code),
-            `"thinking"`, `"summary"`, a step or its label, a token span `(start, end)`, a `LogitDifference`,
-            or any callable `(logits, tokens) -> scalar` with logits `[1, T, vocabulary]` and tokens `[1, T]`.
+        objective: `"per_token"`, `"response"` (mean NLL of thinking and summary), `"thinking"`, `"summary"`,
+            a step or its label, a token span `(start, end)` (`(0, len(trace))` is the mean over all tokens,
+            as in the authors' code), a `LogitDifference`, or any callable `(logits, tokens) -> scalar` with
+            logits `[1, T, vocabulary]` and tokens `[1, T]`.
         backend: `"fused"` recomputes attention tile by tile, in O(T) memory, where attention goes through
             transformers' attention interface; `"hooks"` reads `hook_pattern` and its gradient, in O(L T^2);
             `"layerwise"` does so one layer at a time, in O(T^2), for one more forward pass;
@@ -70,7 +71,11 @@ def step_saliency(
     run = run_backend(
         backend, model, trace.tokens, trace.step_ids, resolved, chosen, checkpoint=checkpoint, hooks=hooks
     )
-    notes = run.notes if stepflow is None else {**run.notes, "stepflow": repr(stepflow)}
+    notes = dict(run.notes)
+    if stepflow is not None:
+        notes["stepflow"] = repr(stepflow)
+        if stepflow.placebo is not None:
+            notes["placebo"] = str(stepflow.placebo)
     return StepSaliency(
         sums=run.sums[..., :-1].contiguous(),
         template_sums=run.sums[..., -1].contiguous(),

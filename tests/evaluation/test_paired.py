@@ -24,7 +24,11 @@ def test_nothing_differs():
     from stepflow_tl.evaluation.paired import PairedDifference, paired_difference
 
     same = np.array([1.0, 0.0, 1.0])
-    assert paired_difference(same, same, binary=True) == PairedDifference(3, 0.0, 0.0, 0.0, 0, 0, 1.0)
+    found = paired_difference(same, same, binary=True)
+    assert found == PairedDifference(3, 0.0, 0.0, 0.0, 0, 0, 1.0)
+    assert not found.differs and str(found) == "no answer differs, of 3 questions"
+    moved = paired_difference(same, np.array([0.0, 1.0, 1.0]), binary=True)  # one gained, one lost: mean 0
+    assert moved.differs and str(moved).startswith("+0.0000 [-") and str(moved).endswith("lost 1 of 3")
 
 
 @pytest.mark.parametrize("binary", [True, False])

@@ -56,6 +56,8 @@ def test_scores_differences_and_tables_follow_the_grader(model, questions):
     assert found.difference("bridge", "plain").gained == 0
     table = found.table()
     assert "plain: 0.3333 right" in table and "McNemar" in table and "paired over 9 questions" in table
+    (row,) = [line for line in table.splitlines() if line.strip().startswith("bridge  0.3333  ")]
+    assert row.split() == ["bridge", "0.3333", "no", "answer", "differs", "0", "0", "-", "-"]
     data = json.loads(found.to_json())
     assert data["conditions"]["plain"]["scores"] == [0, 0, 1] * 3
     assert data["differences"][0]["condition"] == "bridge" and data["decoding"]["max_new_tokens"] == 8

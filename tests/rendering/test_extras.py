@@ -78,6 +78,6 @@ def test_a_library_that_is_installed_but_broken_raises_its_own_error(monkeypatch
 def test_an_unknown_name_is_refused_with_the_public_ones():
     from stepflow_tl import rendering
 
-    with pytest.raises(AttributeError, match="'sankey'; public names: CircuitsvisView, arc_figure"):
+    with pytest.raises(AttributeError, match="'sankey'; public names: CircuitsvisView, agreement_figure"):
         _ = rendering.sankey
     assert set(rendering.__all__) <= set(dir(rendering))

@@ -65,6 +65,38 @@ def test_no_text_overlaps_another_or_leaves_the_figure(n_thinking):
             assert not box.padded(-0.5).overlaps(other_box.padded(-0.5)), (text, other)
 
 
+@pytest.mark.parametrize(
+    ("placebo", "panel"),
+    [
+        (None, "with StepFlow"),
+        ("both", "with the control"),
+        ("bridge", "with the bridge's control"),
+        ("momentum", "with the momentum's control"),
+    ],
+)
+def test_the_second_panel_says_what_was_on_the_model(placebo, panel):
+    import dataclasses
+
+    from stepflow_tl.rendering import flow_figure
+
+    plain, repaired = made_pair()
+    notes = {"stepflow": "StepFlow()"} | ({"placebo": placebo} if placebo else {})
+    provenance = dataclasses.replace(repaired.provenance, notes=notes)
+    figure = flow_figure(plain, dataclasses.replace(repaired, provenance=provenance))
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["plain", panel, "change"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [([5], "Layer 5."), ([0, 1], "Mean of layers 0, 1."), ([2, 3, 4], "Mean of layers 2 to 4.")],
+)
+def test_layers_are_named_in_words(layers, words):
+    from stepflow_tl.rendering import flow_figure
+
+    figure = flow_figure(*made_pair(), layers=layers)
+    assert any(text.get_text().startswith(words) for text in figure.texts)
+
+
 def test_maps_of_different_traces_are_refused():
     from stepflow_tl.errors import ComparisonError
     from stepflow_tl.rendering import flow_figure

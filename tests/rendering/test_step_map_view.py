@@ -19,9 +19,9 @@ def test_layers_are_shown_as_heads_by_default():
     assert props["maskUpperTri"] is True and props["maxValue"] == 1
 
 
-def test_one_layer_shows_its_heads():
+def test_the_log_scale_shows_a_layers_heads_below_their_largest_value():
     saliency = make_saliency(5, 1, n_layers=4, n_heads=3)
-    props = props_of(show_step_maps(saliency, 2))
+    props = props_of(show_step_maps(saliency, 2, scale="log"))
     assert props["attentionHeadNames"] == ["L2H0", "L2H1", "L2H2"]
     heads = saliency.pooled(layers=[2])[0]
     expected = (1 + (heads / heads.max()).clamp(min=1e-3).log10() / 3).clamp(0, 1)
@@ -38,7 +38,23 @@ def test_the_row_scale_peaks_at_one_in_every_row_and_draws_layers_from_the_head_
     assert (values.amax(-1) == 1).all()
 
 
-@pytest.mark.parametrize("scale", ["log", "row"])
+@pytest.mark.parametrize("layer", [None, 2])
+def test_rows_far_below_the_question_can_be_seen_by_default(layer):
+    """As on the testbed: the question's losses are 100 000 times those of a thinking step."""
+    plain = make_saliency(5, 1, n_layers=4)
+    faint = plain.sums.clone()
+    faint[:, :, 1:] *= 1e-6
+    saliency = make_saliency(5, 1, sums=faint)
+    shown = torch.tensor(props_of(show_step_maps(saliency, layer))["attention"], dtype=torch.float64)
+    assert (shown[:, 1:].amax(-1) > 0.5).all()  # in the common log scale these rows are blank:
+    blank = torch.tensor(props_of(show_step_maps(saliency, layer, scale="log"))["attention"])
+    assert not blank[:, 1:].any() and blank[:, 0].any()
+    maps = plain.head_mean() if layer is None else plain.pooled(layers=[layer])[0]
+    expected = (1 + (maps / maps.sum(-1, keepdim=True)).clamp(min=1e-3).log10() / 3).clamp(0, 1)
+    torch.testing.assert_close(shown, expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", ["share", "log", "row"])
 @pytest.mark.parametrize("layer", [None, 1])
 def test_a_map_of_zeros_gives_zeros_and_no_nan(scale, layer):
     view = show_step_maps(make_saliency(3, 1, sums=torch.zeros(2, 2, 5, 5)), layer, scale=scale)
@@ -79,7 +95,9 @@ def test_many_cells_are_thinned_to_layers_evenly_over_depth_and_the_caption_says
 
 def test_the_caption_says_what_the_colours_mean():
     saliency = make_saliency(5, 1, sums=torch.tril(torch.full((2, 2, 7, 7), 25.0)))
-    log = show_step_maps(saliency).html
+    share = show_step_maps(saliency).html
+    assert "Share of a row&#x27;s mean saliency" in share and "full colour (1) is all of it" in share
+    log = show_step_maps(saliency, scale="log").html
     assert "full colour (1) is the largest value shown, 1 nats" in log and "white (0) is a thousandth" in log
     assert "relative to the row&#x27;s largest value" in show_step_maps(saliency, scale="row").html
 

@@ -10,8 +10,8 @@ Notation: A = softmax(scores) is the pattern, z = A v, `dX` is dL/dX. Per head a
    dA[t,k] = <dz[t], z[t]>` known beforehand. Soft-capped scores `u = cap tanh(s / cap)` multiply it by `1 -
    (u / cap)^2`.
 4. `dq = scale ds k`, `dk = scale ds^T q`, `dv = A^T dz`.
-5. `diagonal_only` (objective "per_token", DESIGN section 2) keeps what stays at one position: `dk_t = scale
-   ds_tt q_t`, `dv_t = A_tt dz_t`, both O(T). It saves two of five matrix products.
+5. `diagonal_only` (objective "per_token", docs/method.md section 3) keeps what stays at one position: `dk_t =
+   scale ds_tt q_t`, `dv_t = A_tt dz_t`, both O(T). It saves two of five matrix products.
 
 An attention sink (gpt-oss) is one more logit in the softmax without a value: it enters the logsumexp, so
 A's rows sum to less than one, and steps 2 to 5 hold unchanged; its own gradient is `-sum_t A[t, sink]

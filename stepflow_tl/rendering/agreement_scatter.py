@@ -1,0 +1,231 @@
+"""Saliency against knockout: does what a map ranks high do harm when it is cut?
+
+1. A point a pair of steps that knockout measured, key before query. Across: Step-Saliency of the pair, mean
+   over heads and stored layers. Upward: size of the effect of cutting it. Both pooled alike, so that long
+   steps do not agree merely by being long.
+2. Colour and marker say which segments the edge joins, in reading order: from the step that is read to the
+   step that reads. A hollow marker is a cut that helped (a negative effect).
+3. An axis is logarithmic where its positive values span more than a factor of `_LINEAR_SPAN`. An effect is a
+   difference of two losses, so six decades below the largest one there is only rounding: what is smaller,
+   zeros included, stands on the axis' edge and is counted in the note.
+4. The title has Spearman's rank correlation over all pairs drawn, the legend that of each kind of edge. Read
+   both: kinds differ in level (a question's rows have large losses), and that alone can make the first one
+   high. Neither scale nor edge enters them. Pairs of one trace are not independent, so there is no interval
+   here; over traces `causal.agreement.summarise_agreement` has one.
+
+Cost: nothing is run. Beyond `_MOST_VECTORS` points, SVG and PDF hold the points as one image.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from stepflow_tl.causal.agreement import saliency_and_effects, spearman
+from stepflow_tl.causal.knockout_result import StepKnockout
+from stepflow_tl.errors import ComparisonError
+from stepflow_tl.rendering.depth_axes import TEXT_SIZE, TICK_SIZE, TITLE_SIZE
+from stepflow_tl.rendering.export import new_figure
+from stepflow_tl.rendering.extras import require
+from stepflow_tl.rendering.layout import SEGMENT_NAMES, layer_span, wrap_to_width
+from stepflow_tl.saliency.pooling import Pooling
+from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.segment import Segment
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+
+_LEFT, _RIGHT, _BOTTOM, _TOP, _LINE = 0.62, 0.2, 0.42, 0.12, 0.15
+_LINEAR_SPAN, _MOST_VECTORS = 30.0, 2000
+_SALIENCY_DECADES, _EFFECT_DECADES = 12, 6  # an effect is a difference of two losses in float32
+_Q, _T, _S = Segment.QUESTION, Segment.THINKING, Segment.SUMMARY
+# Okabe and Ito's colours, told apart further by the marker; by (segment read, segment that reads).
+_STYLES: dict[tuple[Segment, Segment], dict[str, Any]] = {
+    (_Q, _Q): {"color": "#56b4e9", "marker": "v"},
+    (_Q, _T): {"color": "#0072b2", "marker": "o"},
+    (_T, _T): {"color": "#d55e00", "marker": "s"},
+    (_Q, _S): {"color": "#cc79a7", "marker": "D"},
+    (_T, _S): {"color": "#009e73", "marker": "^"},
+    (_S, _S): {"color": "#000000", "marker": "P"},
+}
+
+
+def agreement_figure(
+    saliency: StepSaliency,
+    knockout: StepKnockout,
+    *,
+    pooling: Pooling = "mean",
+    width: float = 3.5,
+    title: str | None = None,
+) -> matplotlib.figure.Figure:
+    """Draw each measured pair of steps by its saliency and by the effect of cutting it.
+
+    Args:
+        saliency: The step map of one trace; its stored layers are averaged.
+        knockout: Effects on the same trace.
+        pooling: One for both, see `StepSaliency.pooled`.
+        width: Figure width in inches; the default is a column of a paper.
+        title: First line, before the correlation; by default it names the model.
+
+    Returns:
+        A matplotlib figure that belongs to no window. Save it with `save_figure`.
+
+    Raises:
+        ComparisonError: If the two results are of different traces, or no pair with key before query was
+            measured.
+        ValueError: If `pooling` is unknown.
+        MissingExtraError: If matplotlib is not installed.
+    """
+    own, effects = saliency_and_effects(saliency, knockout, pooling)
+    pairs = np.tril(knockout.measured.numpy(), -1)
+    if not pairs.any():
+        raise ComparisonError(
+            "knockout measured no pair with the key step before the query step: none to draw"
+        )
+    lines_module = require("matplotlib.lines", purpose="Drawing agreement")
+    queries, keys = np.nonzero(pairs)
+    across, signed = own[pairs], effects[pairs]
+    upward = np.abs(signed)
+    (x, x_floor), (y, y_floor) = _placed(across, _SALIENCY_DECADES), _placed(upward, _EFFECT_DECADES)
+
+    steps = saliency.trace.steps
+    kinds = [(steps[key].segment, steps[query].segment) for query, key in zip(queries, keys, strict=True)]
+    present = [kind for kind in _STYLES if kind in kinds]
+    n = len(kinds)
+    correlation = f"Spearman {_number(spearman(across, upward))}, n = {n}"
+    first = f"{title}: {correlation}" if title else f"{correlation}: {saliency.provenance.model_name}"
+    heading = wrap_to_width(first, TITLE_SIZE, width - 0.2)
+    note = _note(saliency, knockout, signed, [(across, x_floor), (upward, y_floor)])
+    notes = wrap_to_width(note, TEXT_SIZE, width - 0.2)
+    columns = 2 if width < 5 else 3
+    legend_rows = -(-len(present) // columns)
+    inner = width - _LEFT - _RIGHT
+    tall = min(0.8 * inner, 4.0)
+    above = _TOP + _LINE * (len(heading) + len(notes) + legend_rows)
+    height = above + tall + _BOTTOM
+    figure = new_figure(width, height)
+    axes = figure.add_axes((_LEFT / width, _BOTTOM / height, inner / width, tall / height))
+    size = float(np.clip(60 / np.sqrt(n), 1.6, 4.0))
+    alpha = float(np.clip(12 / np.sqrt(n), 0.35, 0.9))
+    members = {kind: np.array([other == kind for other in kinds]) for kind in present}
+    for kind in sorted(present, key=lambda kind: -members[kind].sum()):  # the rarest on top
+        for chosen, hollow in ((signed >= 0, False), (signed < 0, True)):
+            style, drawn = _STYLES[kind], members[kind] & chosen
+            axes.plot(
+                x[drawn],
+                y[drawn],
+                linestyle="",
+                markersize=size,
+                alpha=alpha,
+                markeredgewidth=0.6,
+                markeredgecolor=style["color"],
+                markerfacecolor="none" if hollow else style["color"],
+                marker=style["marker"],
+                clip_on=False,
+                rasterized=n > _MOST_VECTORS,
+            )
+    _finish_axis(axes.xaxis, axes.set_xscale, axes.set_xlim, x, x_floor)
+    _finish_axis(axes.yaxis, axes.set_yscale, axes.set_ylim, y, y_floor)
+    unit = {"mean": "nats per token pair", "causal_mean": "nats per causal token pair", "sum": "nats"}[
+        pooling
+    ]
+    own_unit = unit if knockout.measure in ("nll", "kl") else unit.replace("nats", knockout.measure)
+    axes.set_xlabel(f"Step-Saliency, {unit}", fontsize=TEXT_SIZE, labelpad=2)
+    axes.set_ylabel(f"size of the cut's effect,\n{own_unit}", fontsize=TEXT_SIZE, labelpad=2)
+    axes.tick_params(labelsize=TICK_SIZE, length=2, width=0.5, pad=2)
+    axes.tick_params(which="minor", length=0)
+    axes.grid(color="0.9", linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_linewidth(0.5)
+    within = {kind: spearman(across[at], upward[at]) for kind, at in members.items()}
+    figure.legend(
+        handles=[
+            lines_module.Line2D(
+                [],
+                [],
+                linestyle="",
+                markersize=4,
+                label=f"{_kind_name(kind)}  {_number(within[kind])}",
+                **_STYLES[kind],
+            )
+            for kind in present
+        ],
+        loc="upper left",
+        bbox_to_anchor=(0.1 / width, 1 - (_TOP / 2 + _LINE * len([*heading, *notes])) / height),
+        ncols=columns,
+        fontsize=TICK_SIZE,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handlelength=0.8,
+        handletextpad=0.5,
+        labelspacing=0.35,
+        columnspacing=1.2,
+    )
+    rows = [
+        *((line, TITLE_SIZE, "black") for line in heading),
+        *((line, TEXT_SIZE, "0.35") for line in notes),
+    ]
+    for i, (line, text_size, colour) in enumerate(rows):
+        at = 1 - (0.1 + _LINE * i) / height
+        figure.text(0.1 / width, at, line, fontsize=text_size, color=colour, va="center", parse_math=False)
+    return figure
+
+
+def _placed(
+    values: Float[np.ndarray, " pair"], decades: int
+) -> tuple[Float[np.ndarray, " pair"], float | None]:
+    """Where values stand on their axis, and its lower end if it is logarithmic (None if it is linear)."""
+    positive = values[values > 0]
+    if not len(positive) or positive.max() <= _LINEAR_SPAN * positive.min():
+        return values, None
+    floor = max(float(positive.min()), float(positive.max()) * 10.0**-decades)
+    return np.maximum(values, floor), floor
+
+
+def _finish_axis(axis: Any, set_scale: Any, set_limits: Any, placed: np.ndarray, floor: float | None) -> None:
+    top = float(placed.max())
+    if floor is None:
+        set_limits(0, 1.05 * top or 1.0)
+        return
+    set_scale("log")
+    set_limits(floor, top * (top / floor) ** 0.04)
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(numticks=6))
+
+
+def _below(values: Float[np.ndarray, " pair"], floor: float | None) -> Bool[np.ndarray, " pair"]:
+    return np.zeros(len(values), dtype=bool) if floor is None else values < floor
+
+
+def _note(
+    saliency: StepSaliency,
+    knockout: StepKnockout,
+    signed: Float[np.ndarray, " pair"],
+    axes: list[tuple[Float[np.ndarray, " pair"], float | None]],
+) -> str:
+    """Layers, what was measured, hollow markers, and what stands on an edge."""
+    both = saliency.layers == knockout.layers
+    mapped = f"saliency of {layer_span(saliency.layers)}, cut in {layer_span(knockout.layers)}"
+    parts = [layer_span(saliency.layers) if both else mapped]
+    if knockout.onto is not None:
+        parts.append(f"effect on {knockout.onto}")
+    if (signed < 0).any():
+        parts.append("hollow: the cut helped")
+    edge = int(np.logical_or(*(_below(values, floor) for values, floor in axes)).sum())
+    if edge:
+        parts.append(f"{edge} below the scale, on its edge")
+    return "; ".join(parts)
+
+
+def _kind_name(kind: tuple[Segment, Segment]) -> str:
+    source, reader = (SEGMENT_NAMES[segment].lower() for segment in kind)
+    return f"{source} → {reader}"
+
+
+def _number(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.2f}"
