@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepflow_tl.causal import StepKnockout as StepKnockout
     from stepflow_tl.causal import step_knockout as step_knockout
+    from stepflow_tl.dataset import DatasetReport as DatasetReport
+    from stepflow_tl.dataset import analyze_dataset as analyze_dataset
     from stepflow_tl.diagnostics import compare as compare
     from stepflow_tl.diagnostics import diagnose as diagnose
     from stepflow_tl.interventions import StepFlow as StepFlow
@@ -37,6 +39,8 @@ _HOME_OF = {
     "load_testbed_model": "stepflow_tl.testbed.model",
     "step_saliency": "stepflow_tl.saliency",
     "StepSaliency": "stepflow_tl.saliency",
+    "analyze_dataset": "stepflow_tl.dataset",
+    "DatasetReport": "stepflow_tl.dataset",
     "diagnose": "stepflow_tl.diagnostics",
     "compare": "stepflow_tl.diagnostics",
     "StepFlow": "stepflow_tl.interventions",
@@ -47,12 +51,14 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "DatasetReport",
     "ReasoningTrace",
     "Segment",
     "Step",
     "StepFlow",
     "StepKnockout",
     "StepSaliency",
+    "analyze_dataset",
     "bridge_hook",
     "compare",
     "diagnose",

@@ -38,6 +38,10 @@ class ResultFileError(StepflowError, ValueError):
     """A result file is truncated, foreign, or of a version this package does not read."""
 
 
+class DiskFullError(ResultFileError):
+    """The disk, a quota or a limit on file sizes has no room left: nothing that follows could be written."""
+
+
 class InputFileError(StepflowError, ValueError):
     """An input file or one of its records cannot be read."""
 

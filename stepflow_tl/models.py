@@ -54,26 +54,35 @@ def load_default_model(
 
 
 def load_model(
-    name_or_path: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name_or_path: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    device_map: str | None = None,
 ) -> TransformerBridge:
     """The model of that name or path as a TransformerBridge.
 
     Args:
         name_or_path: "smollm2" (the embedded one), a name on the hub such as "Qwen/Qwen3-0.6B", or a local
             directory that `save_pretrained` wrote.
-        device: Where the model goes.
+        device: Where the model goes, if `device_map` does not say.
         dtype: Of the parameters.
+        device_map: accelerate's placement of a model that is larger than one GPU: "auto", or a device for the
+            whole model. The embedded model is small and takes a device only.
 
     Raises:
         MissingExtraError: As `load_default_model`.
         ModelError: If the model cannot be loaded; the message has TransformerLens' or transformers' reason.
     """
     if name_or_path == DEFAULT_MODEL:
+        if device_map not in (None, "auto"):
+            device = torch.device(device_map)
         return load_default_model(device, dtype)
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        return TransformerBridge.boot_transformers(name_or_path, device=device, dtype=dtype)
+        placed = {"device": device} if device_map is None else {"device_map": device_map}
+        return TransformerBridge.boot_transformers(name_or_path, dtype=dtype, **placed)
     except Exception as error:  # three libraries load, each with errors of its own; all mean the same here
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise ModelError(

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from stepflow_tl.errors import ResultFileError, StepflowError
+from stepflow_tl.errors import DiskFullError, ResultFileError, StepflowError
 
 Result = TypeVar("Result")
 
@@ -119,6 +120,7 @@ def write_atomically(target: Path, data: bytes) -> None:
     """Write bytes so that `target` is either untouched or complete.
 
     Raises:
+        DiskFullError: If there is no room for it; no temporary file is left behind.
         ResultFileError: If the folder is missing or the disk refuses; no temporary file is left behind.
     """
     temporary: str | None = None
@@ -132,6 +134,10 @@ def write_atomically(target: Path, data: bytes) -> None:
         os.replace(temporary, target)
         temporary = None
     except OSError as error:
+        if is_disk_full(error):
+            raise DiskFullError(
+                f"no room to write {target} ({error.strerror}): nothing was changed there"
+            ) from error
         raise ResultFileError(
             f"cannot write {target} ({error.strerror or error}): nothing was changed there. Make the folder, "
             "or free some space, and save again."
@@ -140,6 +146,11 @@ def write_atomically(target: Path, data: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether the disk, a quota or a limit on file sizes has no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _umask() -> int:

@@ -1,5 +1,6 @@
 """Fixtures shared by the whole suite."""
 
+import json
 import os
 
 # Before torch, transformers and TransformerLens are imported: no network, one thread a worker.
@@ -10,6 +11,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +66,39 @@ def tiny_model(tiny_tokenizer: Any) -> Callable[..., Any]:
 def each_tiny_model(request: pytest.FixtureRequest, tiny_model: Callable[..., Any]) -> Any:
     """Every kind of tiny model that the installed TransformerLens can build, one after the other."""
     return tiny_model(request.param)
+
+
+def record(trace_id: Any = "a", **fields: Any) -> dict[str, Any]:
+    """A record of the input, some 120 tokens of the tiny tokenizer."""
+    parts = {
+        "question": "What is 2+3*4?",
+        "thinking": "3*4 is 12.\n\n2+12 is 14.\n\nSo 14.",
+        "summary": "It is 14.",
+    }
+    return {"id": trace_id, **parts, **fields}
+
+
+@pytest.fixture
+def make_record() -> Callable[..., dict[str, Any]]:
+    return record
+
+
+@pytest.fixture
+def write_lines(tmp_path: Path) -> Callable[..., Path]:
+    """Write records (dicts) and raw lines (str, bytes) as one file."""
+
+    def write(*lines: Any, name: str = "traces.jsonl") -> Path:
+        path = tmp_path / name
+        encoded = [
+            line
+            if isinstance(line, bytes)
+            else (line if isinstance(line, str) else json.dumps(line)).encode()
+            for line in lines
+        ]
+        path.write_bytes(b"".join(line + b"\n" for line in encoded))
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What reaches the terminal: progress on stderr, and text made safe to print.
+"""What reaches the terminal on stderr: messages and progress.
 
 On a terminal, progress is one tqdm bar with throughput and the time left. Anywhere else (a log file, a
 pipe) it is one plain line every half minute.
@@ -11,43 +11,44 @@ from typing import Any
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-def printable(text: str) -> str:
-    """The text with unprintable characters escaped, so that an id cannot steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def say(message: str) -> None:
     """One message on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Counts traces against a known total.
+    """Counts traces against a known total, and tells the time left by the tokens left.
 
     Args:
         total: Traces expected.
+        replicas: Models that work at once.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, replicas: int = 1) -> None:
         """Start counting."""
-        self._total = total
+        self._total, self._replicas = total, replicas
         self._done = self._tokens = self._analysed = 0
-        self._seconds = 0.0
+        self._seconds = self._tokens_left = 0.0
         self._last_line = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="trace", file=sys.stderr, dynamic_ncols=True, smoothing=0.1)
+            # The time left is said with the speed: a bar would tell it by traces, whatever their length.
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+            self._bar = tqdm(
+                total=total, unit="trace", file=sys.stderr, dynamic_ncols=True, bar_format=layout
+            )
 
-    def advance(self, n_tokens: int = 0, seconds: float = 0.0) -> None:
+    def advance(self, n_tokens: int = 0, seconds: float = 0.0, tokens_left: float = 0.0) -> None:
         """One trace is dealt with; `seconds` is 0 for one that cost no analysis."""
         self._done += 1
         self._tokens += n_tokens if seconds else 0
         self._analysed += seconds > 0
         self._seconds += seconds
+        self._tokens_left = tokens_left
         if self._bar is not None:
-            self._bar.set_postfix_str(self._speed(), refresh=False)
+            self._bar.set_postfix_str(", ".join(self._pace()), refresh=False)
             self._bar.update()
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
@@ -62,20 +63,20 @@ class Progress:
 
     def line(self) -> str:
         """How far the run is, in words."""
-        parts = [f"{self._done} of {self._total} traces"]
-        if self._analysed:
-            each = self._seconds / self._analysed
-            left = _clock(each * (self._total - self._done))
-            parts += [self._speed(), f"{each:.1f} s a trace", f"about {left} left"]
-        return ", ".join(parts)
+        return ", ".join([f"{self._done} of {self._total} traces", *self._pace()])
 
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
 
-    def _speed(self) -> str:
-        return f"{self._tokens / self._seconds:.0f} tokens/s" if self._seconds else ""
+    def _pace(self) -> list[str]:
+        if not self._analysed:
+            return []
+        speed = self._tokens / self._seconds * self._replicas
+        left = self._tokens_left / speed if speed else 0.0
+        each = self._seconds / self._analysed
+        return [f"{speed:.0f} tokens/s", f"{each:.1f} s a trace", f"about {_clock(left)} left"]
 
 
 def _clock(seconds: float) -> str:

@@ -26,7 +26,8 @@ examples:
   stepflow-tl report results/q1.safetensors
 """
 _ANALYZE_EPILOG = """\
-input: one JSON object a line, with the fields
+input: a file with one JSON object a line, a Parquet file or a folder of them, or a data set that Hugging Face
+`datasets` saved on disk (Parquet and data sets need the extra "datasets"), with the fields
   id          name of the result file (optional)
   question, thinking, summary
               the parts of the trace (summary may be missing)
@@ -36,12 +37,16 @@ input: one JSON object a line, with the fields
 example line:
   {"id": "q1", "question": "2+2*3?", "thinking": "2*3 = 6.\\n\\n2+6 = 8.", "summary": "8", "is_correct": true}
 
-output, in the folder --out: one .safetensors a trace (StepSaliency.load reads it), summary.csv, and with
---group-by comparison.txt and comparison.json. With --causal also knockout/ with one .safetensors a trace
-(StepKnockout.load reads it), agreement.csv and agreement.json.
+output, in the folder --out: one .safetensors a trace (StepSaliency.load reads it), manifest.jsonl (what is
+done, what failed and why), summary.csv, and with --group-by comparison.txt and comparison.json. With --causal
+also knockout/ with one .safetensors a trace (StepKnockout.load reads it), agreement.csv and agreement.json.
 
-exit code: 0 every line has a result; 1 something failed, the rest is done; 2 the run could not start;
-130 after Ctrl-C.
+A run that was killed goes on where it was when the same command is given again. Several runs may share
+a folder:
+  sbatch --array=0-7 ... stepflow-tl analyze traces.jsonl --out results --shard $SLURM_ARRAY_TASK_ID/8
+
+exit code: 0 every line has a result; 1 something failed or the disk is full, the rest is done; 2 the run
+could not start; 130 after Ctrl-C.
 """
 _EVALUATE_EPILOG = """\
 input: a file with one JSON object a line, or "testbed" for generated problems:
@@ -108,12 +113,12 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_analyze(commands: argparse._SubParsersAction) -> None:
-    summary = "Step-Saliency of every trace in a file of JSON lines"
+    summary = "Step-Saliency of every trace of a data set"
     analyze = commands.add_parser(
         "analyze", help=summary, description=summary, epilog=_ANALYZE_EPILOG, formatter_class=_LAYOUT
     )
     add = analyze.add_argument
-    add("traces", type=Path, metavar="TRACES.jsonl", help="the traces")
+    add("traces", type=Path, metavar="TRACES", help="the traces: JSON lines, Parquet, or a saved data set")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     add(
         "--model",
@@ -148,9 +153,18 @@ def _add_analyze(commands: argparse._SubParsersAction) -> None:
     )
     pairing.add_argument("--unpaired", action="store_true", help="compare without pairing")
     add("--overwrite", action="store_true", help="analyse again where a result is there already")
+    add("--retry-failed", action="store_true", help="try again what failed in an earlier run")
     add("--limit", type=_positive, metavar="N", help="read the first N lines only")
+    add("--shard", metavar="I/N", help="take part I of N, I from 0; N runs may share the folder")
+    add("--engine", choices=("local", "ray"), default="local", help="this process (local), or a Ray cluster")
+    add("--replicas", type=_positive, metavar="N", help="models at once, for ray (one a GPU, or one)")
     add("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32", help="(float32)")
     add("--device", type=_device, default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    add(
+        "--device-map",
+        metavar="MAP",
+        help="auto spreads a model larger than one GPU over all",
+    )
     add(
         "--causal",
         action="store_true",

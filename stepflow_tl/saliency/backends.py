@@ -50,6 +50,7 @@ def run_backend(
     layers: tuple[int, ...],
     *,
     checkpoint: bool = False,
+    block_divisor: int = 1,
     hooks: Sequence[NamedHook] = (),
 ) -> BackendRun:
     """Run `backend`, or the best one that holds where it is `"auto"`.
@@ -59,7 +60,7 @@ def run_backend(
 
     Raises:
         ModelError: If the backend asked for cannot serve the model, with the reason.
-        ValueError: If `backend` is unknown, or `checkpoint` goes with the hooks backend.
+        ValueError: If `backend` is unknown, or `checkpoint` or `block_divisor` goes with the hooks backend.
     """
     from stepflow_tl.saliency.self_check import check_per_token
 
@@ -67,6 +68,8 @@ def run_backend(
         raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
     if backend in ("hooks", "layerwise") and checkpoint:
         raise ValueError(f"checkpoint=True needs backend='fused': {backend!r} holds T x T patterns anyway")
+    if block_divisor < 1 or (backend in ("hooks", "layerwise") and block_divisor > 1):
+        raise ValueError(f"block_divisor is {block_divisor}: expected 1, or more with backend='fused'")
     notes: dict[str, str] = {}
     if backend in ("auto", "fused"):
         try:
@@ -76,10 +79,20 @@ def run_backend(
                 notes["self_check"] = check_per_token(model, tokens, "fused")
             fused = backend_function("fused")
             with attached(model, last=hooks):
-                sums = fused(model, tokens, step_ids, objective, layers, checkpoint=checkpoint)
+                sums = fused(
+                    model,
+                    tokens,
+                    step_ids,
+                    objective,
+                    layers,
+                    checkpoint=checkpoint,
+                    block_divisor=block_divisor,
+                )
+            if checkpoint or block_divisor > 1:
+                notes["memory"] = f"checkpoint={checkpoint}, block_divisor={block_divisor}"
             return BackendRun(sums, "fused", notes)
         except FusedRefusal as refusal:
-            if backend == "fused" or checkpoint or not is_transformerlens(model):
+            if backend == "fused" or checkpoint or block_divisor > 1 or not is_transformerlens(model):
                 raise
             notes = {"not_fused": refusal.reason}
     resolve_hooks(model)

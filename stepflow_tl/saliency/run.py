@@ -22,6 +22,7 @@ def step_saliency(
     backend: Backend = "auto",
     layers: Sequence[int] | None = None,
     checkpoint: bool = False,
+    block_divisor: int = 1,
     stepflow: StepFlow | None = None,
 ) -> StepSaliency:
     """Step-to-step saliency map of one trace (paper: Step-Saliency; docs/method.md sections 2 to 4).
@@ -47,6 +48,8 @@ def step_saliency(
         layers: Layers to keep; all by default. The passes run through all layers either way.
         checkpoint: Keep only the input of each block and run it again in the backward pass (fused only): less
             memory, one more forward pass of time, and hooks on residuals fire twice.
+        block_divisor: Attention tiles and chunks of logits are smaller by this factor (fused only): less
+            scratch memory, some more time, and sums that round otherwise.
         stepflow: Map the repaired flow: the passes run under this StepFlow. Its bridge edits scores, so
             `"auto"` takes `"hooks"`; momentum alone goes with `"fused"`.
 
@@ -58,7 +61,7 @@ def step_saliency(
             silent, or `per_token` does not hold on this model.
         ObjectiveError: If the objective is unknown, no scalar, or touches no token.
         GradientError: If a gradient is missing or not finite.
-        ValueError: If `backend` is unknown.
+        ValueError: If `backend` is unknown, or cannot do with `checkpoint` or `block_divisor`.
 
     Cost: one forward and one backward pass. Memory: that of the activations with `fused`, `O(L H T^2)` on top
     with `hooks`.
@@ -69,7 +72,15 @@ def step_saliency(
     resolved = resolve_objective(objective, trace)
     hooks = stepflow.hooks(model, trace, detach_values=resolved.per_token) if stepflow is not None else ()
     run = run_backend(
-        backend, model, trace.tokens, trace.step_ids, resolved, chosen, checkpoint=checkpoint, hooks=hooks
+        backend,
+        model,
+        trace.tokens,
+        trace.step_ids,
+        resolved,
+        chosen,
+        checkpoint=checkpoint,
+        block_divisor=block_divisor,
+        hooks=hooks,
     )
     notes = dict(run.notes)
     if stepflow is not None:

@@ -85,3 +85,23 @@ def check_per_token(model: Any, tokens: Int[Tensor, " token"], backend: str) -> 
         )
     _checked[model] = {**passed, backend: deviation}
     return f"max relative deviation {deviation:.1e} over {N_TOKENS} tokens"
+
+
+def check_ahead(model: Any, tokens: Int[Tensor, " token"]) -> None:
+    """Run the check that `backend="auto"` would run, on tokens of the caller's choice.
+
+    The note that results carry is that of the first check of a model object; after this one it no longer
+    depends on which trace came first.
+
+    Raises:
+        ModelError: As `check_per_token`.
+    """
+    from stepflow_tl.saliency.backends import refuse_early
+
+    try:
+        refuse_early(model)
+        check_per_token(model, tokens, "fused")
+    except FusedRefusal:
+        if not is_transformerlens(model):
+            raise
+        check_per_token(model, tokens, "hooks")

@@ -1,45 +1,10 @@
 """The command line run in process on tiny random models."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-
-def record(trace_id: Any = "a", **fields: Any) -> dict[str, Any]:
-    """A record of the input, some 120 tokens of the tiny tokenizer."""
-    parts = {
-        "question": "What is 2+3*4?",
-        "thinking": "3*4 is 12.\n\n2+12 is 14.\n\nSo 14.",
-        "summary": "It is 14.",
-    }
-    return {"id": trace_id, **parts, **fields}
-
-
-@pytest.fixture
-def make_record() -> Callable[..., dict[str, Any]]:
-    return record
-
-
-@pytest.fixture
-def write_lines(tmp_path: Path) -> Callable[..., Path]:
-    """Write records (dicts) and raw lines (str, bytes) as one file."""
-
-    def write(*lines: Any, name: str = "traces.jsonl") -> Path:
-        path = tmp_path / name
-        encoded = [
-            line
-            if isinstance(line, bytes)
-            else (line if isinstance(line, str) else json.dumps(line)).encode()
-            for line in lines
-        ]
-        path.write_bytes(b"".join(line + b"\n" for line in encoded))
-        return path
-
-    return write
 
 
 @pytest.fixture

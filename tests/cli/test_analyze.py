@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from stepflow_tl.cli import analyze as command
-from stepflow_tl.cli.file_names import hashed_stem
+from stepflow_tl.dataset import worker as command
+from stepflow_tl.dataset.file_names import hashed_stem
 from stepflow_tl.diagnostics import LAYER_METRICS, diagnose
 from stepflow_tl.saliency import StepSaliency, step_saliency
 from stepflow_tl.trace import ReasoningTrace
@@ -236,10 +236,28 @@ def test_a_result_of_another_analysis_is_neither_kept_nor_replaced(
     path = write_lines(make_record("a"))
     analyze(path)
     before = (out / "a.safetensors").read_bytes()
+    (out / "manifest.jsonl").unlink()
     found = analyze(path, *options)
     assert found.code == 1
     assert said in found.err and "--overwrite" in found.err
     assert (out / "a.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--objective", "response"], "objective per_token, this one has response"),
+        (["--layers", "1,2"], "layers [0, 1, 2, 3], this one has [1, 2]"),
+        (["--splitter", "whole"], "splitter paragraph, this one has whole"),
+    ],
+)
+def test_a_folder_holds_one_analysis(options, said, analyze, write_lines, make_record, out):
+    analyze(write_lines(make_record("a")))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    found = analyze(write_lines(make_record("b")), *options)
+    assert found.code == 2
+    assert said in found.err and "--overwrite" in found.err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_tensors_of_someone_else_are_left_alone(analyze, write_lines, make_record, out):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stepflow_tl.causal import StepKnockout, step_knockout
-from stepflow_tl.cli import causal as command
+from stepflow_tl.dataset import knockouts as command
 from stepflow_tl.saliency import StepSaliency
 
 THINKING = "3*4 is 12.\n\n2+12 is 14.\n\nThat is it.\n\nSo 14."
@@ -76,6 +76,7 @@ def test_a_knockout_of_another_analysis_is_left_alone(analyze, two_traces, out):
     analyze(two_traces)
     other = StepKnockout.load(out / "knockout" / "a.safetensors")
     (out / "a.safetensors").unlink()
+    (out / "manifest.jsonl").unlink()
     found = analyze(two_traces, "--layers", "2", "--limit", "1")
     assert found.code == 1 and "layers [0, 1, 2, 3], this one has [2]" in found.err
     assert StepKnockout.load(out / "knockout" / "a.safetensors").layers == other.layers

@@ -45,6 +45,7 @@ def fused_backend(
     layers: tuple[int, ...],
     *,
     checkpoint: bool = False,
+    block_divisor: int = 1,
 ) -> Float[Tensor, "layer head query_step key_bin"]:
     """Step sums of the chosen layers, exact, from one forward and one backward pass.
 
@@ -55,6 +56,7 @@ def fused_backend(
         objective: What is differentiated.
         layers: Layers to pool, in order. Only layers from the lowest of them up are differentiated.
         checkpoint: Recompute blocks in the backward pass: less memory, one more forward pass of time.
+        block_divisor: Attention tiles and chunks of logits are smaller by this factor.
 
     Returns:
         Sums of `|A * dL/dA|` on the CPU, in at least float32; the last key bin is TEMPLATE.
@@ -66,7 +68,9 @@ def fused_backend(
     inner = transformers_model(model)
     n_layers = int(inner.config.get_text_config().num_hidden_layers)
     n_steps = int(step_ids.max()) + 1
-    session = FusedSession(StepTiles(step_ids, n_steps), frozenset(layers), objective.per_token)
+    session = FusedSession(
+        StepTiles(step_ids, n_steps, block_divisor), frozenset(layers), objective.per_token
+    )
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -84,12 +88,16 @@ def fused_backend(
             hidden = inner.base_model(input_ids=batch, use_cache=False)[0]
             _check_layers(session, n_layers)
             whole = _unembedding_is_hooked(model)
-            _backward(hidden, _loss_gradient(inner, hidden.detach(), batch, objective, whole), session)
+            _backward(
+                hidden,
+                _loss_gradient(inner, hidden.detach(), batch, objective, whole, block_divisor),
+                session,
+            )
     return _collect(session, layers)
 
 
 def _loss_gradient(
-    inner: Any, hidden: Tensor, batch: Tensor, objective: Objective, whole: bool
+    inner: Any, hidden: Tensor, batch: Tensor, objective: Objective, whole: bool, block_divisor: int
 ) -> Float[Tensor, "1 token d_model"]:
     """Derivative of the objective by the final residual `[1, token, d_model]`, some rows at a time."""
     assert objective.targets is not None
@@ -101,7 +109,7 @@ def _loss_gradient(
     labels = batch.to(hidden.device)[0, targets]
     scale = 1.0 if objective.per_token else 1.0 / len(targets)
     gradient = torch.zeros_like(hidden)
-    rows = max(16, LOGITS_PER_CHUNK // int(inner.config.get_text_config().vocab_size))
+    rows = max(16, LOGITS_PER_CHUNK // block_divisor // int(inner.config.get_text_config().vocab_size))
     for first in range(0, len(targets), rows):
         chunk = slice(first, first + rows)
         residual = hidden[:, targets[chunk] - 1].requires_grad_()

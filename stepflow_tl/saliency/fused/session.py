@@ -94,6 +94,7 @@ class FusedSession:
             softcap=softcap,
             diagonal_only=self.diagonal_only,
             step_sums=self._sums_of(layer, query) if layer in self.layers else None,
+            block_divisor=self.tiles.block_divisor,
         )
         sinks = kwargs.get("s_aux", kwargs.get("sinks"))
         anchor = self.anchor if layer >= min(self.layers) else None

@@ -17,6 +17,7 @@ class AttentionSpec:
         softcap: Bound of the scores, `cap * tanh(score / cap)`; None for none.
         diagonal_only: Pass gradients on to a token's own key and value only.
         step_sums: Where the pooled saliency goes; None to pool nothing.
+        block_divisor: Tiles are smaller by this factor in rows and in keys.
     """
 
     scale: float
@@ -24,6 +25,7 @@ class AttentionSpec:
     softcap: float | None = None
     diagonal_only: bool = False
     step_sums: StepSums | None = None
+    block_divisor: int = 1
 
     def first_key(self, query: int) -> int:
         """The first key that `query` sees."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from stepflow_tl.saliency.fused.cores import Strip, count_workers, cut_into_strips, share_out
 from stepflow_tl.saliency.fused.spec import AttentionSpec
-from stepflow_tl.saliency.fused.tiles import KEYS_PER_TILE, ROWS_PER_TILE, StripSums
+from stepflow_tl.saliency.fused.tiles import KEYS_PER_TILE, ROWS_PER_TILE, StripSums, keys_per_tile
 
 LOG2_E = math.log2(math.e)
 
@@ -48,7 +48,7 @@ def tiled_forward(
     def forward_strip(strip: Strip) -> None:
         at = (strip.batch, slice(strip.kv_head * groups, (strip.kv_head + 1) * groups))
         k, v = key[strip.batch, strip.kv_head].to(work), value[strip.batch, strip.kv_head].to(work)
-        for start, end in _query_blocks(strip, groups):
+        for start, end in _query_blocks(strip, groups, spec.block_divisor):
             first = spec.first_key(start)
             scores = (query[at][:, start:end].to(work) * spec.scale) @ k[first:end].T
             if spec.softcap is not None:
@@ -158,7 +158,7 @@ def _backward_strip(
     n_heads, _, d_head = group.query.shape
     # Scores come out of the product in units of log 2: exp2 is a third of the price of exp on a CPU.
     unit = spec.scale * LOG2_E if spec.softcap is None else spec.scale / spec.softcap
-    for start, end in _query_blocks(strip, n_heads):
+    for start, end in _query_blocks(strip, n_heads, spec.block_divisor):
         rows = slice(start, end)
         n_rows = n_heads * (end - start)
         q = buffers.matrix("q", n_rows, d_head)
@@ -168,7 +168,9 @@ def _backward_strip(
         row_logsumexp = (group.logsumexp[:, rows] * LOG2_E).reshape(n_rows, 1)
         row_delta = group.delta[:, rows].reshape(n_rows, 1)
         dq = buffers.matrix("dq", n_rows, d_head).zero_() if group.dq is not None else None
-        for first, last in _key_tiles(spec.first_key(start), end):
+        for first, last in _key_tiles(
+            spec.first_key(start), end, keys_per_tile(KEYS_PER_TILE, spec.block_divisor)
+        ):
             own = slice(first - partial.keys.start, last - partial.keys.start)
             k, v = group.key[first:last], group.value[first:last]
             pattern = buffers.matrix("pattern", n_rows, len(k))
@@ -209,13 +211,13 @@ def _over_strips(
     return zip(strips, share_out(function, strips, n_workers), strict=True)
 
 
-def _query_blocks(strip: Strip, heads_per_group: int) -> list[tuple[int, int]]:
-    step = max(16, ROWS_PER_TILE // heads_per_group // 16 * 16)
+def _query_blocks(strip: Strip, heads_per_group: int, block_divisor: int) -> list[tuple[int, int]]:
+    step = max(16, ROWS_PER_TILE // block_divisor // heads_per_group // 16 * 16)
     return [(start, min(start + step, strip.end)) for start in range(strip.start, strip.end, step)]
 
 
-def _key_tiles(first: int, end: int) -> list[tuple[int, int]]:
-    edges = [first, *range(first // KEYS_PER_TILE * KEYS_PER_TILE + KEYS_PER_TILE, end, KEYS_PER_TILE), end]
+def _key_tiles(first: int, end: int, width: int) -> list[tuple[int, int]]:
+    edges = [first, *range(first // width * width + width, end, width), end]
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 

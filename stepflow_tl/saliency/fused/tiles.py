@@ -23,6 +23,11 @@ KEYS_PER_TILE = 1024
 ROWS_PER_TILE = 512  # query rows of all heads that share one KV head
 
 
+def keys_per_tile(keys: int, block_divisor: int) -> int:
+    """Width of the grid of columns, which sweep and pooling must share."""
+    return max(16, keys // block_divisor)
+
+
 @dataclass(frozen=True)
 class StepTiles:
     """Step bins of one trace, cut along the tile grid.
@@ -30,10 +35,12 @@ class StepTiles:
     Attributes:
         step_ids: Step of each token; -1 on TEMPLATE.
         n_steps: Number of steps.
+        block_divisor: Tiles are smaller by this factor in rows and in keys.
     """
 
     step_ids: Int[Tensor, " token"]
     n_steps: int
+    block_divisor: int = 1
     _cache: dict[tuple, tuple[Tensor, slice]] = field(default_factory=dict, repr=False, compare=False)
 
     def rows(self, start: int, end: int, like: Tensor) -> tuple[Float[Tensor, "step row"], slice]:
@@ -42,8 +49,9 @@ class StepTiles:
 
     def columns(self, start: int, end: int, like: Tensor) -> tuple[Float[Tensor, "column bin"], slice]:
         """One-hot of the keys `[start, end)`, which lie in one tile of the grid; the last bin is TEMPLATE."""
-        first = start // KEYS_PER_TILE * KEYS_PER_TILE
-        last = min(first + KEYS_PER_TILE, len(self.step_ids))
+        width = keys_per_tile(KEYS_PER_TILE, self.block_divisor)
+        first = start // width * width
+        last = min(first + width, len(self.step_ids))
         one_hot, steps = self._one_hot("columns", first, last, like)
         return one_hot[start - first : end - first], steps
 

@@ -1,4 +1,4 @@
-"""The causal part of `stepflow-tl analyze --causal`: a knockout of each trace, and how well the maps agree.
+"""The causal part of a run: a knockout of each trace, and how well the maps agree.
 
 1. Per trace: keep an earlier knockout that is the same measurement, else cut every pair of steps in the
    layers of the saliency map, by NLL, and save it as `knockout/<name>.safetensors`.
@@ -9,30 +9,26 @@
 
 import csv
 import io
-import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stepflow_tl.causal import step_knockout
-from stepflow_tl.causal.agreement import (
-    MEASURES,
-    TraceAgreement,
-    score_maps,
-    summarise_agreement,
-    trace_agreement,
-)
-from stepflow_tl.cli.console import Progress
-from stepflow_tl.cli.kept_results import DamagedResultError, Settings, kept_knockout
-from stepflow_tl.cli.outcomes import Outcome
+from stepflow_tl.causal.agreement import MEASURES, TraceAgreement, score_maps, trace_agreement
+from stepflow_tl.dataset.kept_results import DamagedResultError, Settings, kept_knockout
+from stepflow_tl.dataset.memory import knockout_rungs, with_less_and_less
+from stepflow_tl.dataset.outcomes import Outcome
 from stepflow_tl.errors import InputFileError
 from stepflow_tl.saliency import StepSaliency
 
+FOLDER = "knockout"
 
-class CausalCheck:
+
+class Knockouts:
     """Knockout and agreement, trace by trace."""
 
     def __init__(self, model: Any, out: Path, settings: Settings, overwrite: bool) -> None:
@@ -43,22 +39,22 @@ class CausalCheck:
         """
         self._model, self._overwrite = model, overwrite
         self._settings = replace(settings, objective="nll")
-        self._folder = out / "knockout"
+        self._folder = out / FOLDER
         try:
             self._folder.mkdir(exist_ok=True)
         except OSError as error:
             raise InputFileError(f"{self._folder} cannot be made: {error.strerror or error}") from error
 
-    def analyse(
-        self, saliency: StepSaliency, name: str, place: str, progress: Progress
+    def measure(
+        self, saliency: StepSaliency, name: str, known: TraceAgreement | None, note: Callable[[str], None]
     ) -> tuple[TraceAgreement, float]:
         """Agreement of a trace's maps, and the seconds that its knockout took; 0 where it was kept.
 
         Args:
             saliency: The trace's map.
             name: Name of the result file.
-            place: Where the trace stands in the input, for notes.
-            progress: Takes the notes.
+            known: Its agreement by the manifest, returned where the knockout is kept.
+            note: Takes what happened on the way.
 
         Raises:
             StepflowError: If the trace has no pair of steps, or another result is in the way.
@@ -68,36 +64,28 @@ class CausalCheck:
             try:
                 knockout = kept_knockout(path, saliency.trace, self._settings)
             except DamagedResultError as error:
-                progress.note(f"{place}: knockout measured again, because {error}")
+                note(f"knockout measured again, because {error}")
+        if knockout is not None and known is not None:
+            return known, 0.0
         if knockout is None:
             started = time.perf_counter()
-            knockout = step_knockout(self._model, saliency.trace, layers=saliency.layers)
+            run = partial(step_knockout, self._model, saliency.trace, layers=saliency.layers)
+            knockout = with_less_and_less(run, knockout_rungs(), note)
             seconds = time.perf_counter() - started
             knockout.save(path)
         maps = score_maps(self._model, saliency, knockout)
         return trace_agreement(maps, knockout.measured.numpy()), seconds
 
 
-def causal_report(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """Print the table; the files to write, by name."""
-    found = [outcome for outcome in outcomes if outcome.agreement is not None]
-    if not found:
-        return {}
-    summary = summarise_agreement([outcome.agreement for outcome in found if outcome.agreement is not None])
-    print(f"\n{summary}")
-    return {
-        "agreement.csv": _csv(found),
-        "agreement.json": json.dumps(summary.to_json(), indent=1) + "\n",
-    }
-
-
-def _csv(outcomes: Sequence[Outcome]) -> str:
+def agreement_csv(outcomes: Iterable[Outcome]) -> str:
+    """The agreement of each trace, one row a pair of scores."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["line", "id", "score", "other_score", *MEASURES, "top_k_chance", "n_pairs"])
     for outcome in outcomes:
         agreement = outcome.agreement
-        assert agreement is not None
+        if agreement is None:
+            continue
         for (name, other), values in agreement.values.items():
             numbers = [*(values[measure] for measure in MEASURES), agreement.top_k_chance]
             cells = ["" if math.isnan(value) else value for value in numbers]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepflow_tl.cli.file_names import FileNames, hashed_stem
+from stepflow_tl.dataset.file_names import FileNames, hashed_stem
 
 HOSTILE = [
     "../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "C:\\x", "a\x00b", "x" * 5000, "CON", "nul.txt",

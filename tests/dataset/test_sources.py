@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from stepflow_tl.cli import records
-from stepflow_tl.cli.records import Record, count_records, read_records
+from stepflow_tl.dataset import json_lines
+from stepflow_tl.dataset.records import Record
+from stepflow_tl.dataset.sources import count_records, read_records
 from stepflow_tl.errors import InputFileError
 
 
@@ -59,7 +60,7 @@ def test_a_line_that_is_no_record_is_named_and_the_others_are_read(line, said, w
 def test_a_line_beyond_the_limit_is_refused_unread_and_the_next_one_is_read(
     write_lines, make_record, monkeypatch
 ):
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 1000)
     fits = json.dumps(make_record("fits"))
     fits += " " * (999 - len(fits))
     path = write_lines(fits, make_record("long", thinking="x" * 5000), fits + "  ", make_record("after"))

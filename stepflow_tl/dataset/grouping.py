@@ -9,7 +9,7 @@
 
 from collections.abc import Sequence
 
-from stepflow_tl.cli.outcomes import Outcome
+from stepflow_tl.dataset.outcomes import Outcome
 from stepflow_tl.diagnostics import Comparison, compare
 from stepflow_tl.errors import ComparisonError
 

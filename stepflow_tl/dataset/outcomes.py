@@ -9,15 +9,16 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from stepflow_tl.causal.agreement import TraceAgreement
-from stepflow_tl.cli.console import printable
+from stepflow_tl.dataset.records import Unit
 from stepflow_tl.diagnostics import LAYER_METRICS, Diagnosis
 from stepflow_tl.diagnostics.diagnosis import Band
 from stepflow_tl.diagnostics.tables import number, text_table
+from stepflow_tl.printable import printable
 
 Status = Literal["analysed", "kept", "failed"]
 
@@ -41,6 +42,7 @@ class Outcome:
         group: Value of the grouping field, if there is one.
         pair: Value of the pairing field, if there is one.
         agreement: Agreement of its map with knockout and attention, where `--causal` asked for it.
+        unit: What `line` counts.
     """
 
     line: int
@@ -54,14 +56,15 @@ class Outcome:
     group: bool | None = None
     pair: str | None = None
     agreement: TraceAgreement | None = None
+    unit: Unit = "line"
 
     @property
     def place(self) -> str:
         """The line, and the id where it is known, safe to print."""
-        return f"line {self.line}" + (f", id '{printable(self.id)}'" if self.id else "")
+        return f"{self.unit} {self.line}" + (f", id '{printable(self.id)}'" if self.id else "")
 
 
-def summary_csv(outcomes: Sequence[Outcome]) -> str:
+def summary_csv(outcomes: Iterable[Outcome]) -> str:
     """One row a line of the input; a value that does not exist is an empty cell."""
     names = [f"{band}_{metric}" for band in _BANDS for metric in LAYER_METRICS]
     columns = ["line", "id", "status", "reason", "file", "n_tokens", "n_question", "n_thinking", "n_summary"]
@@ -74,39 +77,74 @@ def summary_csv(outcomes: Sequence[Outcome]) -> str:
     return buffer.getvalue()
 
 
-def summary_table(outcomes: Sequence[Outcome]) -> str:
+class SummaryTable:
+    """Adds up outcomes one by one; as a string: band means, then how many were analysed, kept and failed."""
+
+    def __init__(self) -> None:
+        """Nothing is added yet."""
+        self.counts: Counter[Status] = Counter()
+        self._title = ""
+        self._cells: dict[tuple[str, str], list[float]] = {}
+        self._slopes: list[float] = []
+        self._failed: list[Outcome] = []
+        self._seconds, self._tokens = 0.0, 0
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one line of the input; its diagnosis is not held."""
+        self.counts[outcome.status] += 1
+        if outcome.status == "analysed":
+            self._seconds += outcome.seconds
+            self._tokens += outcome.n_tokens
+        if outcome.status == "failed" and len(self._failed) < _MAX_LISTED:
+            self._failed.append(outcome)
+        diagnosis = outcome.diagnosis
+        if diagnosis is None:
+            return
+        self._title = self._title or f"{diagnosis.model_name}, objective {diagnosis.objective}"
+        for band in _BANDS:
+            for metric, value in diagnosis.band(band).items():
+                if not math.isnan(value):
+                    self._cells.setdefault((metric, band), []).append(value)
+        if not math.isnan(diagnosis.decay_slope):
+            self._slopes.append(diagnosis.decay_slope)
+
+    @property
+    def n_results(self) -> int:
+        """Traces with a result."""
+        return self.counts["analysed"] + self.counts["kept"]
+
+    def __str__(self) -> str:
+        """The table."""
+        footer = self._footer()
+        if not self.n_results:
+            return "\n".join(["No trace has a result.", *footer])
+        rows = []
+        for metric in LAYER_METRICS:
+            values = [self._cells.get((metric, band), []) for band in _BANDS]
+            counts = dict.fromkeys(str(len(v)) for v in values)
+            rows.append([metric.replace("_", " "), *(number(_mean(v)) for v in values), ", ".join(counts)])
+        rows.append(["decay slope", "", number(_mean(self._slopes)), str(len(self._slopes))])
+        title = f"Means over {self.n_results} traces: {self._title}"
+        return text_table(title, ["metric", "shallow layers", "deep layers", "traces"], rows, footer)
+
+    def _footer(self) -> list[str]:
+        analysed, failed = self.counts["analysed"], self.counts["failed"]
+        speed = ""
+        if analysed and self._seconds:
+            speed = f" ({self._seconds / analysed:.2f} s and {self._tokens / analysed:.0f} tokens a trace)"
+        lines = [f"{analysed} analysed{speed}, {self.counts['kept']} kept, {failed} failed"]
+        lines += [f"  {outcome.place}: {printable(outcome.reason)}" for outcome in self._failed]
+        if failed > _MAX_LISTED:
+            lines.append(f"  and {failed - _MAX_LISTED} more: see the column reason of summary.csv")
+        return lines
+
+
+def summary_table(outcomes: Iterable[Outcome]) -> str:
     """Band means over the traces, then how many were analysed, kept and failed, and why."""
-    diagnoses = [outcome.diagnosis for outcome in outcomes if outcome.diagnosis is not None]
-    footer = _counts(outcomes)
-    if not diagnoses:
-        return "\n".join(["No trace has a result.", *footer])
-    bands = {band: [diagnosis.band(band) for diagnosis in diagnoses] for band in _BANDS}
-    rows = []
-    for metric in LAYER_METRICS:
-        values = [_present([means[metric] for means in bands[band]]) for band in _BANDS]
-        counts = dict.fromkeys(str(len(v)) for v in values)
-        rows.append([metric.replace("_", " "), *(number(_mean(v)) for v in values), ", ".join(counts)])
-    slopes = _present([diagnosis.decay_slope for diagnosis in diagnoses])
-    rows.append(["decay slope", "", number(_mean(slopes)), str(len(slopes))])
-    first = diagnoses[0]
-    title = f"Means over {len(diagnoses)} traces: {first.model_name}, objective {first.objective}"
-    return text_table(title, ["metric", "shallow layers", "deep layers", "traces"], rows, footer)
-
-
-def _counts(outcomes: Sequence[Outcome]) -> list[str]:
-    count = Counter(outcome.status for outcome in outcomes)
-    analysed = [outcome for outcome in outcomes if outcome.status == "analysed"]
-    seconds = sum(outcome.seconds for outcome in analysed)
-    speed = ""
-    if analysed and seconds:
-        tokens = sum(outcome.n_tokens for outcome in analysed)
-        speed = f" ({seconds / len(analysed):.2f} s and {tokens / len(analysed):.0f} tokens a trace)"
-    lines = [f"{count['analysed']} analysed{speed}, {count['kept']} kept, {count['failed']} failed"]
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    lines += [f"  {outcome.place}: {printable(outcome.reason)}" for outcome in failed[:_MAX_LISTED]]
-    if len(failed) > _MAX_LISTED:
-        lines.append(f"  and {len(failed) - _MAX_LISTED} more: see the column reason of summary.csv")
-    return lines
+    table = SummaryTable()
+    for outcome in outcomes:
+        table.add(outcome)
+    return str(table)
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:
@@ -132,10 +170,6 @@ def _row(outcome: Outcome) -> dict[str, Any]:
 
 def _cell(value: float) -> str:
     return "" if math.isnan(value) else repr(value)
-
-
-def _present(values: Sequence[float]) -> list[float]:
-    return [value for value in values if not math.isnan(value)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,0 +1,10 @@
+"""Runs over whole data sets: streamed, sharded, resumable after a kill at any moment.
+
+The flow goes one way: `sources` -> `plan` -> `worker` -> `manifest` -> `report`, driven by `run`.
+"""
+
+from stepflow_tl.dataset.manifest import manifest_path as manifest_path
+from stepflow_tl.dataset.plan import Shard as Shard
+from stepflow_tl.dataset.report import DatasetReport as DatasetReport
+from stepflow_tl.dataset.run import Watcher as Watcher
+from stepflow_tl.dataset.run import analyze_dataset as analyze_dataset
