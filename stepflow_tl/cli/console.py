@@ -8,12 +8,9 @@ import sys
 import time
 from typing import Any
 
+from stepflow_tl.diagnostics.tables import printable as printable
+
 _SECONDS_BETWEEN_LINES = 30.0
-
-
-def printable(text: str) -> str:
-    """The text with unprintable characters escaped, so that an id cannot steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(message: str) -> None:
