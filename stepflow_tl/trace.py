@@ -23,6 +23,7 @@ from torch import Tensor
 from stepflow_tl.errors import TraceError
 from stepflow_tl.segment import Segment as Segment
 from stepflow_tl.segment import Step as Step
+from stepflow_tl.segment import refuse_half_characters
 
 JSON_VERSION = 1
 
@@ -301,13 +302,7 @@ def _own(tensor: Tensor) -> Tensor:
 def _validate(trace: ReasoningTrace) -> None:
     """Refuse fields that contradict each other."""
     n_tokens, n_chars = len(trace), len(trace.text)
-    try:
-        trace.text.encode()
-    except UnicodeEncodeError as error:
-        raise TraceError(
-            f"The text holds half a character ({trace.text[error.start]!r} at {error.start}), which no "
-            "file or tokenizer takes."
-        ) from error
+    refuse_half_characters(trace.text)
     if n_tokens == 0:
         raise TraceError("A trace needs at least one token, got none.")
     shapes = {

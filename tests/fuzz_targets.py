@@ -87,7 +87,7 @@ def tokenizer() -> Any:
 
 def text_of(data: bytes) -> str:
     """Any string, lone surrogates included: they are what `json.loads` makes of "\\ud800"."""
-    return data.decode("utf-8", "surrogateescape")
+    return data.decode("utf-8", "replace" if len(data) % 4 else "surrogateescape")
 
 
 def _file(data: bytes, name: str) -> Path:
@@ -333,7 +333,7 @@ def _json(data: bytes) -> Any:
 def trace_json_seeds() -> list[bytes]:
     from stepflow_tl import ReasoningTrace
 
-    trace = ReasoningTrace.from_text(tokenizer(), "Q<think>A.\n\nB</think>C", format="qwq")
+    trace = ReasoningTrace.from_text(tokenizer(), MODEL_TEXT)
     return [json.dumps(trace.to_json()).encode()]
 
 
