@@ -12,6 +12,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stepflow_tl.aggregates import Aggregate as Aggregate
+    from stepflow_tl.aggregates import summarize as summarize
     from stepflow_tl.causal import StepKnockout as StepKnockout
     from stepflow_tl.causal import step_knockout as step_knockout
     from stepflow_tl.dataset import DatasetReport as DatasetReport
@@ -48,9 +50,12 @@ _HOME_OF = {
     "momentum_hook": "stepflow_tl.interventions",
     "step_knockout": "stepflow_tl.causal",
     "StepKnockout": "stepflow_tl.causal",
+    "summarize": "stepflow_tl.aggregates",
+    "Aggregate": "stepflow_tl.aggregates",
 }
 
 __all__ = [
+    "Aggregate",
     "DatasetReport",
     "ReasoningTrace",
     "Segment",
@@ -67,6 +72,7 @@ __all__ = [
     "momentum_hook",
     "step_knockout",
     "step_saliency",
+    "summarize",
 ]
 
 

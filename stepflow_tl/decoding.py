@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from stepflow_tl.errors import TraceError
+from stepflow_tl.segment import refuse_half_characters
 
 
 class TextPiece(NamedTuple):
@@ -149,13 +150,14 @@ def encode_text(tokenizer: Any, text: str) -> tuple[list[int], list[TextPiece]]:
         Token ids, and as many pieces, which join to `text`.
 
     Raises:
-        TraceError: The tokenizer is not a fast one, or the text yields no token.
+        TraceError: The tokenizer is not a fast one, the text yields no token, or it holds half a character.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TraceError(
             f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed to build a "
             "trace from text. Load it with use_fast=True, or pass token ids to ReasoningTrace.from_tokens."
         )
+    refuse_half_characters(text)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = list(encoding["input_ids"])
     if not ids:

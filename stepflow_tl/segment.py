@@ -7,10 +7,27 @@ them. White space is defined here too, once for the whole package, because where
 from dataclasses import dataclass
 from enum import IntEnum
 
+from stepflow_tl.errors import TraceError
+
 #: White space in the sense of this package: the six ASCII characters. Wider spaces (U+00A0, U+3000, U+2028)
 #: are ordinary characters. Each of the six is one byte in every tokenizer, so that white space is never split
 #: over two tokens and the first fragment of a split character is known to begin an ordinary one.
 WHITE_SPACE = " \t\n\r\f\v"
+
+
+def refuse_half_characters(text: str) -> None:
+    r"""Refuse text with a lone surrogate, which is what `json.loads` makes of "\\ud800".
+
+    Raises:
+        TraceError: The text has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TraceError(
+            f"The text holds half a character ({text[error.start]!r} at {error.start}), which no file or "
+            "tokenizer takes."
+        ) from error
 
 
 class Segment(IntEnum):

@@ -23,6 +23,7 @@ from torch import Tensor
 from stepflow_tl.errors import TraceError
 from stepflow_tl.segment import Segment as Segment
 from stepflow_tl.segment import Step as Step
+from stepflow_tl.segment import refuse_half_characters
 
 JSON_VERSION = 1
 
@@ -169,18 +170,20 @@ class ReasoningTrace:
             )
         try:
             text, causal = data["text"], data["causal"]
+            if not isinstance(text, str) or not isinstance(data["format"], str):
+                raise TypeError("text and format must be strings")
             steps = tuple(_step_from_json(index, step, text) for index, step in enumerate(data["steps"]))
             return cls(
                 tokens=_ints(data["tokens"]),
                 text=text,
-                token_char_spans=_ints(data["token_char_spans"]).reshape(-1, 2),
+                token_char_spans=_int_pairs(data["token_char_spans"]),
                 segment_ids=_ints(data["segment_ids"]),
                 step_ids=_ints(data["step_ids"]),
                 steps=steps,
                 format=data["format"],
                 causal=CausalLabels(*(_ints(causal[k]) for k in ("segment_ids", "step_ids", "resolved_at"))),
             )
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             if isinstance(error, TraceError):
                 raise
             raise TraceError(
@@ -272,12 +275,24 @@ def causal_labels(trace: ReasoningTrace) -> CausalLabels:
 
 def _step_from_json(index: int, data: dict[str, Any], text: str) -> Step:
     (token_start, token_end), (char_start, char_end) = data["tokens"], data["chars"]
+    _ints([token_start, token_end, char_start, char_end])
+    if not isinstance(data["label"], str):
+        raise TypeError("a step's label must be a string")
     segment, piece = Segment(data["segment"]), text[char_start:char_end]
     return Step(index, segment, data["label"], token_start, token_end, char_start, char_end, piece)
 
 
 def _ints(values: list) -> Tensor:
+    # torch would cut 1.5 to 1 and take True for 1.
+    if any(type(value) is not int for value in values):
+        raise TypeError("expected whole numbers only")
     return torch.tensor(values, dtype=torch.int64)
+
+
+def _int_pairs(pairs: list) -> Tensor:
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError("expected pairs")
+    return _ints([value for pair in pairs for value in pair]).reshape(-1, 2)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -287,6 +302,7 @@ def _own(tensor: Tensor) -> Tensor:
 def _validate(trace: ReasoningTrace) -> None:
     """Refuse fields that contradict each other."""
     n_tokens, n_chars = len(trace), len(trace.text)
+    refuse_half_characters(trace.text)
     if n_tokens == 0:
         raise TraceError("A trace needs at least one token, got none.")
     shapes = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from stepflow_tl.result_files import Schema, floating, load_result, save_result
+from stepflow_tl.result_files import Schema, TensorSpec, load_result, save_result, whole_numbers
 from stepflow_tl.saliency.provenance import Provenance
 from stepflow_tl.trace import ReasoningTrace
 
@@ -45,7 +45,15 @@ def load_knockout(path: str | Path) -> StepKnockout:
         ResultFileError: If the file is missing, truncated, foreign or of an unknown version; the message
             says which.
     """
-    return load_result(path, SCHEMA, ("effects", "measured"), _build)
+    return load_result(path, SCHEMA, _tensors, _build)
+
+
+def _tensors(document: dict[str, Any]) -> dict[str, TensorSpec]:
+    n_steps = len(document["trace"]["steps"])
+    return {
+        "effects": TensorSpec("float", (n_steps, n_steps)),
+        "measured": TensorSpec("bool", (n_steps, n_steps)),
+    }
 
 
 def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> StepKnockout:
@@ -55,12 +63,12 @@ def _build(document: dict[str, Any], tensors: dict[str, Tensor]) -> StepKnockout
     if not isinstance(measure, str) or not (onto is None or isinstance(onto, str)):
         raise TypeError(f"measure {measure!r} and onto {onto!r}: expected names")
     return StepKnockout(
-        effects=floating(tensors["effects"], 2),
+        effects=tensors["effects"],
         measured=tensors["measured"],
         trace=ReasoningTrace.from_json(document["trace"]),
-        layers=tuple(int(layer) for layer in document["layers"]),
-        n_layers=int(document["n_layers"]),
-        heads=None if heads is None else tuple(int(head) for head in heads),
+        layers=whole_numbers(document["layers"]),
+        n_layers=whole_numbers([document["n_layers"]])[0],
+        heads=None if heads is None else whole_numbers(heads),
         measure=measure,
         onto=onto,
         provenance=Provenance.from_json(document["provenance"]),

@@ -53,6 +53,10 @@ class StepPatching:
         expected = (len(self.layers), len(self.matches))
         if tuple(self.effects.shape) != expected:
             raise ValueError(f"effects has shape {tuple(self.effects.shape)}, expected {expected}")
+        if len(set(self.layers)) != len(self.layers) or any(
+            not 0 <= layer < self.n_layers for layer in self.layers
+        ):
+            raise ValueError(f"layers {self.layers} must be distinct and within 0..{self.n_layers - 1}")
         if not torch.isfinite(self.effects).all():
             layer, step = (~torch.isfinite(self.effects)).nonzero()[0].tolist()
             raise ValueError(

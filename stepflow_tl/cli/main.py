@@ -24,6 +24,7 @@ examples:
   stepflow-tl analyze traces.jsonl --model Qwen/Qwen3-0.6B --out results --group-by is_correct
   stepflow-tl evaluate questions.jsonl --model Qwen/Qwen3-0.6B --grader maths
   stepflow-tl report results/q1.safetensors
+  stepflow-tl summarize results --group-by is_correct
 """
 _ANALYZE_EPILOG = """\
 input: a file with one JSON object a line, a Parquet file or a folder of them, or a data set that Hugging Face
@@ -58,6 +59,17 @@ by default. A control does as much to the model as the condition it belongs to, 
 
 exit code: 0 done; 2 the run could not start; 130 after Ctrl-C.
 """
+_SUMMARIZE_EPILOG = """\
+input: a folder that `analyze --out` wrote (its manifests say what is in it), or any folder of
+StepSaliency.save files of one analysis.
+
+output: band means with intervals, what is missing and why, and the comparison of two groups where the traces
+have groups; and a Parquet table, one row a trace and layer: id, group, pair, n_tokens, numbers of steps,
+layer, every metric, model, objective, dtype, backend.
+
+exit code: 0 done; 1 a result is missing or damaged, or the comparison asked for cannot be made, the rest is
+done; 2 it could not start.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,12 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"stepflow-tl {__version__}")
     commands = parser.add_subparsers(
-        title="commands", metavar="demo | analyze | evaluate | report", required=True
+        title="commands", metavar="demo | analyze | evaluate | report | summarize", required=True
     )
     _add_demo(commands)
     _add_analyze(commands)
     _add_evaluate(commands)
     _add_report(commands)
+    _add_summarize(commands)
     return parser
 
 
@@ -213,6 +226,23 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     report.set_defaults(run=_run_report)
 
 
+def _add_summarize(commands: argparse._SubParsersAction) -> None:
+    summary = "the numbers of a whole run: band means, the comparison of two groups, one Parquet table"
+    command = commands.add_parser(
+        "summarize", help=summary, description=summary, epilog=_SUMMARIZE_EPILOG, formatter_class=_LAYOUT
+    )
+    add = command.add_argument
+    add("folder", type=Path, metavar="DIR", help="the run")
+    add("--out", type=Path, metavar="FILE.parquet", help="the table (DIR/layers.parquet)")
+    add("--group-by", metavar="FIELD", help="what the groups are called, and the field read from --labels")
+    pairing = command.add_mutually_exclusive_group()
+    pairing.add_argument("--pair-by", metavar="FIELD", help="the same for pairs (problem_id)")
+    pairing.add_argument("--unpaired", action="store_true", help="compare without pairing")
+    add("--labels", type=Path, metavar="TRACES.jsonl", help="take groups and pairs from here, by id")
+    add("--verify", action="store_true", help="compare every file with the SHA-256 in its manifest")
+    command.set_defaults(run=_run_summarize)
+
+
 def _run_demo(arguments: argparse.Namespace) -> int:
     from stepflow_tl.cli.demo import DemoOptions, demo
 
@@ -252,6 +282,18 @@ def _run_report(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.result.with_suffix(".report.html")
     print(saliency.report(out, pooling=arguments.pooling))
     return 0
+
+
+def _run_summarize(arguments: argparse.Namespace) -> int:
+    if arguments.labels is not None and arguments.group_by is None:
+        print("stepflow-tl: error: --labels goes with --group-by FIELD", file=sys.stderr)
+        return 2
+    from stepflow_tl.cli.summarize import SummarizeOptions, run_summarize
+
+    given = vars(arguments)
+    return run_summarize(
+        SummarizeOptions(**{name: given[name] for name in SummarizeOptions.__dataclass_fields__})
+    )
 
 
 def _positive(text: str) -> int:

@@ -41,5 +41,7 @@ class FileNames:
 def hashed_stem(trace_id: str, digits: int = 12) -> str:
     """The readable part of an id and the first hex digits of its SHA-256."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", trace_id, flags=re.ASCII).strip("._-")[:_READABLE]
+    if _RESERVED.fullmatch(readable):  # Windows looks at what stands before the first dot
+        readable = f"trace-{readable}"
     digest = hashlib.sha256(trace_id.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{readable or 'trace'}-{digest[:digits]}"

@@ -16,11 +16,11 @@ from typing import Literal
 
 from stepflow_tl.causal.agreement import AgreementSummary, summarise_agreement
 from stepflow_tl.dataset.entries import RunSettings
-from stepflow_tl.dataset.grouping import compare_groups, pairing_field
 from stepflow_tl.dataset.knockouts import agreement_csv
 from stepflow_tl.dataset.outcomes import Outcome, Status, SummaryTable, summary_csv
 from stepflow_tl.dataset.plan import Shard
 from stepflow_tl.diagnostics import Comparison
+from stepflow_tl.diagnostics.grouping import compare_groups, pairing_field
 from stepflow_tl.errors import ComparisonError, ResultFileError
 from stepflow_tl.result_files import write_atomically
 

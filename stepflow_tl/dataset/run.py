@@ -24,7 +24,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from stepflow_tl.dataset.engines import Engine, Job, LocalEngine
 from stepflow_tl.dataset.entries import Done, Entry, Failed, RunSettings
-from stepflow_tl.dataset.grouping import DEFAULT_PAIR_FIELD
 from stepflow_tl.dataset.knockouts import FOLDER as KNOCKOUTS
 from stepflow_tl.dataset.leftovers import Leftovers
 from stepflow_tl.dataset.manifest import Manifest, manifest_path
@@ -35,6 +34,7 @@ from stepflow_tl.dataset.records import Unit
 from stepflow_tl.dataset.report import DatasetReport, GroupOptions, Stop, make_report
 from stepflow_tl.dataset.sources import open_source, read_records
 from stepflow_tl.dataset.worker import Taken, digest
+from stepflow_tl.diagnostics.grouping import DEFAULT_PAIR_FIELD
 from stepflow_tl.errors import DiskFullError, InputFileError, ResultFileError
 
 EngineName = Literal["local", "ray"]

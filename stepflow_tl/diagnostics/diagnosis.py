@@ -166,6 +166,8 @@ class Diagnosis:
         Raises:
             ResultFileError: If the data is not a diagnosis, or does not hold together.
         """
+        if not isinstance(data, Mapping):
+            raise ResultFileError(f"not a diagnosis but a {type(data).__name__}: expected what to_json makes")
         if data.get("schema") != _SCHEMA or data.get("version") != _VERSION:
             found = f"schema {data.get('schema')!r}, version {data.get('version')!r}"
             raise ResultFileError(
@@ -183,7 +185,7 @@ class Diagnosis:
                 **{name: data[name] for name in _SETTINGS},
                 reasons=dict(data["reasons"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ResultFileError(
                 f"a diagnosis that does not hold together ({error!r}): diagnose again"
             ) from error

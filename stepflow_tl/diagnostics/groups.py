@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -137,7 +138,8 @@ def pair(
             f"no problem id is in both groups ({names[0]!r}: {next(iter(first))!r}, ...; {names[1]!r}: "
             f"{next(iter(other))!r}, ...): pass ids of problems, not of traces, or leave pair_by out"
         )
-    averaged = sum(any(list(group_ids).count(problem) > 1 for group_ids in ids) for problem in shared)
+    counts = [Counter(group_ids) for group_ids in ids]
+    averaged = sum(any(count[problem] > 1 for count in counts) for problem in shared)
     left = len(first.keys() | other.keys()) - len(shared)
     x, y = (np.stack([group[problem] for problem in shared]) for group in (first, other))
     return x, y, Pairing(n_pairs=len(shared), n_dropped=left, n_averaged=averaged)

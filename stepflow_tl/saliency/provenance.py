@@ -54,6 +54,8 @@ class Provenance:
                 raise TypeError(
                     f"provenance field {name!r} is {type(value).__name__}, expected {expected.__name__}"
                 )
+            if isinstance(value, Mapping) and not all(isinstance(text, str) for text in value.values()):
+                raise TypeError(f"provenance field {name!r} must map names to strings")
         return cls(**known)
 
 

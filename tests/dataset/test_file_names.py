@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stepflow_tl.dataset.file_names import FileNames, hashed_stem
 
 HOSTILE = [
-    "../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "C:\\x", "a\x00b", "x" * 5000, "CON", "nul.txt",
+    "../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "C:\\x", "a\x00b", "x" * 5000, "CON", "nul.txt", "con.x/y",
     "com1", ".hidden", "a b", "a\nb", "trailing.", "ä", "😀", "$(rm)", "-", "\ud800",
 ]  # fmt: skip
 
@@ -23,6 +23,7 @@ def test_an_ordinary_id_is_its_own_name(trace_id):
 def test_a_hostile_id_becomes_one_plain_component(trace_id, tmp_path: Path):
     name = FileNames().stem(trace_id) + ".safetensors"
     assert PurePosixPath(name).name == PureWindowsPath(name).name == name
+    assert not PureWindowsPath(name).is_reserved()
     assert len(name) < 130 and name.isascii() and name.isprintable() and not name.startswith(".")
     (tmp_path / name).touch()
     assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -1,0 +1,322 @@
+"""Reading the manifests of a run: what became of each trace, and its numbers.
+
+A run folder holds `manifest.jsonl`, or one `manifest-<i>-of-<n>.jsonl` a shard. Each is read as hostile:
+
+1. The first line is a header with the schema's version and the settings; a resumed run may add another with
+   the same settings.
+2. Every other line is one trace, "done" with its numbers or "failed" with its reason. The last line of an id
+   counts. Lines of any other kind, and keys unknown here, are a later minor version's and are passed over.
+3. A last line that is cut off (the run was killed as it wrote, or is writing now) is passed over. Any other
+   line that cannot be read is an error with its number: a manifest is never half believed.
+4. Over several manifests, done counts before failed, and of two that are done the one of the manifest that
+   was written last.
+
+Only where each line begins is kept, some 200 bytes a trace; `done_traces` then reads the lines that count one
+by one, in the order of the input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stepflow_tl.diagnostics.diagnosis import LAYER_METRICS
+from stepflow_tl.errors import ResultFileError
+from stepflow_tl.result_files import whole_numbers
+
+SCHEMA_VERSION = 1
+MAX_LINE_BYTES = 64 * 2**20
+_NAME = re.compile(r"manifest(?:-\d{1,6}-of-\d{1,6})?\.jsonl", re.ASCII)
+_SETTINGS = ("model_name", "objective", "dtype")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A trace with a result.
+
+    Attributes:
+        id: Its name.
+        line: Its line in the run's input.
+        file: Name of its result file, as written: not checked here.
+        n_tokens: Tokens of the trace.
+        n_question: Question steps.
+        n_thinking: Thinking steps.
+        n_summary: Summary steps.
+        seconds: Wall-clock time of the analysis.
+        group: Its group, if it had one when the run was made.
+        pair: Its problem, likewise.
+        sha256: Hex digest of the result file, or None.
+        layers: Model layers of the metrics.
+        metrics: Every one of `LAYER_METRICS`, one value a layer; NaN where it has none.
+        decay_slope: See `Diagnosis`; NaN where it has none.
+        backend: Backend that ran, where the manifest says so.
+    """
+
+    id: str
+    line: int
+    file: str
+    n_tokens: int
+    n_question: int
+    n_thinking: int
+    n_summary: int
+    seconds: float
+    group: bool | None
+    pair: str | None
+    sha256: str | None
+    layers: tuple[int, ...]
+    metrics: Mapping[str, list[float]]
+    decay_slope: float
+    backend: str | None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A trace without a result: why, and the class of the error."""
+
+    id: str
+    line: int
+    reason: str
+    error: str
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What the header says of the whole run; None where it does not say."""
+
+    model_name: str
+    objective: str
+    dtype: str
+    layers: tuple[int, ...] | None
+    n_layers: int | None
+    backend: str | None
+    group_by: str | None
+
+
+class _Place(NamedTuple):
+    line: int  # of the run's input
+    manifest: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class ManifestIndex:
+    """The traces of a run by where their lines stand.
+
+    Attributes:
+        settings: The settings of the run, or None where there is no manifest.
+        failed: Traces whose last word is a failure, in the order of the input.
+        files: Every file name that any line ever named.
+    """
+
+    settings: RunSettings | None
+    failed: tuple[Failed, ...]
+    files: frozenset[str]
+    _manifests: tuple[Path, ...]
+    _places: tuple[_Place, ...]
+
+    @property
+    def n_done(self) -> int:
+        """Traces with a result."""
+        return len(self._places)
+
+    def done_traces(self) -> Iterator[Done]:
+        """The traces with a result, in the order of the input, one in memory at a time.
+
+        Raises:
+            ResultFileError: If a manifest changed since it was indexed.
+        """
+        files = [_open(path) for path in self._manifests]
+        try:
+            for place in self._places:
+                file, path = files[place.manifest], self._manifests[place.manifest]
+                file.seek(place.offset)
+                entry = _parse(file.readline(MAX_LINE_BYTES + 1), f"{path}, byte {place.offset}")
+                if not isinstance(entry, Done):
+                    raise ResultFileError(f"{path} was changed while it was read: summarise again")
+                yield entry
+        finally:
+            for file in files:
+                file.close()
+
+
+def index_manifests(folder: Path) -> ManifestIndex:
+    """Read every manifest of a folder once and say where the lines that count are.
+
+    Raises:
+        ResultFileError: If a manifest cannot be read, has no header, is of a later schema, or two headers are
+            of different settings.
+    """
+    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file()]
+    manifests = tuple(sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name)))
+    settings: RunSettings | None = None
+    places: dict[str, _Place] = {}
+    failed: dict[str, Failed] = {}
+    files: set[str] = set()
+    for number, path in enumerate(manifests):
+        done_here: dict[str, _Place] = {}
+        failed_here: dict[str, Failed] = {}
+        for offset, entry in _entries(path):
+            if isinstance(entry, RunSettings):
+                if settings is not None and settings != entry:
+                    raise ResultFileError(_mixed(path, settings, entry))
+                settings = entry
+            elif isinstance(entry, Done):
+                files.add(entry.file)
+                done_here[entry.id] = _Place(entry.line, number, offset)
+                failed_here.pop(entry.id, None)
+            elif isinstance(entry, Failed):
+                failed_here[entry.id] = entry
+                done_here.pop(entry.id, None)
+        places |= done_here
+        failed |= failed_here
+    last_words = [entry for name, entry in failed.items() if name not in places]
+    return ManifestIndex(
+        settings,
+        failed=tuple(sorted(last_words, key=lambda entry: (entry.line, entry.id))),
+        files=frozenset(files),
+        _manifests=manifests,
+        _places=tuple(sorted(places.values())),
+    )
+
+
+def _entries(path: Path) -> Iterator[tuple[int, RunSettings | Done | Failed | None]]:
+    with _open(path) as file:
+        offset, number = 0, 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise ResultFileError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes")
+            if line.strip():
+                try:
+                    entry = _parse(line, f"{path}, line {number}")
+                except ResultFileError:
+                    if line.endswith(b"\n"):
+                        raise
+                    return  # cut off in the middle of a write
+                if number == 1 and not isinstance(entry, RunSettings):
+                    raise ResultFileError(
+                        f"{path} does not begin with a header: expected a manifest that `analyze` wrote"
+                    )
+                yield offset, entry
+            offset += len(line)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ResultFileError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _parse(line: bytes, place: str) -> RunSettings | Done | Failed | None:
+    try:
+        data = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        kind = data["kind"]
+        if kind == "header":
+            version = data["schema"]
+            if type(version) is int and version > SCHEMA_VERSION:
+                raise ResultFileError(
+                    f"{place}: manifest schema {version}; this stepflow_tl reads up to {SCHEMA_VERSION}: "
+                    "upgrade stepflow-tl to read it"
+                )
+            if type(version) is not int or version < 1:
+                raise ValueError(f"schema is {version!r}")
+            return _settings(data["settings"])
+        return _done(data) if kind == "done" else _failed(data) if kind == "failed" else None
+    except ResultFileError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ResultFileError(
+            f"{place} is no line of a manifest ({what}): put the line right or take it out, or run `analyze` "
+            "again into another folder"
+        ) from error
+
+
+def _settings(data: Any) -> RunSettings:
+    layers, n_layers = data.get("layers"), data.get("n_layers")
+    return RunSettings(
+        **{name: _text(data, name) for name in _SETTINGS},
+        layers=None if layers is None else whole_numbers(layers),
+        n_layers=None if n_layers is None else _count(data, "n_layers"),
+        backend=_text_or_none(data, "backend"),
+        group_by=_text_or_none(data, "group_by"),
+    )
+
+
+def _done(data: dict[str, Any]) -> Done:
+    layers = whole_numbers(data["layers"])
+    if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
+        raise ValueError(f"layers {str(layers)[:60]} must be distinct, from 0 on, and at least one")
+    metrics = {name: [_number(value) for value in data["metrics"][name]] for name in LAYER_METRICS}
+    for name, values in metrics.items():
+        if len(values) != len(layers):
+            raise ValueError(f"{name} has {len(values)} values for {len(layers)} layers")
+    group, sha256 = data.get("group"), _text_or_none(data, "sha256")
+    if group is not None and not isinstance(group, bool):
+        raise TypeError(f"group is a {type(group).__name__}, expected true, false or null")
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError("sha256 is no SHA-256 in hex")
+    return Done(
+        id=_text(data, "id"),
+        file=_text(data, "file"),
+        seconds=_number(data["seconds"]),
+        group=group,
+        pair=_text_or_none(data, "pair"),
+        sha256=sha256,
+        layers=layers,
+        metrics=metrics,
+        decay_slope=_number(data["decay_slope"]),
+        backend=_text_or_none(data, "backend"),
+        **{
+            name: _count(data, name) for name in ("line", "n_tokens", "n_question", "n_thinking", "n_summary")
+        },
+    )
+
+
+def _failed(data: dict[str, Any]) -> Failed:
+    return Failed(_text(data, "id"), _count(data, "line"), _text(data, "reason"), _text(data, "error"))
+
+
+def _text(data: dict[str, Any], name: str) -> str:
+    value = data[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a string")
+    value.encode()  # half a character is refused here, with a ValueError
+    return value
+
+
+def _text_or_none(data: dict[str, Any], name: str) -> str | None:
+    return None if data.get(name) is None else _text(data, name)
+
+
+def _count(data: dict[str, Any], name: str) -> int:
+    value = data[name]
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{name} is {str(value)[:40]}, expected a count")
+    return value
+
+
+def _number(value: Any) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{str(value)[:40]!r} is no number")
+    return float(value)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _mixed(path: Path, first: RunSettings, other: RunSettings) -> str:
+    name = next(name for name in vars(first) if getattr(first, name) != getattr(other, name))
+    return (
+        f"{path}: a header with {name} {getattr(other, name)!r}, another header of this folder has "
+        f"{getattr(first, name)!r}: summarise one run at a time"
+    )

@@ -1,0 +1,72 @@
+"""Run folders made by hand: results of tiny maps, and the manifest that `analyze` would write of them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from diagnostic_maps import random_saliency
+
+HEADER = {
+    "schema": 1,
+    "kind": "header",
+    "settings": {
+        "model_name": "tiny",
+        "objective": "per_token",
+        "dtype": "torch.float64",
+        "layers": [0, 1, 2, 3],
+    },
+    "stepflow_tl": "0.1.0",
+}
+
+
+def result(seed: int, **options: Any) -> Any:
+    """A map of four layers; even seeds lock in more."""
+    return random_saliency("QTTTTSS", seed, diagonal=0.5 * (seed % 2 == 0), **options)
+
+
+def done(folder: Path, name: str, saliency: Any, **changes: Any) -> dict[str, Any]:
+    """Save a result and return its manifest line."""
+    from stepflow_tl import diagnose
+    from stepflow_tl.diagnostics import LAYER_METRICS
+
+    data = diagnose(saliency).to_json()
+    path = saliency.save(folder / f"{name}.safetensors")
+    line = {
+        "kind": "done",
+        "id": name,
+        "line": 1,
+        "file": path.name,
+        "n_tokens": len(saliency.trace),
+        **{key: data[key] for key in ("n_question", "n_thinking", "n_summary")},
+        "seconds": 0.5,
+        "group": None,
+        "pair": None,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "metrics": {metric: data[metric] for metric in LAYER_METRICS},
+        "layers": data["layers"],
+        "decay_slope": data["decay_slope"],
+        "agreement": None,
+    }
+    return {**line, **changes}
+
+
+def failed(name: str, **changes: Any) -> dict[str, Any]:
+    return {"kind": "failed", "id": name, "line": 1, "reason": "too long", "error": "ModelError", **changes}
+
+
+def write_manifest(folder: Path, *lines: Any, name: str = "manifest.jsonl", header: Any = HEADER) -> Path:
+    """Header and lines (dicts, or raw text) as a manifest."""
+    path = folder / name
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in (header, *lines)]
+    path.write_text("".join(text + "\n" for text in texts))
+    return path
+
+
+def make_run(folder: Path, n: int = 8) -> list[dict[str, Any]]:
+    """A run of n traces, grouped and paired by two; returns the manifest's lines."""
+    lines = [
+        done(folder, f"t{i}", result(i), line=i + 1, group=i % 2 == 0, pair=f"p{i // 2}") for i in range(n)
+    ]
+    write_manifest(folder, *lines)
+    return lines
