@@ -566,7 +566,7 @@ _WORDS = (
 
 
 def mutate(data: bytes, others: list[bytes], generator: random.Random) -> bytes:
-    """One to four random changes of a valid input; of a safetensors file often of its header, lengths kept."""
+    """One to four random changes of a valid input; of a safetensors file often of its header, same length."""
     is_tensors = data[8:9] == b"{" and len(data) > 8 + int.from_bytes(data[:8], "little")
     if is_tensors and generator.random() < 0.8:
         return _mutate_header(data, generator)

@@ -84,6 +84,10 @@ class Aggregate:
     def mean(self, metric: str, band: str | None = None) -> BandMean:
         """The mean of one metric in one band; of "decay_slope" without a band.
 
+        Args:
+            metric: One of `LAYER_METRICS`, or "decay_slope".
+            band: "shallow" or "deep"; None for "decay_slope".
+
         Raises:
             ComparisonError: If there is no such metric or band.
         """

@@ -6,7 +6,8 @@ from pathlib import Path
 from stepflow_tl.aggregates import summarize
 from stepflow_tl.aggregates.summary import Labels
 from stepflow_tl.cli.console import say
-from stepflow_tl.cli.records import Record, read_records
+from stepflow_tl.dataset.records import Record
+from stepflow_tl.dataset.sources import read_records
 from stepflow_tl.diagnostics.grouping import DEFAULT_PAIR_FIELD
 from stepflow_tl.errors import InputFileError
 

@@ -333,7 +333,7 @@ def test_without_pyarrow_the_install_command_is_given_and_the_rest_works(tmp_pat
 
     make_run(tmp_path, 3)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'stepflow-tl\[tables\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'stepflow-tl\[datasets\]'"):
         summarize(tmp_path, out=tmp_path / "t.parquet")
     assert summarize(tmp_path).n_traces == 3
 
