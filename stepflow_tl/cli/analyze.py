@@ -16,7 +16,7 @@ from stepflow_tl import models
 from stepflow_tl.cli.console import Progress, say
 from stepflow_tl.dataset.entries import RunSettings
 from stepflow_tl.dataset.report import DatasetReport
-from stepflow_tl.dataset.run import EngineName, analyze_dataset
+from stepflow_tl.dataset.run import analyze_dataset
 from stepflow_tl.errors import ModelError
 
 
@@ -38,7 +38,7 @@ class AnalyzeOptions:
     retry_failed: bool = False
     limit: int | None = None
     shard: str | None = None
-    engine: EngineName = "local"
+    engine: str = "local"
     replicas: int | None = None
     dtype: str = "float32"
     device: str = "cpu"

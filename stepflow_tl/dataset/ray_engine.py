@@ -17,6 +17,7 @@ that is running is used (`RAY_ADDRESS`); else one is started on this machine and
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections import Counter, deque
@@ -185,10 +186,11 @@ class _Replica:
 
 
 def _import_ray() -> Any:
+    # Replicas that ask Ray for no GPU see what the machine has, as every other process does.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        import ray
-        import ray.exceptions
+        ray = importlib.import_module("ray")
+        importlib.import_module("ray.exceptions")
     except ImportError as error:
         raise MissingExtraError(
             'engine="ray" needs the package ray. Install with:\n    pip install "stepflow-tl[ray]"'

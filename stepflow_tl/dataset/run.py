@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from stepflow_tl.dataset.engines import Engine, Job, LocalEngine
 from stepflow_tl.dataset.entries import Done, Entry, Failed, RunSettings
@@ -36,8 +36,6 @@ from stepflow_tl.dataset.sources import open_source, read_records
 from stepflow_tl.dataset.worker import Taken, digest
 from stepflow_tl.diagnostics.grouping import DEFAULT_PAIR_FIELD
 from stepflow_tl.errors import DiskFullError, InputFileError, ResultFileError
-
-EngineName = Literal["local", "ray"]
 
 # Failures that a look at the folder decides, which costs nothing and may have changed.
 _NOT_REMEMBERED = (ResultFileError.__name__, DiskFullError.__name__)
@@ -91,7 +89,7 @@ def analyze_dataset(
     retry_failed: bool = False,
     limit: int | None = None,
     shard: str | Shard | None = None,
-    engine: EngineName = "local",
+    engine: str = "local",
     replicas: int | None = None,
     watcher: Watcher | None = None,
 ) -> DatasetReport:
