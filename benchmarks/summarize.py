@@ -1,12 +1,12 @@
 """Time and memory of `summarize` over a large run: 10 000 results of 28 layers and 12 steps by default.
 
-    python benchmarks/summarize.py [--traces 10000] [--loose 1000] [--heads 16] [--folder DIR] [--json out.json]
+    python benchmarks/summarize.py [--traces 10000] [--loose 1000] [--heads 16] [--folder DIR] [--json FILE]
 
 The results are real files, one map's with other numbers, and the manifest is what `analyze` would write of
 them, every trace in a group and a pair. Each case runs in a process of its own; its peak memory is the
-kernel's (VmHWM), with Python and torch in it. Cases: with the manifest; with the manifest, every file's
-SHA-256 compared; and `--loose` files without a manifest, whose maps are read. Exit code 1 if the first case
-misses 30 s or 1 GiB.
+kernel's (VmHWM), Python and torch in it. Cases: with the manifest; with the manifest, every file's SHA-256
+compared; and `--loose` files without a manifest, whose maps are read. Exit code 1 if the first case misses
+30 s or 1 GiB.
 """
 
 import argparse

@@ -186,7 +186,7 @@ def index_manifests(folder: Path) -> ManifestIndex:
 
 def _entries(path: Path) -> Iterator[tuple[int, RunSettings | Done | Failed | None]]:
     with _open(path) as file:
-        offset, number = 0, 0
+        offset, number, has_header = 0, 0, False
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:
@@ -198,7 +198,8 @@ def _entries(path: Path) -> Iterator[tuple[int, RunSettings | Done | Failed | No
                     if line.endswith(b"\n"):
                         raise
                     return  # cut off in the middle of a write
-                if number == 1 and not isinstance(entry, RunSettings):
+                has_header = has_header or isinstance(entry, RunSettings)
+                if not has_header:
                     raise ResultFileError(
                         f"{path} does not begin with a header: expected a manifest that `analyze` wrote"
                     )
@@ -239,6 +240,8 @@ def _parse(line: bytes, place: str) -> RunSettings | Done | Failed | None:
 
 
 def _settings(data: Any) -> RunSettings:
+    if not isinstance(data, dict):
+        raise TypeError(f"settings is a {type(data).__name__}, expected an object")
     layers, n_layers = data.get("layers"), data.get("n_layers")
     return RunSettings(
         **{name: _text(data, name) for name in _SETTINGS},
