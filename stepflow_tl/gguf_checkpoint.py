@@ -18,7 +18,9 @@ Algorithm:
 Cost for SmolLM2-135M: 540 MB in float32, plus one dequantised tensor at a time.
 """
 
+import contextlib
 import mmap
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,56 +79,69 @@ class GgufCheckpoint:
         """Read the header.
 
         Raises:
-            ModelError: If the file is not GGUF of version 3 in the Llama architecture, or ends too early.
+            ModelError: If the file cannot be read, is not GGUF of version 3 in the Llama architecture, or
+                ends too early.
         """
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            _read_from(path),
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             if data[:4] != _MAGIC:
                 raise ModelError(
                     f"{path} is not a GGUF file: it starts with {data[:4]!r}, expected {_MAGIC!r}."
                 )
-            try:
-                header = _Cursor(data, position=4)
-                version, n_tensors, n_keys = header.unpack("<IQQ")
-                if version != _VERSION:
-                    raise ModelError(f"{path} is GGUF version {version}; only version {_VERSION} is read.")
-                metadata = {header.string(): header.value() for _ in range(n_keys)}
-                tensors = tuple(header.tensor_entry() for _ in range(n_tensors))
-            except (struct.error, KeyError, UnicodeDecodeError) as error:
-                raise ModelError(f"{path} is truncated or damaged; install it again. ({error})") from error
-        if metadata.get("general.architecture") != "llama":
-            raise ModelError(
-                f"{path} holds architecture {metadata.get('general.architecture')!r}; only 'llama' is read."
-            )
-        alignment = metadata.get("general.alignment", 32)
-        return cls(path, metadata, tensors, data_start=-(-header.position // alignment) * alignment)
+            header = _Cursor(data, position=4)
+            version, n_tensors, n_keys = header.unpack("<IQQ")
+            if version != _VERSION:
+                raise ModelError(f"{path} is GGUF version {version}; only version {_VERSION} is read.")
+            # Counts need no check: each entry takes bytes, and the first one past the end is an error.
+            metadata = {header.string(): header.value() for _ in range(n_keys)}
+            tensors = tuple(header.tensor_entry() for _ in range(n_tensors))
+            if metadata.get("general.architecture") != "llama":
+                raise ModelError(
+                    f"{path} holds architecture {metadata.get('general.architecture')!r}; only 'llama' is "
+                    "read."
+                )
+            alignment = metadata.get("general.alignment", 32)
+            return cls(path, metadata, tensors, data_start=-(-header.position // alignment) * alignment)
 
     def config(self) -> Any:
-        """The transformers configuration that the metadata describes (a `LlamaConfig`)."""
+        """The transformers configuration that the metadata describes (a `LlamaConfig`).
+
+        Raises:
+            ModelError: If the metadata lacks a value, or has one that is none.
+        """
         from transformers import LlamaConfig
 
         llama = {key.removeprefix("llama."): value for key, value in self.metadata.items()}
-        return LlamaConfig(
-            vocab_size=llama["vocab_size"],
-            hidden_size=llama["embedding_length"],
-            intermediate_size=llama["feed_forward_length"],
-            num_hidden_layers=llama["block_count"],
-            num_attention_heads=llama["attention.head_count"],
-            num_key_value_heads=llama["attention.head_count_kv"],
-            max_position_embeddings=llama["context_length"],
-            rms_norm_eps=llama["attention.layer_norm_rms_epsilon"],
-            rope_parameters={"rope_type": "default", "rope_theta": llama["rope.freq_base"]},
-            bos_token_id=llama["tokenizer.ggml.bos_token_id"],
-            eos_token_id=llama["tokenizer.ggml.eos_token_id"],
-            pad_token_id=llama["tokenizer.ggml.padding_token_id"],
-            tie_word_embeddings=all(entry.name != "output.weight" for entry in self.tensors),
-        )
+        with _read_from(self.path):
+            return LlamaConfig(
+                vocab_size=llama["vocab_size"],
+                hidden_size=llama["embedding_length"],
+                intermediate_size=llama["feed_forward_length"],
+                num_hidden_layers=llama["block_count"],
+                num_attention_heads=llama["attention.head_count"],
+                num_key_value_heads=llama["attention.head_count_kv"],
+                max_position_embeddings=llama["context_length"],
+                rms_norm_eps=llama["attention.layer_norm_rms_epsilon"],
+                rope_parameters={"rope_type": "default", "rope_theta": llama["rope.freq_base"]},
+                bos_token_id=llama["tokenizer.ggml.bos_token_id"],
+                eos_token_id=llama["tokenizer.ggml.eos_token_id"],
+                pad_token_id=llama["tokenizer.ggml.padding_token_id"],
+                tie_word_embeddings=all(entry.name != "output.weight" for entry in self.tensors),
+            )
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Dequantised weights under their names in `LlamaForCausalLM`, one at a time.
 
         Raises:
-            ModelError: If the file ends inside a tensor.
+            ModelError: If the file ends inside a tensor, or a tensor is unknown or not finite.
         """
+        with _read_from(self.path):
+            yield from self._weights(dtype)
+
+    def _weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         import numpy as np
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
@@ -147,7 +162,10 @@ class GgufCheckpoint:
             if quantization == GGMLQuantizationType.F32:
                 values = blocks.view(np.float32).copy()  # a view would be read-only
             else:
-                values = dequantize(blocks, quantization)
+                with np.errstate(all="ignore"):  # what is not finite is refused below
+                    values = dequantize(blocks, quantization)
+            if not np.isfinite(values).all():
+                raise ModelError(f"{self.path} holds values in {entry.name} that are not finite.")
             weight = torch.from_numpy(values).reshape(entry.shape)
             name, module = _transformers_name(entry.name)
             if module in n_heads:
@@ -155,11 +173,17 @@ class GgufCheckpoint:
             yield name, weight.to(dtype)
 
     def model(self, dtype: torch.dtype) -> Any:
-        """A `LlamaForCausalLM` in eval mode, with eager attention, on the CPU."""
+        """A `LlamaForCausalLM` in eval mode, with eager attention, on the CPU.
+
+        Raises:
+            ModelError: If the configuration and the tensors do not fit each other. That is seen before any
+                weight is allocated.
+        """
         from transformers import LlamaForCausalLM
         from transformers.utils import logging as transformers_logging
 
         config = self.config()
+        self.check_shapes(config)
         config._attn_implementation = "eager"
         had_progress_bar = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
@@ -173,12 +197,48 @@ class GgufCheckpoint:
             if had_progress_bar:
                 transformers_logging.enable_progress_bar()
 
+    def check_shapes(self, config: Any) -> None:
+        """Compare every tensor's shape with what the configuration asks for; nothing is allocated.
+
+        Args:
+            config: As `config` returns it.
+
+        Raises:
+            ModelError: If one differs, is missing, or is foreign.
+        """
+        with _read_from(self.path):
+            self._check_shapes(config)
+
+    def _check_shapes(self, config: Any) -> None:
+        from transformers import LlamaForCausalLM
+
+        matches = (re.match(r"blk\.(\d+)\.", entry.name) for entry in self.tensors)
+        blocks = {int(match[1]) for match in matches if match}
+        if config.num_hidden_layers != len(blocks) or blocks != set(range(len(blocks))):
+            raise ModelError(
+                f"{self.path} says {config.num_hidden_layers} layers and has the tensors of {len(blocks)}."
+            )
+        with torch.device("meta"):  # shapes without memory
+            skeleton = LlamaForCausalLM(config)
+        expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+        found = {_transformers_name(entry.name)[0]: entry.shape for entry in self.tensors}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ModelError(
+                    f"{self.path} has {name} of shape {found.get(name)}; its configuration asks for "
+                    f"{expected.get(name)}."
+                )
+
     def tokenizer(self) -> Any:
         """The byte-level BPE tokenizer of the file (a `PreTrainedTokenizerFast`), with its chat template.
 
         Raises:
-            ModelError: If the file asks for a pre-tokenizer other than `smollm`.
+            ModelError: If the file asks for a pre-tokenizer other than `smollm`, or its vocabulary is none.
         """
+        with _read_from(self.path):
+            return self._tokenizer()
+
+    def _tokenizer(self) -> Any:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
@@ -211,6 +271,20 @@ class GgufCheckpoint:
             model_max_length=self.metadata["llama.context_length"],
             clean_up_tokenization_spaces=False,
         )
+
+
+@contextlib.contextmanager
+def _read_from(path: Path) -> Iterator[None]:
+    """Whatever a damaged file provokes, here, in transformers, gguf or tokenizers, is a `ModelError`."""
+    try:
+        yield
+    except (ModelError, MemoryError, ImportError):
+        raise
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ModelError(f"{path} is truncated or damaged; install it again. ({reason})") from error
 
 
 class _Cursor:

@@ -252,15 +252,14 @@ def run_questions(data: bytes) -> None:
 
 
 def run_manifest(data: bytes) -> None:
-    from stepflow_tl.aggregates.manifest import index_manifests
+    from stepflow_tl.aggregates.manifest import read_manifests
 
     folder = scratch() / "manifests"
     folder.mkdir(exist_ok=True)
     (folder / "manifest.jsonl").write_bytes(data)
     with own_errors():
-        index = index_manifests(folder)
-        found = list(index.done_traces())
-    assert len(found) == index.n_done and len({done.id for done in found}) == len(found)
+        found = read_manifests(folder).done
+    assert len({done.id for done in found}) == len(found)
 
 
 def run_folder(data: bytes) -> None:
@@ -278,9 +277,8 @@ def run_folder(data: bytes) -> None:
 def run_file_names(data: bytes) -> None:
     from pathlib import PurePosixPath, PureWindowsPath
 
-    from stepflow_tl.cli.file_names import FileNames
-
     from stepflow_tl.aggregates.inventory import inside
+    from stepflow_tl.cli.file_names import FileNames
 
     names = FileNames()
     ids = text_of(data).split("\n")
@@ -390,7 +388,7 @@ def name_seeds() -> list[bytes]:
 
 def argument_seeds() -> list[bytes]:
     lines = [
-        "analyze t.jsonl --out o --layers 0-6,9 --objective S1 --group-by x --pair-by y --limit 3 --device cuda:1",
+        "analyze t.jsonl --out o --layers 0-6,9 --objective S1 --group-by x --pair-by y --limit 3",
         "analyze t.jsonl --out o --unpaired --group-by x --causal --figures --dtype bfloat16 --splitter line",
         "evaluate testbed --conditions plain bridge --tau-max 0.1 --samples 2 --temperature 1 --seed 3",
         "summarize o --group-by x --labels t.jsonl --verify --out f.parquet",
@@ -497,7 +495,7 @@ def run_gguf(data: bytes) -> None:
 
     with own_errors():
         checkpoint = GgufCheckpoint.open(_file(data, "model.gguf"))
-        checkpoint.config()
+        checkpoint.check_shapes(checkpoint.config())
         for _ in checkpoint.weights(torch.float32):
             pass
         checkpoint.tokenizer()
@@ -514,12 +512,16 @@ def gguf_seeds() -> list[bytes]:
     return [_gguf()]
 
 
+_TESTBED_FILES = ("model.safetensors", "config.json", "tokenizer.json", "card.md")
+
+
 def run_checksums(data: bytes) -> None:
     from stepflow_tl.testbed.weights import check_files
 
     folder = scratch() / "testbed"
     folder.mkdir(exist_ok=True)
-    (folder / "card.md").write_text("card")
+    for name in _TESTBED_FILES:
+        (folder / name).write_text("card")
     (folder / "checksums.json").write_bytes(data)
     with own_errors():
         check_files(folder)
@@ -528,7 +530,7 @@ def run_checksums(data: bytes) -> None:
 def checksum_seeds() -> list[bytes]:
     import hashlib
 
-    return [json.dumps({"card.md": hashlib.sha256(b"card").hexdigest()}).encode()]
+    return [json.dumps(dict.fromkeys(_TESTBED_FILES, hashlib.sha256(b"card").hexdigest())).encode()]
 
 
 TARGETS = (
@@ -557,20 +559,35 @@ TARGETS = (
 # Mutation
 
 _WORDS = (
-    b"null", b"true", b"NaN", b"-Infinity", b"1e999", b"-1", b"0", b"1.5", b"9" * 30, b"9" * 5000, b'"\\ud800"',
-    b"[]", b"{}", b'""', b"[" * 3000, b'{"a":', b"\\u0000", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\0",
-    b"\n", b"\r\n\r\n", b"../../etc/passwd", b"<think>", b"</think>", b"<|im_start|>user\n", b"<|im_end|>",
-    b"<|channel|>", b"$", b"`", b"```\n", b"\\begin{", b"\xe2\x80\xae", b"\xcc\x81" * 50,
-    b"\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x94\xac", b"--", b"=", b"F8_E4M3", b"I64", b"BOOL", b"F64",
+    b"null", b"true", b"NaN", b"-Infinity", b"1e999", b"-1", b"0", b"1.5", b"9" * 30, b"9" * 5000,
+    b'"\\ud800"', b"[]", b"{}", b'""', b"[" * 3000, b'{"a":', b"\\u0000", b"\xff\xfe", b"\xed\xa0\x80",
+    b"\xef\xbb\xbf", b"\0", b"\n", b"\r\n\r\n", b"../../etc/passwd", b"<think>", b"</think>",
+    b"<|im_start|>user\n", b"<|im_end|>", b"<|channel|>", b"$", b"`", b"```\n", b"\\begin{",
+    b"\xe2\x80\xae", b"\xcc\x81" * 50, b"\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x94\xac", b"--", b"=",
+    b"F8_E4M3", b"I64", b"BOOL", b"F64",
 )  # fmt: skip
 
 
 def mutate(data: bytes, others: list[bytes], generator: random.Random) -> bytes:
-    """One to four random changes of a valid input; of a safetensors file often of its header, same length."""
+    """One to four random changes of a valid input; of JSON and safetensors often within the structure."""
     is_tensors = data[8:9] == b"{" and len(data) > 8 + int.from_bytes(data[:8], "little")
     if is_tensors and generator.random() < 0.8:
         return _mutate_header(data, generator)
+    if data[:1] == b"{" and generator.random() < 0.7:
+        return _mutate_lines(data, generator)
     return _mutate_bytes(data, others, generator)
+
+
+def _mutate_lines(data: bytes, generator: random.Random) -> bytes:
+    """Another value somewhere in one of the JSON lines; now and then lines doubled, dropped or exchanged."""
+    lines = data.split(b"\n")
+    at = generator.randrange(len(lines))
+    if lines[at].strip():
+        lines[at] = json.dumps(_mutate_json(json.loads(lines[at]), generator)).encode()
+    if generator.random() < 0.2:
+        other = generator.randrange(len(lines))
+        lines[at], lines[other] = lines[other], generator.choice((lines[at], b""))
+    return b"\n".join(lines)
 
 
 def _mutate_bytes(data: bytes, others: list[bytes], generator: random.Random) -> bytes:
@@ -622,8 +639,9 @@ def _mutate_header(data: bytes, generator: random.Random) -> bytes:
 def _mutate_json(document: Any, generator: random.Random) -> Any:
     """The document with one value, somewhere, replaced, dropped or doubled."""
     values: list[Any] = [
-        None, True, -1, 0, 1, 2**31, 2**63, 2**70, 10**400, 1.5, float("nan"), float("inf"), "", "x", "\ud800",
-        "../x", [], [0], [[0]], {}, {"version": 1}, "F32", "F8_E4M3", "BOOL", [0, 0], [2**40, 2**40],
+        None, True, -1, 0, 1, 2**31, 2**63, 2**70, 10**400, 1.5, float("nan"), float("inf"), "", "x",
+        "\ud800", "../x", [], [0], [[0]], {}, {"version": 1}, "F32", "F8_E4M3", "BOOL", [0, 0], [2**40,
+        2**40],
     ]  # fmt: skip
     holders = []
 
@@ -638,9 +656,11 @@ def _mutate_json(document: Any, generator: random.Random) -> Any:
         return generator.choice(values)
     holder = generator.choice(holders)
     key = generator.choice(list(holder)) if isinstance(holder, dict) else generator.randrange(len(holder))
-    kind = generator.randrange(5)
+    kind = generator.randrange(6)
     if kind == 0:
         del holder[key]
+    elif kind == 5 and isinstance(holder, dict):
+        holder[generator.choice(("later", "version", "minor", "", key))] = generator.choice(values)
     elif kind == 1 and isinstance(holder, list):
         holder.insert(key, holder[key])
     elif kind == 2 and isinstance(holder[key], int):

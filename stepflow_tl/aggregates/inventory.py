@@ -81,7 +81,7 @@ def traces(folder: Path, index: ManifestIndex, *, verify: bool = False) -> Itera
     """
     agreed: dict[str, object] = {}
     taken: set[str] = set()
-    for done in index.done_traces():
+    for done in index.done:
         if done.file in taken:
             raise ResultFileError(f"{folder}: two traces of the manifest share the file {done.file!r}")
         taken.add(done.file)
@@ -142,7 +142,7 @@ def _from_manifest(folder: Path, done: Done, index: ManifestIndex, verify: bool)
         diagnosis = Diagnosis(
             layers=done.layers,
             n_layers=facts.n_layers,
-            **{name: torch.tensor(done.metrics[name], dtype=torch.float64) for name in LAYER_METRICS},
+            **dict(zip(LAYER_METRICS, torch.from_numpy(done.metrics).unbind(), strict=True)),
             rows_without_mass=torch.zeros(len(done.layers), dtype=torch.int64),  # a manifest does not say
             decay_slope=done.decay_slope,
             window=0,

@@ -76,14 +76,14 @@ def _columns(arrow: ModuleType, traces: list[TraceNumbers]) -> dict[str, Any]:
         **{name: spread([getattr(t, name) for t in traces], arrow.string()) for name in ("id", "pair")},
         "group": spread([trace.group for trace in traces], arrow.bool_()),
         "n_tokens": spread([trace.n_tokens for trace in traces], arrow.int64()),
-        "layer": arrow.array([layer for d in found for layer in d.layers], type=arrow.int32()),
+        "layer": arrow.array([layer for d in found for layer in d.layers], type=arrow.int64()),
         "decay_slope": _numbers(arrow, np.repeat([d.decay_slope for d in found], repeats)),
         "model": spread([d.model_name for d in found], arrow.string()),
         "objective": spread([d.objective for d in found], arrow.string()),
         **{name: spread([getattr(t, name) for t in traces], arrow.string()) for name in ("dtype", "backend")},
     }
     for name in ("n_question", "n_thinking", "n_summary", "n_layers"):
-        columns[name] = spread([getattr(d, name) for d in found], arrow.int32())
+        columns[name] = spread([getattr(d, name) for d in found], arrow.int64())
     for name in LAYER_METRICS:
         columns[name] = _numbers(arrow, np.concatenate([getattr(d, name).numpy() for d in found]))
     return columns
@@ -94,7 +94,7 @@ def _numbers(arrow: ModuleType, values: np.ndarray) -> Any:
 
 
 def _schema(arrow: ModuleType) -> Any:
-    text, count, number = arrow.string(), arrow.int32(), arrow.float64()
+    text, count, number = arrow.string(), arrow.int64(), arrow.float64()
     fields = [("id", text), ("group", arrow.bool_()), ("pair", text), ("n_tokens", arrow.int64())]
     fields += [(name, count) for name in ("n_question", "n_thinking", "n_summary", "layer", "n_layers")]
     fields += [(name, number) for name in (*LAYER_METRICS, "decay_slope")]

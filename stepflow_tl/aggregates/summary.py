@@ -1,12 +1,12 @@
 """`summarize`: the folder of a run in numbers, without loading a map that need not be loaded.
 
-1. Index the manifests (`manifest`).
+1. Read the manifests (`manifest`).
 2. One pass over the traces (`inventory`): each adds its rows to the Parquet table (`layer_table`) and 21
    numbers to the band means; where a trace has a group, its diagnosis is kept for the comparison.
 3. Band means with intervals (`band_means`), and the comparison of the two groups (`diagnostics.grouping`).
 
-Cost: RESULTS.md has the figures for 10 000 traces. Memory grows by 0.4 kB a trace, and by some 10 kB a trace
-that has a group.
+Cost: RESULTS.md has the figures for 10 000 traces. Memory grows by some 4 kB a trace that a
+manifest names, and by as much again where it has a group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from stepflow_tl.aggregates.band_means import BandMean, band_means, band_row
 from stepflow_tl.aggregates.inventory import Problem, TraceNumbers, traces
 from stepflow_tl.aggregates.layer_table import layer_table
-from stepflow_tl.aggregates.manifest import ManifestIndex, index_manifests
+from stepflow_tl.aggregates.manifest import ManifestIndex, read_manifests
 from stepflow_tl.diagnostics import LAYER_METRICS, Comparison
 from stepflow_tl.diagnostics.grouping import compare_groups, left_out, pairing_field
 from stepflow_tl.diagnostics.tables import html_table, number, printable, text_table
@@ -204,7 +204,7 @@ def summarize(
     if not folder.is_dir():
         raise ResultFileError(f"{folder} is no folder: expected one that `analyze --out` wrote")
     target = None if out is None else Path(out)
-    index = index_manifests(folder)
+    index = read_manifests(folder)
     named = None if index.settings is None else index.settings.group_by
     if labels is None and group_by is not None and named is not None and named != group_by:
         raise ComparisonError(

@@ -127,7 +127,8 @@ class Diagnosis:
             ValueError: If `band` is neither "shallow" nor "deep".
         """
         inside = self._inside(band)
-        return {name: float(getattr(self, name)[inside].nanmean()) for name in LAYER_METRICS}
+        values = torch.stack([getattr(self, name) for name in LAYER_METRICS])[:, inside]
+        return dict(zip(LAYER_METRICS, values.nanmean(dim=1).tolist(), strict=True))
 
     @property
     def headline(self) -> dict[str, float]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepflow_tl.errors import InputFileError
+from stepflow_tl.errors import InputFileError, TraceError
+from stepflow_tl.segment import refuse_half_characters
 from stepflow_tl.testbed.problems import Problem
 
 
@@ -78,7 +79,7 @@ def read_questions(path: str | Path) -> list[Question]:
 def _parse(line: str, number: int, path: Path) -> Question:
     try:
         data = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError
         raise InputFileError(f"{path}, line {number}: not JSON ({error})") from error
     if not isinstance(data, dict):
         raise InputFileError(f"{path}, line {number}: expected an object with `question` and `answer`")
@@ -105,4 +106,9 @@ def _text(data: dict[str, Any], field: str, number: int, path: Path) -> str:
         raise InputFileError(
             f"{path}, line {number}: `{field}` is {type(value).__name__}, expected a string or a number"
         )
-    return str(value)
+    text = str(value)
+    try:
+        refuse_half_characters(text)
+    except TraceError as error:
+        raise InputFileError(f"{path}, line {number}: `{field}`: {error}") from error
+    return text

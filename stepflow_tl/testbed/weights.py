@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from stepflow_tl.errors import ModelError
 
 SHIPPED = Path(__file__).parent / "shipped"
 N_CTX = 1024
+_NEEDED = {"model.safetensors", "config.json", "tokenizer.json"}
 CONFIG: dict[str, Any] = dict(
     hidden_size=128,
     intermediate_size=384,
@@ -79,16 +81,18 @@ def read_weights(folder: Path = SHIPPED) -> tuple[Any, Any]:
     """The transformers model, in eval mode and float32, and its tokenizer.
 
     Raises:
-        ModelError: If a file is missing or is not the one that was written.
+        ModelError: If a file is missing or is not the one that was written, or they are of another shape.
     """
     import torch
     from safetensors.torch import load_file
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     check_files(folder)
+    config = Qwen2Config.from_pretrained(folder, local_files_only=True)
+    _check_shape(config, folder)
     # Not from_pretrained, which draws a progress bar for a model that loads in a moment.
     with torch.random.fork_rng(devices=[]):  # the weights drawn first are thrown away
-        model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(folder, local_files_only=True))
+        model = Qwen2ForCausalLM(config)
     missing, foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     if set(missing) - {"lm_head.weight"} or foreign:  # tied to the embedding, so not in the file
         raise ModelError(f"{folder} does not hold the testbed model: missing {missing}, foreign {foreign}")
@@ -111,7 +115,19 @@ def check_files(folder: Path) -> None:
             f"No testbed model in {folder}: checksums.json is missing. Install the package again, or train "
             "a model with python -m stepflow_tl.testbed.train --out FOLDER and name that folder."
         )
-    for name, expected in json.loads(listed.read_text(encoding="utf-8")).items():
+    try:
+        sums = json.loads(listed.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"The testbed model's {listed} cannot be read ({error}): train it again.") from error
+    if not isinstance(sums, dict) or not sums.keys() >= _NEEDED:
+        raise ModelError(
+            f"The testbed model's {listed} does not list {', '.join(sorted(_NEEDED))}: train it again."
+        )
+    for name, expected in sums.items():
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name, re.ASCII):
+            raise ModelError(
+                f"The testbed model's {listed} names {name[:80]!r}, which is no file of its folder."
+            )
         file = folder / name
         if not file.is_file():
             raise ModelError(f"The testbed model's {file} is missing: train it again.")
@@ -119,6 +135,20 @@ def check_files(folder: Path) -> None:
             raise ModelError(
                 f"The testbed model's {file} is not the file that was written with it (SHA-256 differs): "
                 "train it again."
+            )
+
+
+def _check_shape(config: Any, folder: Path) -> None:
+    """Refuse a configuration that is not the testbed's before anything of its sizes is allocated."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        (n_vocab, _) = file.get_slice("model.embed_tokens.weight").get_shape()
+    for name, expected in {**CONFIG, "vocab_size": n_vocab}.items():
+        if getattr(config, name) != expected:
+            raise ModelError(
+                f"{folder} does not hold the testbed model: {name} is {getattr(config, name)!r}, expected "
+                f"{expected!r}"
             )
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from stepflow_tl.dataset.file_names import FileNames, hashed_stem
 
 HOSTILE = [
-    "../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "C:\\x", "a\x00b", "x" * 5000, "CON", "nul.txt", "con.x/y",
-    "com1", ".hidden", "a b", "a\nb", "trailing.", "ä", "😀", "$(rm)", "-", "\ud800",
+    "../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "C:\\x", "a\x00b", "x" * 5000, "CON", "nul.txt",
+    "con.x/y", "com1", ".hidden", "a b", "a\nb", "trailing.", "ä", "😀", "$(rm)", "-", "\ud800",
 ]  # fmt: skip
 
 
