@@ -225,7 +225,8 @@ def run_diagnosis_json(data: bytes) -> None:
 
 
 def run_records(data: bytes) -> None:
-    from stepflow_tl.cli.records import Record, read_records
+    from stepflow_tl.dataset.records import Record
+    from stepflow_tl.dataset.sources import read_records
 
     path = _file(data, "records.jsonl")
     taken = refused = 0
@@ -278,7 +279,7 @@ def run_file_names(data: bytes) -> None:
     from pathlib import PurePosixPath, PureWindowsPath
 
     from stepflow_tl.aggregates.inventory import inside
-    from stepflow_tl.cli.file_names import FileNames
+    from stepflow_tl.dataset.file_names import FileNames
 
     names = FileNames()
     ids = text_of(data).split("\n")
