@@ -1,6 +1,8 @@
 """Reading the manifests of a run: what became of each trace, and its numbers.
 
-A run folder holds `manifest.jsonl`, or one `manifest-<i>-of-<n>.jsonl` a shard. Each is read as hostile:
+`dataset.entries` says what a line holds, and reads its own lines when a run goes on. Here they are read to be
+believed as numbers. A run folder holds `manifest.jsonl`, or one `manifest-<i>-of-<n>.jsonl` a shard. Each is
+taken for hostile:
 
 1. The first line is a header with the schema's version and the settings; a resumed run may add another with
    the same settings.
@@ -27,11 +29,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from stepflow_tl.dataset.entries import SCHEMA_VERSION
 from stepflow_tl.diagnostics.diagnosis import LAYER_METRICS
 from stepflow_tl.errors import ResultFileError
 from stepflow_tl.result_files import whole_numbers
 
-SCHEMA_VERSION = 1
 MAX_LINE_BYTES = 64 * 2**20
 _NAME = re.compile(r"manifest(?:-\d{1,6}-of-\d{1,6})?\.jsonl", re.ASCII)
 _SETTINGS = ("model_name", "objective", "dtype")

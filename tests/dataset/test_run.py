@@ -366,3 +366,19 @@ def test_write_atomically_tells_a_full_disk_from_other_refusals(tmp_path):
     with pytest.raises(ResultFileError) as found:
         write_atomically(tmp_path / "nowhere" / "x", b"y")
     assert not isinstance(found.value, DiskFullError)
+
+
+@pytest.mark.parametrize("n_shards", [1, 2])
+def test_summarize_reads_what_a_run_wrote(analyze, make_dataset, out, n_shards):
+    source = make_dataset(6)
+    for index in range(n_shards):
+        assert analyze(source, shard=f"{index}/{n_shards}").is_complete
+    found = stepflow_tl.summarize(out, out=out / "layers.parquet", verify=True, n_bootstrap=50)
+    assert found.n_traces == 6 and found.is_whole and not found.problems
+    diagnoses = [stepflow_tl.diagnose(StepSaliency.load(path)) for path in sorted(out.glob("*.safetensors"))]
+    for metric in ("lock_in", "context_reach"):
+        values = [diagnosis.band("shallow")[metric] for diagnosis in diagnoses]
+        assert found.mean(metric, "shallow").mean == pytest.approx(sum(values) / 6, rel=1e-9)
+    for path in out.glob("manifest*.jsonl"):
+        path.unlink()
+    assert stepflow_tl.summarize(out, out=out / "again.parquet", n_bootstrap=50).means == found.means
