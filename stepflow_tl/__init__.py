@@ -12,7 +12,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stepflow_tl.aggregates import Aggregate as Aggregate
     from stepflow_tl.aggregates import summarize as summarize
     from stepflow_tl.causal import StepKnockout as StepKnockout
     from stepflow_tl.causal import step_knockout as step_knockout
@@ -47,11 +46,9 @@ _HOME_OF = {
     "step_knockout": "stepflow_tl.causal",
     "StepKnockout": "stepflow_tl.causal",
     "summarize": "stepflow_tl.aggregates",
-    "Aggregate": "stepflow_tl.aggregates",
 }
 
 __all__ = [
-    "Aggregate",
     "ReasoningTrace",
     "Segment",
     "Step",
