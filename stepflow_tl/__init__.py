@@ -12,11 +12,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stepflow_tl.aggregates import Aggregate as Aggregate
     from stepflow_tl.aggregates import summarize as summarize
     from stepflow_tl.causal import StepKnockout as StepKnockout
     from stepflow_tl.causal import step_knockout as step_knockout
-    from stepflow_tl.dataset import DatasetReport as DatasetReport
     from stepflow_tl.dataset import analyze_dataset as analyze_dataset
     from stepflow_tl.diagnostics import compare as compare
     from stepflow_tl.diagnostics import diagnose as diagnose
@@ -42,7 +40,6 @@ _HOME_OF = {
     "step_saliency": "stepflow_tl.saliency",
     "StepSaliency": "stepflow_tl.saliency",
     "analyze_dataset": "stepflow_tl.dataset",
-    "DatasetReport": "stepflow_tl.dataset",
     "diagnose": "stepflow_tl.diagnostics",
     "compare": "stepflow_tl.diagnostics",
     "StepFlow": "stepflow_tl.interventions",
@@ -51,12 +48,9 @@ _HOME_OF = {
     "step_knockout": "stepflow_tl.causal",
     "StepKnockout": "stepflow_tl.causal",
     "summarize": "stepflow_tl.aggregates",
-    "Aggregate": "stepflow_tl.aggregates",
 }
 
 __all__ = [
-    "Aggregate",
-    "DatasetReport",
     "ReasoningTrace",
     "Segment",
     "Step",

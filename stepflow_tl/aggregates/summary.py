@@ -82,7 +82,11 @@ class Aggregate:
         return all(problem.kind == "failed" for problem in self.problems)
 
     def mean(self, metric: str, band: str | None = None) -> BandMean:
-        """The mean of one metric in one band; of "decay_slope" without a band.
+        """The mean of one metric in one band.
+
+        Args:
+            metric: One of `LAYER_METRICS`, or "decay_slope".
+            band: "shallow" or "deep"; None for the slope.
 
         Args:
             metric: One of `LAYER_METRICS`, or "decay_slope".

@@ -88,11 +88,10 @@ def read_weights(folder: Path = SHIPPED) -> tuple[Any, Any]:
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     check_files(folder)
-    config = Qwen2Config.from_pretrained(folder, local_files_only=True)
-    _check_shape(config, folder)
+    _check_shape(folder)
     # Not from_pretrained, which draws a progress bar for a model that loads in a moment.
     with torch.random.fork_rng(devices=[]):  # the weights drawn first are thrown away
-        model = Qwen2ForCausalLM(config)
+        model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(folder, local_files_only=True))
     missing, foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     if set(missing) - {"lm_head.weight"} or foreign:  # tied to the embedding, so not in the file
         raise ModelError(f"{folder} does not hold the testbed model: missing {missing}, foreign {foreign}")
@@ -138,16 +137,20 @@ def check_files(folder: Path) -> None:
             )
 
 
-def _check_shape(config: Any, folder: Path) -> None:
-    """Refuse a configuration that is not the testbed's before anything of its sizes is allocated."""
+def _check_shape(folder: Path) -> None:
+    """Refuse a configuration that is not the testbed's before anything of its sizes is allocated.
+
+    From the file itself, because transformers already makes lists as long as the number of layers.
+    """
     from safetensors import safe_open
 
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         (n_vocab, _) = file.get_slice("model.embed_tokens.weight").get_shape()
     for name, expected in {**CONFIG, "vocab_size": n_vocab}.items():
-        if getattr(config, name) != expected:
+        if config.get(name) != expected:
             raise ModelError(
-                f"{folder} does not hold the testbed model: {name} is {getattr(config, name)!r}, expected "
+                f"{folder} does not hold the testbed model: {name} is {config.get(name)!r}, expected "
                 f"{expected!r}"
             )
 

@@ -157,3 +157,110 @@ def test_a_write_that_fails_half_way_keeps_the_old_file(saliency, tmp_path, monk
         saliency.select([3]).save(target)
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["map"]
+
+
+def test_a_later_minor_version_is_read_and_what_it_adds_passed_over(saliency, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from stepflow_tl.saliency.files import SCHEMA
+
+    source = saliency.save(tmp_path / "map")
+    with safe_open(source, framework="pt") as file:
+        document = json.loads(file.metadata()[SCHEMA.name])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    assert (document["version"], document["minor"]) == (1, 0)
+    document |= {"minor": 7, "mood": "good"}
+    document["trace"] |= {"mood": ["good"]}
+    document["trace"]["steps"][0]["mood"] = "good"
+    save_file({**tensors, "later": torch.ones(3)}, source, {SCHEMA.name: json.dumps(document)})
+    again = load(source)
+    assert again.trace == saliency.trace and torch.equal(again.sums, saliency.sums)
+
+
+@pytest.mark.parametrize("version", [0, -1, True, 1.0, "1", None])
+def test_a_version_that_is_none_is_refused(saliency, tmp_path, version):
+    from stepflow_tl.errors import ResultFileError
+
+    broken = rewrite(saliency.save(tmp_path / "map"), tmp_path / "broken", version=version)
+    with pytest.raises(ResultFileError, match="the schema version is .*expected a whole number"):
+        load(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "found"),
+    [
+        ("sums", lambda sums: sums[:1], r"'sums' is F64 \(1, "),
+        ("sums", lambda sums: sums[..., :-1], r"'sums' is F64 \(2, "),
+        ("sums", lambda sums: sums[:, :0], r"'sums' is F64 \(2, 0, "),
+        ("sums", lambda sums: sums[0], r"'sums' is F64 \(\d+, \d+, \d+\)"),
+        ("sums", lambda sums: sums.to(torch.int64), "'sums' is I64"),
+        ("sums", lambda sums: sums.to(torch.float8_e4m3fn), "'sums' is F8_E4M3"),
+        ("template_sums", lambda sums: None, "there is no tensor 'template_sums'"),
+    ],
+)
+def test_tensors_that_the_document_does_not_account_for_are_refused_unread(
+    saliency, tmp_path, name, change, found, monkeypatch
+):
+    import safetensors
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from stepflow_tl.errors import ResultFileError
+    from stepflow_tl.saliency.files import SCHEMA
+
+    source = saliency.save(tmp_path / "map")
+    with safe_open(source, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    changed = change(tensors[name])
+    tensors |= {} if changed is None else {name: changed.contiguous()}
+    if changed is None:
+        del tensors[name]
+    save_file(tensors, source, {SCHEMA.name: metadata[SCHEMA.name]})
+
+    class Unread:
+        """An open file whose tensors must not be read."""
+
+        def __init__(self, *arguments, **options):
+            self.opened = safe_open(*arguments, **options)
+
+        def __enter__(self):
+            self.file = self.opened.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.opened.__exit__(*error)
+
+        def __getattr__(self, name):
+            assert name != "get_tensor", "a tensor was read before its shape was checked"
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(safetensors, "safe_open", Unread)
+    with pytest.raises(ResultFileError, match=f"does not hold together.*{found}"):
+        load(source)
+
+
+def test_a_header_that_declares_more_than_the_file_holds_is_refused(saliency, tmp_path):
+    """Before anything is allocated: 2**60 bytes could not be."""
+    from stepflow_tl.errors import ResultFileError
+
+    source = saliency.save(tmp_path / "map")
+    data = source.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["sums"]["shape"] = [2, 2**55, 1, 1]
+    header["sums"]["data_offsets"][1] = header["sums"]["data_offsets"][0] + 2**59
+    text = json.dumps(header).encode()
+    for head in (len(text), 2**62):  # the header's own length too
+        source.write_bytes(head.to_bytes(8, "little") + text + data[8 + length :])
+        with pytest.raises(ResultFileError, match="is not a whole safetensors file"):
+            load(source)
+
+
+def test_a_link_at_the_target_is_replaced_and_not_followed(saliency, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    (tmp_path / "map").symlink_to(elsewhere)
+    saliency.save(tmp_path / "map")
+    assert elsewhere.read_text() == "mine" and not (tmp_path / "map").is_symlink()

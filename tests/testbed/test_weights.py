@@ -100,3 +100,62 @@ def test_hooked_transformer_where_there_is_one(folder):
     with torch.no_grad():
         expected = plain(input_ids=tokens).logits
         assert torch.allclose(model(tokens, return_type="logits"), expected, atol=1e-4)
+
+
+def reseal(folder, **files):
+    """Write these files and make the checksums agree with them."""
+    import hashlib
+
+    listed = json.loads((folder / "checksums.json").read_text())
+    for name, text in files.items():
+        (folder / name).write_text(text)
+        listed[name] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "checksums.json").write_text(json.dumps(listed))
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"])
+def test_sizes_that_are_not_the_testbeds_are_refused_before_they_are_allocated(folder, name, monkeypatch):
+    import transformers
+
+    from stepflow_tl.errors import ModelError
+    from stepflow_tl.testbed.weights import read_weights
+
+    config = json.loads((folder / "config.json").read_text())
+    reseal(folder, **{"config.json": json.dumps({**config, name: 2**30})})
+
+    def allocate(config):
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr(transformers, "Qwen2ForCausalLM", allocate)
+    with pytest.raises(ModelError, match=f"{name} is {2**30}, expected"):
+        read_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "does not list config.json, model.safetensors, tokenizer.json"),
+        ("{}", "does not list"),
+        (b"\xff", "cannot be read"),
+    ],
+)
+def test_a_list_of_checksums_that_is_none_is_refused(folder, text, message):
+    from stepflow_tl.errors import ModelError
+    from stepflow_tl.testbed.weights import check_files
+
+    (folder / "checksums.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ModelError, match=message):
+        check_files(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", "..", "C:\\x", ""])
+def test_checksums_name_files_of_their_folder_only(folder, name):
+    from stepflow_tl.errors import ModelError
+    from stepflow_tl.testbed.weights import check_files
+
+    listed = json.loads((folder / "checksums.json").read_text())
+    (folder / "checksums.json").write_text(json.dumps({name: "0" * 64, **listed}))
+    with pytest.raises(ModelError, match="which is no file of its folder"):
+        check_files(folder)
