@@ -83,7 +83,9 @@ def flow_figure(
         ("change", change, CHANGE_MAP, colors.Normalize(-largest, largest)),
     ]
 
-    heading = wrap_to_width(title or f"StepFlow: {plain.provenance.model_name}", TITLE_SIZE, width - _LEFT)
+    subject = "StepFlow" if _treatment(repaired) == "with StepFlow" else "Control of StepFlow"
+    heading = title or f"{subject}: {plain.provenance.model_name}"
+    heading = wrap_to_width(heading, TITLE_SIZE, width - _LEFT)
     flow = repaired.provenance.notes.get("stepflow", "The StepFlow is not recorded")
     where = layer_span(chosen)
     where = f"Mean of {where}" if len(chosen) > 1 else where.capitalize()

@@ -82,7 +82,8 @@ def show_text(
         meaning = f"Percentages are the share of each step's own saliency that falls on {label}."
     title = f"{what}, {where}: {saliency.provenance.model_name}"
     caption = (
-        f"{title}. {meaning} Full colour is {100 * largest:.3g} %, the largest of any other step, or more."
+        f"{title}. Most: {_strongest(saliency, chosen, shares)}. {meaning} "
+        f"Full colour is {100 * largest:.3g} %, the largest of any other step, or more."
     )
     props = {
         "tokens": tokens,
@@ -93,6 +94,13 @@ def show_text(
     }
     style = "font: 14px/1.5 ui-monospace, 'DejaVu Sans Mono', monospace; max-height: 46em; overflow-y: auto"
     return circuitsvis_view("ColoredTokens", props, title=title, caption=caption, style=style)
+
+
+def _strongest(saliency: StepSaliency, chosen: int, shares: Float[Tensor, " step"]) -> str:
+    """The three other steps with the largest shares: the text scrolls, and they may be out of sight."""
+    order = shares.argsort(descending=True, stable=True).tolist()
+    others = [i for i in order if i != chosen and shares[i] > 0][:3]
+    return ", ".join(f"{saliency.labels[i]} ({100 * float(shares[i]):.3g} %)" for i in others) or "none"
 
 
 def step_index(saliency: StepSaliency, step: str | int) -> int:

@@ -36,6 +36,16 @@ def test_full_colour_is_the_largest_share_of_another_step():
     assert props["maxValue"] == pytest.approx(max(row[:4]))
 
 
+def test_the_caption_names_the_three_strongest_other_steps():
+    saliency = make_saliency(4, 1)
+    row = shares_of(saliency).mean(0)[4].tolist()
+    order = sorted(range(4), key=lambda i: -row[i])[:3]
+    named = ", ".join(f"{saliency.labels[i]} ({100 * row[i]:.3g} %)" for i in order)
+    assert f"Most: {named}. " in saliency.show(step="T4").html
+    assert "Most: none. " in saliency.show(step="Q").html  # nothing comes before it
+    assert "Most: none. " in saliency.show(step="S1", direction="readers").html
+
+
 def test_each_step_starts_with_its_label_and_share_and_the_chosen_one_is_marked():
     tokens = props_of(make_saliency(2, 1, text="one\ntwo\n\n").show(step="T2"))["tokens"]
     assert len(tokens) == 8
