@@ -155,3 +155,25 @@ def test_a_model_that_cannot_be_loaded_is_named_with_what_was_expected():
     assert "Expected 'smollm2', a local model directory, or a name on the Hugging Face hub" in message
     assert caught.value.__cause__ is not None
     assert isinstance(caught.value, StepflowError)
+
+
+def test_a_device_map_places_a_model_from_a_folder(tmp_path):
+    """Without a GPU, "cpu" is as far as placement can be tried: the weights land, and the map is the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    build_tiny_tokenizer().save_pretrained(tmp_path)
+    plain, placed = load_model(str(tmp_path)), load_model(str(tmp_path), device_map="cpu")
+    assert {parameter.device.type for parameter in placed.parameters()} == {"cpu"}
+    tokens = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(placed(tokens), plain(tokens))

@@ -25,6 +25,7 @@ PAGES = ROOT / "docs" / "api"
 PACKAGES = (
     "stepflow_tl",
     "stepflow_tl.causal",
+    "stepflow_tl.dataset",
     "stepflow_tl.diagnostics",
     "stepflow_tl.evaluation",
     "stepflow_tl.rendering",

@@ -31,7 +31,12 @@ from stepflow_tl.result_files import is_disk_full
 
 
 def manifest_path(folder: Path, shard: Shard | None = None) -> Path:
-    """Where the manifest of a folder, or of one shard's part, lies."""
+    """Where the manifest of a run lies.
+
+    Args:
+        folder: The folder of the results.
+        shard: Whose part; of a run that is not cut by default.
+    """
     return folder / f"manifest{(shard or Shard()).suffix}.jsonl"
 
 

@@ -45,7 +45,10 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read "2/8".
+        """Read a shard as it is written on the command line.
+
+        Args:
+            text: Such as "2/8".
 
         Raises:
             InputFileError: If it does not name a part.

@@ -108,7 +108,8 @@ class RayEngine:
         for replica in range(len(self._actors)):
             fill(replica)
         while at_work:
-            (ref, *_), _ = self._ray.wait(list(at_work), num_returns=1)
+            # Only the first of each replica: it takes its jobs in order, so a death is the first one's.
+            (ref, *_), _ = self._ray.wait([queue[0] for queue in queues if queue], num_returns=1)
             replica, job = at_work[ref]
             try:
                 taken = self._unwrap(self._ray.get(ref))
@@ -116,7 +117,7 @@ class RayEngine:
                 lost = [at_work.pop(each)[1] for each in queues[replica]]
                 queues[replica].clear()
                 self._actors[replica] = self._new()
-                culprit = lost[0]  # a replica takes its jobs in order; the ones behind only waited
+                culprit = lost[0]
                 deaths[culprit.task.record.id] += 1
                 if deaths[culprit.task.record.id] >= _MOST_DEATHS:
                     yield lost.pop(0), self._given_up(culprit)

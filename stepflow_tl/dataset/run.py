@@ -46,15 +46,31 @@ class Watcher(Protocol):
     """Is told how a run goes on."""
 
     def begin(self, total: int, settings: RunSettings, replicas: int) -> None:
-        """The model is loaded; `total` traces are to come."""
+        """The model is loaded, the first trace is next.
+
+        Args:
+            total: Rows of the input, or of the shard.
+            settings: What all results have in common.
+            replicas: Models that work at once.
+        """
         ...
 
     def note(self, message: str) -> None:
-        """Something worth saying happened."""
+        """Something worth saying happened.
+
+        Args:
+            message: What.
+        """
         ...
 
     def advance(self, n_tokens: int, seconds: float, tokens_left: float) -> None:
-        """A trace is dealt with; `seconds` is 0 where it cost no analysis, `tokens_left` an estimate."""
+        """A row is dealt with.
+
+        Args:
+            n_tokens: Of its trace; 0 where it failed.
+            seconds: Wall-clock time of its analysis; 0 where there was none.
+            tokens_left: Tokens of the rows still to come, estimated from the rows read so far.
+        """
         ...
 
 

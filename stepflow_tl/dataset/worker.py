@@ -19,7 +19,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,8 +211,8 @@ class Worker:
 
 def digest(record: Record, options: AnalysisOptions) -> str:
     """Stands for a row's text and what was asked of it; a failure is remembered while it is the same."""
-    fields = {name: value for name, value in asdict(record).items() if name not in ("line", "unit")}
-    text = json.dumps([fields, options.causal, options.figures], sort_keys=True)
+    fields = [record.id, record.question, record.thinking, record.summary, record.text]
+    text = json.dumps([*fields, options.causal, options.figures])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
