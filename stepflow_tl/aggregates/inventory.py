@@ -145,9 +145,9 @@ def _from_manifest(folder: Path, done: Done, index: ManifestIndex, verify: bool)
             **dict(zip(LAYER_METRICS, torch.from_numpy(done.metrics).unbind(), strict=True)),
             rows_without_mass=torch.zeros(len(done.layers), dtype=torch.int64),  # a manifest does not say
             decay_slope=done.decay_slope,
-            window=0,
-            recent=1,
-            pooling="mean",
+            window=done.window,
+            recent=done.recent,
+            pooling=done.pooling,
             model_name=provenance.model_name,
             objective=provenance.objective,
             n_question=done.n_question,
@@ -191,7 +191,8 @@ def _from_file(folder: Path, path: Path) -> TraceNumbers | Problem:
 def _check_agreement(folder: Path, agreed: dict[str, object], trace: TraceNumbers, file: str) -> None:
     diagnosis = trace.diagnosis
     facts: dict[str, object] = {
-        name: getattr(diagnosis, name) for name in ("model_name", "objective", "n_layers", "layers")
+        name: getattr(diagnosis, name)
+        for name in ("model_name", "objective", "n_layers", "layers", "window", "recent", "pooling")
     }
     facts["dtype"] = trace.dtype
     agreed.setdefault("file", file)

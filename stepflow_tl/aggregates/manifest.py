@@ -9,7 +9,8 @@ taken for hostile:
 2. Every other line is one trace, "done" with its numbers or "failed" with its reason. The last line of an id
    counts. Lines of any other kind, and keys unknown here, are a later minor version's and are passed over.
 3. A last line that is cut off (the run was killed as it wrote, or is writing now) is passed over. Any other
-   line that cannot be read is an error with its number: a manifest is never half believed.
+   line that cannot be read is reported with its number, and counts as if it were not there: `analyze` treats
+   it so too, and does the trace again. Without a first header that can be read the manifest is an error.
 4. Over several manifests, done counts before failed, and of two that are done the one of the manifest that
    was written last.
 
@@ -59,6 +60,9 @@ class Done:
         metrics: One row for each of `LAYER_METRICS`; NaN where it has no value.
         decay_slope: See `Diagnosis`; NaN where it has none.
         backend: Backend that ran, where the manifest says so.
+        window: Window of lock_in.
+        recent: Number of last thinking steps in recency.
+        pooling: Pooling behind the shares.
     """
 
     id: str
@@ -76,6 +80,9 @@ class Done:
     metrics: Float[np.ndarray, "metric layer"]
     decay_slope: float
     backend: str | None
+    window: int
+    recent: int
+    pooling: str
 
 
 @dataclass(frozen=True)
@@ -110,12 +117,18 @@ class ManifestIndex:
         done: Traces whose last word is a result, in the order of the input.
         failed: Traces whose last word is a failure, in the order of the input.
         files: Every file name that any line ever named.
+        damaged: Lines that cannot be read: where, and why.
     """
 
     settings: RunSettings | None
     done: tuple[Done, ...]
     failed: tuple[Failed, ...]
     files: frozenset[str]
+    damaged: tuple[str, ...]
+
+
+class _DamagedLineError(ResultFileError):
+    """A line that cannot be read."""
 
 
 def read_manifests(folder: Path) -> ManifestIndex:
@@ -131,6 +144,7 @@ def read_manifests(folder: Path) -> ManifestIndex:
     done: dict[str, Done] = {}
     failed: dict[str, Failed] = {}
     files: set[str] = set()
+    damaged: list[str] = []
     for path in manifests:
         words: dict[str, Done | Failed] = {}
         for entry in _entries(path):
@@ -138,6 +152,8 @@ def read_manifests(folder: Path) -> ManifestIndex:
                 if settings is not None and settings != entry:
                     raise ResultFileError(_mixed(path, settings, entry))
                 settings = entry
+            elif isinstance(entry, str):
+                damaged.append(entry)
             elif entry is not None:
                 words[entry.id] = entry
                 if isinstance(entry, Done):
@@ -157,10 +173,12 @@ def read_manifests(folder: Path) -> ManifestIndex:
             )
         ),
         files=frozenset(files),
+        damaged=tuple(damaged),
     )
 
 
-def _entries(path: Path) -> Iterator[RunSettings | Done | Failed | None]:
+def _entries(path: Path) -> Iterator[RunSettings | Done | Failed | str | None]:
+    """What each line says; a string says why it cannot be read."""
     with _open(path) as file:
         number, has_header = 0, False
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -170,10 +188,12 @@ def _entries(path: Path) -> Iterator[RunSettings | Done | Failed | None]:
             if line.strip():
                 try:
                     entry = _parse(line, f"{path}, line {number}")
-                except ResultFileError:
-                    if line.endswith(b"\n"):
+                except _DamagedLineError as error:
+                    if not has_header:
                         raise
-                    return  # cut off in the middle of a write
+                    if not line.endswith(b"\n"):
+                        return  # cut off in the middle of a write
+                    entry = str(error)
                 has_header = has_header or isinstance(entry, RunSettings)
                 if not has_header:
                     raise ResultFileError(
@@ -208,10 +228,7 @@ def _parse(line: bytes, place: str) -> RunSettings | Done | Failed | None:
         raise
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ResultFileError(
-            f"{place} is no line of a manifest ({what}): put the line right or take it out, or run `analyze` "
-            "again into another folder"
-        ) from error
+        raise _DamagedLineError(f"{place} is no line of a manifest that can be read ({what})") from error
 
 
 def _settings(data: Any) -> RunSettings:
@@ -250,6 +267,10 @@ def _done(data: dict[str, Any]) -> Done:
         metrics=np.stack([_numbers(data["metrics"][name]) for name in LAYER_METRICS]),
         decay_slope=_number(data["decay_slope"]),
         backend=_text_or_none(data, "backend"),
+        # What `diagnose` takes by default, where the line does not say.
+        window=_count({"window": 0, **data}, "window"),
+        recent=_count({"recent": 1, **data}, "recent"),
+        pooling=_text({"pooling": "mean", **data}, "pooling"),
         **{
             name: _count(data, name) for name in ("line", "n_tokens", "n_question", "n_thinking", "n_summary")
         },

@@ -216,6 +216,7 @@ def summarize(
             "(--labels on the command line)"
         )
     totals = _Totals()
+    totals.problems += [Problem("", "damaged", reason) for reason in index.damaged]
     with layer_table(target) if target is not None else contextlib.nullcontext() as table:
         for found in traces(folder, index, verify=verify):
             if isinstance(found, Problem):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -140,12 +141,11 @@ def test_a_last_line_that_was_cut_off_is_passed_over(tmp_path):
     assert summarize(tmp_path).seconds == 3 * 0.5
 
 
-def test_a_bad_line_inside_is_an_error_with_its_number(tmp_path):
-    from stepflow_tl.errors import ResultFileError
-
+def test_a_bad_line_inside_is_reported_with_its_number_and_the_others_count(tmp_path):
     write_manifest(tmp_path, '{"kind": "done"', done(tmp_path, "a", result(0)))
-    with pytest.raises(ResultFileError, match=r"manifest.jsonl, line 2 is no line of a manifest"):
-        summarize(tmp_path)
+    found = summarize(tmp_path)
+    assert found.n_traces == 1 and not found.is_whole
+    assert "manifest.jsonl, line 2 is no line of a manifest that can be read" in found.problems[0].reason
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,11 @@ def test_a_bad_line_inside_is_an_error_with_its_number(tmp_path):
     ],
 )
 def test_a_line_of_the_wrong_kind_says_what_is_wrong(tmp_path, change, match):
-    from stepflow_tl.errors import ResultFileError
-
-    write_manifest(tmp_path, {**done(tmp_path, "a", result(0)), **change})
-    with pytest.raises(ResultFileError, match=match):
-        summarize(tmp_path)
+    write_manifest(tmp_path, {**done(tmp_path, "a", result(0)), **change}, done(tmp_path, "b", result(1)))
+    found = summarize(tmp_path)
+    assert found.n_traces == 2  # a from its file, which no line that can be read names
+    (problem,) = found.problems
+    assert problem.kind == "damaged" and re.search(match, problem.reason)
 
 
 @pytest.mark.parametrize(
