@@ -16,8 +16,8 @@ from stepflow_tl.decoding import TextPiece, decode_tokens, encode_text
 from stepflow_tl.errors import FormatError, TraceError
 from stepflow_tl.formats.detection import chat_template, resolve_format
 from stepflow_tl.formats.prompt import render_parts
+from stepflow_tl.formats.reasoning_format import ReasoningFormat
 from stepflow_tl.formats.scanner import FormatScanner, Scanner, SpanScanner
-from stepflow_tl.formats.table import ReasoningFormat
 from stepflow_tl.segment import Segment
 from stepflow_tl.segmentation.stream import StepTracker
 from stepflow_tl.trace import CausalLabels, ReasoningTrace, Step

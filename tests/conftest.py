@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from float64 import float64_everywhere
 from hypothesis import HealthCheck, settings
 from tiny_models import (
     TINY_MODEL_KINDS,
@@ -130,18 +131,7 @@ def hooks_untouched() -> Callable[[Any], AbstractContextManager[None]]:
 
 
 @pytest.fixture
-def float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let norms and softmaxes that work "in float32" work in float64, so that 1e-8 means something.
-
-    transformers and TransformerLens name the type as `torch.float32` or call `.float()`; both are looked up
-    when the line runs. Our own modules have tables of types, so they are imported before the names change.
-    """
-    import torch
-
-    import stepflow_tl.causal.knockout
-    import stepflow_tl.saliency.fused.device
-    import stepflow_tl.saliency.layerwise
-    import stepflow_tl.saliency.run  # noqa: F401
-
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+def float64_throughout() -> Iterator[None]:
+    """`float64_everywhere` for the time of a test."""
+    with float64_everywhere():
+        yield

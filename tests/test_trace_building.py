@@ -63,6 +63,24 @@ def test_the_start_marker_of_the_prompt_is_not_written_twice():
         )
 
 
+def test_thinking_that_the_prompt_closes_is_switched_on():
+    """Gemma-4 and DeepSeek-V3.1 close thinking in the prompt, unless they are told to think."""
+    tokenizer = family_tokenizer("gemma-4")
+    thinking = ReasoningTrace.from_parts(tokenizer, "Hi", "Hm", "Yo")
+    assert thinking.text.endswith("<|turn>model\n<|channel>thought\nHm\n<channel|>Yo<turn|>")
+    silent = ReasoningTrace.from_parts(tokenizer, "Hi", "", "Yo")
+    assert silent.text.endswith("<|turn>model\n<|channel>thought\n<channel|>Yo<turn|>")
+    assert contents(silent) == [("Q", "Hi"), ("S1", "Yo")]
+
+
+def test_thinking_that_cannot_be_switched_on_is_refused():
+    tokenizer = family_tokenizer.__wrapped__("gemma-4")
+    tokenizer.chat_template = tokenizer.chat_template.replace("if not enable_thinking", "if true")
+    with pytest.raises(FormatError, match=r"closes thinking in its prompt .*Pass thinking='', or"):
+        ReasoningTrace.from_parts(tokenizer, "Hi", "Hm", "Yo")
+    assert contents(ReasoningTrace.from_parts(tokenizer, "Hi", "", "Yo")) == [("Q", "Hi"), ("S1", "Yo")]
+
+
 def test_bos_is_written_once():
     trace = ReasoningTrace.from_parts(family_tokenizer("llama-3"), "Hi", "Hm", "Yo")
     assert trace.text.count("<|begin_of_text|>") == 1

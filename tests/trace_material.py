@@ -59,6 +59,52 @@ TEMPLATES = {
         "{{ m.content | trim }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
     ),
+    "granite": (
+        "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content }}"
+        "{{ '<|end_of_text|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+    ),
+    "seed-oss": (
+        "{% for m in messages %}{{ '<seed:bos>' + m.role + '\\n' + m.content + '<seed:eos>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<seed:bos>assistant\\n' }}{% endif %}{# <seed:think> #}"
+    ),
+    # Thinks unless it is told not to, in a prompt that opens the thinking.
+    "command-a": (
+        "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>"
+        "{{ {'user': '<|USER_TOKEN|>', 'system': '<|SYSTEM_TOKEN|>'}.get(m.role, '<|CHATBOT_TOKEN|>') }}"
+        "{{ '<|START_TEXT|>' + m.content + '<|END_TEXT|><|END_OF_TURN_TOKEN|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_THINKING|>{% endif %}"
+    ),
+    "minimax-m2": (
+        "]~!b[]~b]system\nHelp.[e~[\n{% for m in messages %}"
+        "{{ ']~b]' + {'assistant': 'ai'}.get(m.role, m.role) + '\\n' + m.content + '[e~[\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ']~b]ai\\n<think>\\n' }}{% endif %}"
+    ),
+    # Closes thinking in the prompt unless it is switched on.
+    "gemma-4": (
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<|turn>' + {'assistant': 'model'}.get(m.role, m.role) + '\\n' + m.content + '<turn|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|turn>model\\n' }}"
+        "{% if not enable_thinking %}{{ '<|channel>thought\\n<channel|>' }}{% endif %}{% endif %}"
+    ),
+    "kimi-k2": (
+        "{% for m in messages %}{{ '<|im_' + m.role + '|>' + m.role + '<|im_middle|>' + m.content }}"
+        "<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_assistant|>assistant<|im_middle|>{% endif %}{# <|im_user|> #}"
+    ),
+    "gemma": (
+        "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m.role + '\\n' }}"
+        "{{ m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}"
+        "{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}{% endfor %}"
+    ),
+    "phi-3": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}{# <|user|> #}"
+    ),
 }
 SPECIAL = {
     "deepseek-r1": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
@@ -91,6 +137,26 @@ SPECIAL = {
         "<|system|>",
         "<|observation|>",
     ),
+    "granite": ("<|end_of_text|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "</response>"),
+    "seed-oss": ("<seed:bos>", "<seed:eos>", "<seed:think>", "</seed:think>"),
+    "command-a": (
+        "<BOS_TOKEN>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|START_OF_TURN_TOKEN|>",
+        "<|USER_TOKEN|>",
+        "<|CHATBOT_TOKEN|>",
+        "<|SYSTEM_TOKEN|>",
+        "<|START_THINKING|>",
+        "<|END_THINKING|>",
+        "<|START_TEXT|>",
+        "<|END_TEXT|>",
+    ),
+    "minimax-m2": ("]~!b[", "[e~[", "]~b]"),
+    "gemma-4": ("<bos>", "<turn|>", "<|turn>", "<|channel>", "<channel|>"),
+    "kimi-k2": ("<|im_end|>", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>"),
+    "gemma": ("<bos>", "<end_of_turn>", "<start_of_turn>"),
+    "mistral": ("<s>", "</s>", "[INST]", "[/INST]"),
+    "phi-3": ("<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"),
     "llama-3": ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
 }
 CHATML_SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")

@@ -70,9 +70,8 @@ class EdgeCut:
             self._heads[0, list(heads)] = True
         self._fired: dict[int, int] = dict.fromkeys(layers, 0)
         self.hooks: list[NamedHook] = []
-        hooks = resolve_hooks(model).layers
-        for layer in layers:
-            name, function = hooks[layer].scores, self._cut_scores
+        for hooks in resolve_hooks(model, layers).layers:
+            layer, name, function = hooks.layer, hooks.scores, self._cut_scores
             if name is not None and delegates_attention(model, layer):
                 raise ModelError(
                     f"layer {layer}: {type(model.blocks[layer].attn).__name__} leaves attention to the "
@@ -80,7 +79,7 @@ class EdgeCut:
                     "layers=[...]"
                 )
             if name is None:
-                name, function = hooks[layer].pattern, self._cut_pattern
+                name, function = hooks.pattern, self._cut_pattern
             self.hooks.append((name, partial(function, layer=layer)))
 
     def check_fired(self) -> None:

@@ -104,11 +104,11 @@ def step_knockout(
         ValueError: If a band is unknown.
     """
     facts = model_facts(model)
-    resolve_hooks(model)
     check_fit(facts, trace)
     chosen = check_layers(
         facts, named_layers(layers, facts.n_layers) if isinstance(layers, str) else tuple(layers)
     )
+    resolve_hooks(model, chosen)
     _check_options(model, heads, method, batch_tokens)
     effect = EffectMeasure(measure)
     readings, onto_name = _readings(trace, pairs, onto)

@@ -127,7 +127,7 @@ def linearity_check(
     if not chosen:
         raise AlignmentError("pairs is empty: expected at least one (query step, key step)")
     edges = [causal_pair(trace, pair) for pair in chosen]
-    patterns = [hooks.pattern for hooks in resolve_hooks(model).layers if hooks.layer in chosen_layers]
+    patterns = [hooks.pattern for hooks in resolve_hooks(model, sorted(chosen_layers)).layers]
     maps: dict[str, Tensor] = {}
     predicted, measured = [], []
     for query, key in edges:

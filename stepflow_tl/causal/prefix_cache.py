@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from stepflow_tl.errors import ModelError
 
@@ -84,6 +84,7 @@ class _TransformersPrefix(SharedPrefix):
         parameters = inspect.signature(model.original_model.forward).parameters
         if "past_key_values" not in parameters or not getattr(model.adapter, "supports_kv_cache", True):
             raise PrefixCacheRefusal(f"{type(model.original_model).__name__} takes no key-value cache")
+        _refuse_other_state(model)
         self._model, self._tokens = model, tokens
         self._layers: list[tuple[Tensor, Tensor]] = []
 
@@ -109,6 +110,24 @@ class _TransformersPrefix(SharedPrefix):
 
     def _forward(self, tokens: Tensor, cache: Cache) -> Tensor:
         return self._model(tokens, return_type="logits", past_key_values=cache, use_cache=True)
+
+
+def _refuse_other_state(model: Any) -> None:
+    """Refuse a model whose layers remember more of the prefix than keys and values.
+
+    Its own decoding cache tells, which transformers makes from the configuration.
+
+    Raises:
+        PrefixCacheRefusal: With what the layers keep.
+    """
+    config = model.original_model.config
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    others = kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    if others:
+        raise PrefixCacheRefusal(
+            f"layers of {type(model.original_model).__name__} keep more than keys and values ("
+            f"{', '.join(sorted(others))})"
+        )
 
 
 class _HookedPrefix(SharedPrefix):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.formats.table import ReasoningFormat
+from stepflow_tl.formats.reasoning_format import ReasoningFormat
 from stepflow_tl.trace_building import resolve_format
 
 Ended = Literal["by its end marker", "with its turn", "by the budget"]

@@ -2,10 +2,10 @@
 
 from stepflow_tl.formats.detection import detect_format as detect_format
 from stepflow_tl.formats.detection import resolve_format as resolve_format
+from stepflow_tl.formats.reasoning_format import ReasoningFormat as ReasoningFormat
 from stepflow_tl.formats.scanner import FormatScanner as FormatScanner
 from stepflow_tl.formats.scanner import Scanner as Scanner
 from stepflow_tl.formats.scanner import SpanScanner as SpanScanner
-from stepflow_tl.formats.table import ReasoningFormat as ReasoningFormat
 from stepflow_tl.formats.table import get_format as get_format
 from stepflow_tl.formats.table import known_formats as known_formats
 from stepflow_tl.formats.table import register_format as register_format

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from stepflow_tl.errors import FormatError
-from stepflow_tl.formats.table import ReasoningFormat, formats_by_priority, get_format, known_formats
+from stepflow_tl.formats.reasoning_format import ReasoningFormat
+from stepflow_tl.formats.table import formats_by_priority, get_format, known_formats
 
 
 def detect_format(tokenizer: Any) -> ReasoningFormat:

@@ -4,20 +4,25 @@
    with a sentinel in its place. What the renderings share before and after is the frame; what stands between
    is the question as the template wrote it (some strip it).
 2. If the prompt ends with a thinking-start marker, thinking follows at once; otherwise `thinking_open` comes
-   first.
+   first. Some templates close thinking in the prompt unless they are told otherwise (DeepSeek-V3.1, Gemma-4):
+   then the prompt is rendered again with thinking switched on, if there is any, and left as it is if not.
 3. Thinking; and, where there is a summary, `thinking_close`, summary and `turn_close`.
 
 The white space with which `thinking_close` begins counts as thinking, as it would to a scanner: white space
 belongs to the step before it.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from stepflow_tl.errors import FormatError
 from stepflow_tl.formats.detection import chat_template
-from stepflow_tl.formats.table import ReasoningFormat
+from stepflow_tl.formats.reasoning_format import ReasoningFormat
 from stepflow_tl.segment import WHITE_SPACE, Segment
 
+# Templates have no common name for the switch; one that does not know it ignores it.
+_THINKING_ON = {"enable_thinking": True, "thinking": True}
 _SENTINEL = "stepflowQuestionSlot"
 Spans = list[tuple[int, Segment]]
 
@@ -40,13 +45,25 @@ def render_parts(
             format has markers.
     """
     before, asked, after = _prompt(tokenizer, entry, question, system)
+    is_closed = _ends_with(after, entry.thinking_ends)
+    if is_closed and thinking:
+        before, asked, after = _prompt(tokenizer, entry, question, system, _THINKING_ON)
+        if _ends_with(after, entry.thinking_ends):
+            raise FormatError(
+                f"The chat template closes thinking in its prompt (it ends with {after[-30:]!r}), with "
+                "enable_thinking=True and thinking=True as well. Pass thinking='', or the transcript to "
+                "ReasoningTrace.from_text."
+            )
+        is_closed = False
     parts: list[tuple[str, Segment]] = [
         (before, Segment.TEMPLATE),
         (asked, Segment.QUESTION),
         (after, Segment.TEMPLATE),
     ]
-    is_open = after.rstrip(WHITE_SPACE).endswith(entry.thinking_starts) if entry.thinking_starts else False
-    if thinking or is_open or entry.marks_empty_thinking:
+    is_open = _ends_with(after, entry.thinking_starts)
+    if is_closed:
+        pass  # the prompt has said that there is no thinking
+    elif thinking or is_open or entry.marks_empty_thinking:
         close = entry.thinking_close if summary else ""
         space = close[: len(close) - len(close.lstrip(WHITE_SPACE))]
         parts += [
@@ -65,8 +82,17 @@ def render_parts(
     return text, spans
 
 
+def _ends_with(text: str, markers: tuple[str, ...]) -> bool:
+    """White space apart, in the text and at the end of a marker."""
+    return text.rstrip(WHITE_SPACE).endswith(tuple(m.rstrip(WHITE_SPACE) for m in markers))
+
+
 def _prompt(
-    tokenizer: Any, entry: ReasoningFormat, question: str, system: str | None
+    tokenizer: Any,
+    entry: ReasoningFormat,
+    question: str,
+    system: str | None,
+    switches: Mapping[str, bool] = MappingProxyType({}),
 ) -> tuple[str, str, str]:
     """The prompt before the question, the question as it stands there, and the prompt after it."""
     if entry.name == "plain" or chat_template(tokenizer) is None:
@@ -78,8 +104,8 @@ def _prompt(
             )
         bos = getattr(tokenizer, "bos_token", None) or ""
         return bos + (f"{system}\n\n" if system else ""), question + "\n\n", ""
-    rendered = _render(tokenizer, question, system)
-    frame = _render(tokenizer, _SENTINEL, system)
+    rendered = _render(tokenizer, question, system, switches)
+    frame = _render(tokenizer, _SENTINEL, system, switches)
     slot = frame.find(_SENTINEL)
     if slot >= 0:
         before, after = frame[:slot], frame[slot + len(_SENTINEL) :]
@@ -100,12 +126,12 @@ def _prompt(
     )
 
 
-def _render(tokenizer: Any, question: str, system: str | None) -> str:
+def _render(tokenizer: Any, question: str, system: str | None, switches: Mapping[str, bool]) -> str:
     messages = [{"role": "user", "content": question}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
     except Exception as error:  # a Jinja template may raise anything
         raise FormatError(
             f"The chat template refused {'a system and a' if system is not None else 'a'} user message: "

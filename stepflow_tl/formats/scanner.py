@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from stepflow_tl.errors import TraceError
-from stepflow_tl.formats.table import ReasoningFormat
+from stepflow_tl.formats.reasoning_format import ReasoningFormat
 from stepflow_tl.segment import WHITE_SPACE, Segment
 
 

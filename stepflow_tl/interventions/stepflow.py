@@ -22,7 +22,13 @@ from typing import Any, Literal
 
 from stepflow_tl.bands import deep_band, shallow_band
 from stepflow_tl.errors import ModelError
-from stepflow_tl.hook_names import LayerHooks, delegates_attention, original_attention, resolve_hooks
+from stepflow_tl.hook_names import (
+    LayerHooks,
+    by_heads,
+    delegates_attention,
+    original_attention,
+    resolve_hooks,
+)
 from stepflow_tl.hooking import NamedHook, attached
 from stepflow_tl.interventions.bridge import bridge_hook, bridge_pattern_hook, check_bridge
 from stepflow_tl.interventions.momentum import capture_values_hook, momentum_hook
@@ -227,7 +233,8 @@ class StepFlow:
     def _pairs(
         self, model: Any, state: FlowState, report: FlowReport, detach_values: bool
     ) -> list[NamedHook]:
-        hooks = resolve_hooks(model).layers
+        resolved = resolve_hooks(model, sorted({*report.shallow, *report.deep})).layers
+        hooks = {layer_hooks.layer: layer_hooks for layer_hooks in resolved}
         pairs: list[NamedHook] = []
         for layer in report.shallow:
             heads = self._heads_of(layer)
@@ -236,7 +243,7 @@ class StepFlow:
         for layer in report.deep:
             heads = self._heads_of(layer)
             if heads is None or len(heads):
-                pairs += self._momentum(hooks[layer], state, report, heads, detach_values)
+                pairs += self._momentum(model, hooks[layer], state, report, heads, detach_values)
         return pairs
 
     def _heads_of(self, layer: int) -> Sequence[int] | None:
@@ -261,6 +268,7 @@ class StepFlow:
 
     def _momentum(
         self,
+        model: Any,
         hooks: LayerHooks,
         state: FlowState,
         report: FlowReport,
@@ -282,10 +290,9 @@ class StepFlow:
             placebo_seed=self.seed if self.placebo in ("momentum", "both") else None,
             report=report,
         )
-        return [
-            (hooks.value, partial(capture_values_hook, state=state, detach=detach_values)),
-            (hooks.z, inject),
-        ]
+        capture = partial(capture_values_hook, state=state, detach=detach_values)
+        pairs = ((hooks.value, capture), (hooks.z, inject))
+        return [(name, by_heads(model, name, function)) for name, function in pairs]
 
 
 _CHOICES = {

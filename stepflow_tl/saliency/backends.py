@@ -95,7 +95,7 @@ def run_backend(
             if backend == "fused" or checkpoint or block_divisor > 1 or not is_transformerlens(model):
                 raise
             notes = {"not_fused": refusal.reason}
-    resolve_hooks(model)
+    resolve_hooks(model, None if objective.per_token else layers)
     name = "layerwise" if backend == "layerwise" else "hooks"
     if objective.per_token:
         notes["self_check"] = check_per_token(model, tokens, name)

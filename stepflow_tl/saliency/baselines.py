@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.hook_names import resolve_hooks
+from stepflow_tl.hook_names import by_heads, resolve_hooks
 from stepflow_tl.hooking import attached
 from stepflow_tl.saliency.objectives import resolve_objective
 from stepflow_tl.saliency.pooling import StepBins
@@ -52,7 +52,7 @@ def baseline_maps(
         if h.value is None:
             raise ModelError(f"layer {h.layer} has no hook point for its values: no value-weighted attention")
         pairs.append((h.pattern, partial(_keep_with_gradient, kept=patterns, layer=h.layer)))
-        pairs.append((h.value, partial(_keep, kept=values, layer=h.layer)))
+        pairs.append((h.value, by_heads(model, h.value, partial(_keep, kept=values, layer=h.layer))))
     with frozen(model), torch.inference_mode(False), torch.enable_grad(), attached(model, last=pairs):
         batch = trace.tokens[None].to(model_device(model))
         loss = resolve_objective("response", trace).loss(model(batch, return_type="logits"), batch)

@@ -66,7 +66,8 @@ def layerwise_backend(
         GradientError: If a pattern gets no gradient, or one that is not finite.
         ObjectiveError: If a callable objective does not return a differentiable scalar.
     """
-    hooks = resolve_hooks(model)
+    resolved = resolve_hooks(model, None if objective.per_token else layers).layers
+    hooks = {layer_hooks.layer: layer_hooks for layer_hooks in resolved}
     taps = PatternTaps(step_ids, layers)
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         batch = tokens[None].to(model_device(model))
@@ -76,8 +77,9 @@ def layerwise_backend(
         del recorded
         while calls and grad is not None:
             layer, call = calls.popitem()
-            local = PositionLocalGradients(model, (hooks.layers[layer],)) if objective.per_token else None
-            rerun, leaf = _run_again(model, hooks.layers[layer], call, taps, local, tap=layer in layers)
+            local = PositionLocalGradients(model, (hooks[layer],)) if objective.per_token else None
+            tapped = hooks[layer] if layer in layers else None
+            rerun, leaf = _run_again(model, layer, call, taps, local, tapped)
             _check_same(rerun.detach(), output, layer)
             output = call.residual
             grad = _gradient_below(rerun, leaf, grad, taps)
@@ -109,27 +111,26 @@ def _gradient_at_final_residual(
 
 def _run_again(
     model: Any,
-    hooks: LayerHooks,
+    layer: int,
     call: BlockCall,
     taps: PatternTaps,
     local: PositionLocalGradients | None,
-    *,
-    tap: bool,
+    tapped: LayerHooks | None,
 ) -> tuple[Float[Tensor, "1 token d_model"], Float[Tensor, "1 token d_model"]]:
     """One block with graph: what leaves it, and the leaf that enters it."""
     leaf = call.residual.detach().requires_grad_(True)
     last = list(local.last) if local is not None else []
-    last += [(hooks.pattern, partial(taps.attach, layer=hooks.layer))] if tap else []
+    last += [(tapped.pattern, partial(taps.attach, layer=layer))] if tapped is not None else []
     with attached(model, first=local.first if local is not None else (), last=last):
         output = call.run(leaf)
-    if tap and hooks.layer not in taps.fired:
+    if tapped is not None and layer not in taps.fired:
         raise ModelError(
-            f"the pattern hook `{hooks.pattern}` never fired: this attention implementation does not compute "
-            "patterns at its hook points. Boot the model with eager attention."
+            f"the pattern hook `{tapped.pattern}` never fired: this attention implementation does not "
+            "compute patterns at its hook points. Boot the model with eager attention."
         )
-    if local is not None and hooks.layer not in local.completed:
+    if local is not None and layer not in local.completed:
         raise ModelError(
-            f"`hook_z` never fired in layers {[hooks.layer]}: objective='per_token' cannot be served here"
+            f"`hook_z` never fired in layers {[layer]}: objective='per_token' cannot be served here"
         )
     return output, leaf
 

@@ -36,7 +36,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.hook_names import LayerHooks, original_attention
+from stepflow_tl.hook_names import LayerHooks, by_heads, delegates_attention, original_attention
 from stepflow_tl.hooking import NamedHook
 
 
@@ -92,7 +92,7 @@ class PositionLocalGradients:
         """Prepare hooks for all `layers` of `model`.
 
         Raises:
-            ModelError: If a layer lacks a query, key, value or z hook point.
+            ModelError: If a layer lacks a query, key, value or z hook point, or delegates its attention.
         """
         self._parts = {hooks.layer: _LayerParts() for hooks in layers}
         self._score = {hooks.layer: score_function(model, hooks.layer) for hooks in layers}
@@ -100,6 +100,14 @@ class PositionLocalGradients:
         self.first: list[NamedHook] = []
         self.last: list[NamedHook] = []
         for hooks in layers:
+            if hooks.scores is not None and delegates_attention(model, hooks.layer):
+                kind = type(model.blocks[hooks.layer].attn).__name__
+                raise ModelError(
+                    f"layer {hooks.layer}: {kind} leaves attention to the wrapped module, and its hooks "
+                    "fire after the fact, so gradients cannot be kept at their position there, which "
+                    "objective='per_token' needs. Use backend='fused' where it serves the model, or an "
+                    "ordinary objective such as 'response'."
+                )
             missing = [n for n in ("query", "key", "value", "z") if getattr(hooks, n) is None]
             if missing:
                 raise ModelError(
@@ -109,14 +117,20 @@ class PositionLocalGradients:
                 )
             self.first += [
                 (hooks.scores or hooks.pattern, partial(self._return_key_path, layer=hooks)),
-                (str(hooks.z), partial(self._return_value_path, layer=hooks)),
+                (
+                    str(hooks.z),
+                    by_heads(model, str(hooks.z), partial(self._return_value_path, layer=hooks)),
+                ),
             ]
             self.last += [
-                (str(hooks.query), partial(self._keep_query, layer=hooks)),
-                (str(hooks.key), partial(self._detach_key, layer=hooks)),
-                (str(hooks.value), partial(self._detach_value, layer=hooks)),
-                (hooks.pattern, partial(self._keep_diagonal, layer=hooks)),
+                (name, by_heads(model, name, partial(function, layer=hooks)))
+                for name, function in (
+                    (str(hooks.query), self._keep_query),
+                    (str(hooks.key), self._detach_key),
+                    (str(hooks.value), self._detach_value),
+                )
             ]
+            self.last.append((hooks.pattern, partial(self._keep_diagonal, layer=hooks)))
 
     def _keep_query(self, query: Tensor, hook: Any, *, layer: LayerHooks) -> None:
         self._parts[layer.layer].query = query.detach()

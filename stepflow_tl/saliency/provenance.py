@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-_PACKAGES = ("stepflow-tl", "torch", "transformer-lens", "transformers", "safetensors")
+_PACKAGES = ("torch", "transformer-lens", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,13 @@ class Provenance:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers; absent packages are left out."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that decide the numbers; absent packages are left out.
+
+    This package's own comes from its source, so that a run from a checkout, not installed, has it too.
+    """
+    from stepflow_tl import __version__
+
+    found = {"python": platform.python_version(), "stepflow-tl": __version__}
     for name in _PACKAGES:
         try:
             found[name] = version(name)

@@ -58,7 +58,7 @@ def hooks_backend(
         GradientError: If a pattern gets no gradient, or one that is not finite.
         ObjectiveError: If a callable objective does not return a differentiable scalar.
     """
-    hooks = resolve_hooks(model)
+    hooks = resolve_hooks(model, None if objective.per_token else layers)
     taps = PatternTaps(step_ids, layers, signed=signed)
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         leaves: list[Tensor] = []

@@ -45,7 +45,8 @@ def step_saliency(
             transformers' attention interface; `"hooks"` reads `hook_pattern` and its gradient, in O(L T^2);
             `"layerwise"` does so one layer at a time, in O(T^2), for one more forward pass;
             `"auto"` takes fused where it is exact, and says in `provenance` which ran and why.
-        layers: Layers to keep; all by default. The passes run through all layers either way.
+        layers: Layers to keep; all by default. The passes run through all layers either way. Of a hybrid
+            model its attention layers, with an objective other than "per_token".
         checkpoint: Keep only the input of each block and run it again in the backward pass (fused only): less
             memory, one more forward pass of time, and hooks on residuals fire twice.
         block_divisor: Attention tiles and chunks of logits are smaller by this factor (fused only): less

@@ -44,7 +44,7 @@ def longer_trace(make_trace):
 @pytest.fixture(scope="session")
 def bridges():
     """`bridges(name)`: a tiny transformers model of that architecture behind a TransformerBridge."""
-    from saliency.fused.architectures import build_bridge
+    from tiny_architectures import build_bridge
 
     built = {}
 

@@ -27,6 +27,15 @@ FAMILIES = [
     "glm-4.5",
     "chatml",
     "llama-3",
+    "granite",
+    "seed-oss",
+    "command-a",
+    "minimax-m2",
+    "gemma-4",
+    "kimi-k2",
+    "gemma",
+    "mistral",
+    "phi-3",
 ]
 
 

@@ -35,6 +35,9 @@ from stepflow_tl.saliency.fused.session import IMPLEMENTATION, FusedSession, act
 # Components that hand over to the wrapped attention module: by name, since TransformerLens is not imported
 # here.
 _REIMPLEMENTING = "PositionEmbeddingsAttentionBridge"
+_LATENT = (
+    "MLAAttentionBridge"  # without its subclasses: a sparse one chooses keys, which no mask here can say
+)
 _JOINT = ("JointQKVPositionEmbeddingsAttentionBridge", "JointQKVAttentionBridge")
 _DELEGATING = "AttentionBridge"
 _LIVE_PROJECTIONS = ("q", "k", "v", "o")
@@ -161,14 +164,14 @@ def _check_component(component: Any) -> str:
         live = name in ("hook_in", "hook_out") or owner in _LIVE_PROJECTIONS
         if not live and (hook.fwd_hooks or hook.bwd_hooks):
             raise FusedRefusal(
-                f"a hook is attached at {component.name}.{name}, which does not exist on this path: scores "
-                "and pattern are never formed"
+                f"a hook is attached at {component.name}.{name}, which does not exist on this path: "
+                "scores and pattern are never formed, and the wrapped module makes queries and keys"
             )
     if getattr(component.original_component, "accepts_pattern_fn", False):
         raise FusedRefusal("TransformerLens' native attention does not use transformers' attention interface")
     if _REIMPLEMENTING in names:
         return _REIMPLEMENTING
-    if names[0] in _JOINT:
+    if names[0] in (*_JOINT, _LATENT):
         return names[0]
     if names[0] == _DELEGATING:
         return _DELEGATING

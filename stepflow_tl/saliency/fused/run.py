@@ -85,14 +85,13 @@ def fused_backend(
             _check_layers(session, n_layers)
             _backward(objective.loss(logits, batch.to(logits.device)), None, session)
         else:
-            hidden = inner.base_model(input_ids=batch, use_cache=False)[0]
+            hidden = _base_model(inner)(input_ids=batch, use_cache=False)[0]
             _check_layers(session, n_layers)
             whole = _unembedding_is_hooked(model)
-            _backward(
-                hidden,
-                _loss_gradient(inner, hidden.detach(), batch, objective, whole, block_divisor),
-                session,
-            )
+            session.closed = True  # until blocks run again in the backward pass, if they are checkpointed
+            gradient = _loss_gradient(inner, hidden.detach(), batch, objective, whole, block_divisor)
+            session.closed = False
+            _backward(hidden, gradient, session)
     return _collect(session, layers)
 
 
@@ -120,6 +119,13 @@ def _loss_gradient(
     return gradient
 
 
+def _base_model(inner: Any) -> Any:
+    """The part of a causal LM that ends at the final residual."""
+    if inner.base_model is inner:
+        raise FusedRefusal(f"{type(inner).__name__} does not say which part of it is its base model")
+    return inner.base_model
+
+
 class _Residual(dict):
     """A base model's output that consists of the final residual; every other field is None."""
 
@@ -133,7 +139,7 @@ class _Residual(dict):
 def _unembed(inner: Any, residual: Tensor, batch: Tensor) -> Tensor:
     """Logits of these residual rows by the architecture's own code."""
     output = _Residual(last_hidden_state=residual)
-    with replaced_forward(inner.base_model, lambda *args, **kwargs: output):
+    with replaced_forward(_base_model(inner), lambda *args, **kwargs: output):
         logits = inner(input_ids=batch[:, : residual.shape[1]], use_cache=False).logits
     if logits.shape[:2] != residual.shape[:2]:
         raise FusedRefusal(

@@ -45,6 +45,7 @@ class FusedSession:
         anchor: Scalar that requires a gradient; what autograd is asked for.
         sums: Pooled maps by layer, made at the layer's first call.
         seen: Every layer that has come through here.
+        closed: Whether no layer should run now, since only the unembedding was asked for.
     """
 
     tiles: StepTiles
@@ -53,6 +54,7 @@ class FusedSession:
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     sums: dict[int, StepSums] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
+    closed: bool = False
 
     def attend(
         self,
@@ -75,6 +77,11 @@ class FusedSession:
         layer = getattr(module, "layer_idx", None)
         if layer is None:
             raise FusedRefusal(f"{type(module).__name__} does not say which layer it is (no `layer_idx`)")
+        if self.closed:
+            raise FusedRefusal(
+                "the causal LM runs its layers again where only its unembedding was asked for: its logits "
+                "are not made from the output of its `base_model`"
+            )
         for name in _UNSUPPORTED:
             if kwargs.get(name) is not None:
                 raise FusedRefusal(f"layer {layer}'s attention takes `{name}`")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from saliency.fused.architectures import build_bridge, build_hf_model
 from saliency.fused.test_run import ALL_LAYERS, N_TOKENS, STEP_IDS, TOKENS
+from tiny_architectures import build_bridge, build_hf_model
 from tiny_models import TL_GENERATION, build_tiny_model, count_hooks
 
 

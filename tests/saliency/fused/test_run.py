@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from saliency.fused.architectures import ARCHITECTURES, N_LAYERS, build_bridge, build_hf_model
+from tiny_architectures import ATTENTION_VARIETIES, N_LAYERS, build_bridge, build_hf_model
 
 ALL_LAYERS = tuple(range(N_LAYERS))
 # TEMPLATE at the start, inside and at the end; steps of one token; lengths that no tile divides.
@@ -33,7 +33,7 @@ def close(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("compatibility_mode", [False, True], ids=["raw", "compatibility mode"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ATTENTION_VARIETIES)
 def test_fused_equals_hooks_on_a_bridge(name, compatibility_mode, objective, float64_throughout):
     from stepflow_tl.saliency.fused.run import fused_backend
     from stepflow_tl.saliency.reference import hooks_backend
@@ -107,7 +107,7 @@ def pooled_by_loops(saliency):
     return out
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ATTENTION_VARIETIES)
 def test_per_token_equals_one_backward_pass_a_token(name, objective, eager, tile_size, float64_throughout):
     from stepflow_tl.saliency.fused.run import fused_backend
 
@@ -126,7 +126,7 @@ def test_per_token_equals_one_backward_pass_a_token(name, objective, eager, tile
     close(ours, torch.stack([pooled_by_loops(x) for x in rows]), 1e-8)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ATTENTION_VARIETIES)
 def test_mean_loss_equals_retained_gradients(name, objective, eager, tile_size, float64_throughout):
     from stepflow_tl.saliency.fused.run import fused_backend
 
