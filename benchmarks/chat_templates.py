@@ -31,7 +31,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 logging.disable(logging.WARNING)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 TEMPLATES = "llama-cpp-python==0.3.36"
 TOKENIZERS = ("qwen3", "deepseek_v3", "llama3_1")

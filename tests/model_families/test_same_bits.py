@@ -19,7 +19,7 @@ SALIENCY = [("hooks", {}), ("layerwise", {}), ("fused", {}), ("fused", {"checkpo
 def fresh(kind="bridge"):
     """float32, as most models are run: rounding shows every change of order."""
     if kind == "hooked":
-        return build_tiny_model("hooked", dtype=torch.float32, tokenizer=tiny_tokenizer())
+        return build_tiny_model("hooked", n_ctx=512, dtype=torch.float32, tokenizer=tiny_tokenizer())
     return build_bridge("gemma2", dtype=torch.float32)
 
 
