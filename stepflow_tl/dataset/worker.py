@@ -80,14 +80,16 @@ class Worker:
         self._model, self._options, self._out = model, options, out
         if getattr(model, "tokenizer", None) is None:
             raise ModelError("the model comes without a tokenizer, which the traces need")
-        resolve_hooks(model)
+        layers = _checked_layers(model, options.layers)
+        # `per_token` needs attention to be all that mixes positions, so a pattern in every layer.
+        resolve_hooks(model, None if options.objective == "per_token" else layers)
         self._format = resolve_format(model.tokenizer, options.format)
         weights = (p.dtype for p in model.parameters() if p.is_floating_point())
         self.settings = RunSettings(
             model_name=str(model.cfg.model_name),
             objective=options.objective,
             dtype=str(next(weights, torch.float32)),
-            layers=_checked_layers(model, options.layers),
+            layers=layers,
             n_layers=int(model.cfg.n_layers),
             splitter=options.splitter,
             format=self._format.name,

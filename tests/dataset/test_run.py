@@ -8,6 +8,8 @@ from collections import Counter
 from functools import partial
 
 import pytest
+import torch
+from tiny_architectures import build_bridge
 
 import stepflow_tl
 from stepflow_tl.dataset import worker
@@ -382,3 +384,14 @@ def test_summarize_reads_what_a_run_wrote(analyze, make_dataset, out, n_shards):
     for path in out.glob("manifest*.jsonl"):
         path.unlink()
     assert stepflow_tl.summarize(out, out=out / "again.parquet", n_bootstrap=50).means == found.means
+
+
+def test_a_hybrid_is_analysed_in_its_attention_layers(make_dataset, out):
+    model = build_bridge("lfm2", dtype=torch.float32)
+    with pytest.raises(ModelError, match="layer 0"):
+        analyze_dataset(model, make_dataset(2), out, objective="response")
+    report = analyze_dataset(model, make_dataset(2), out, objective="response", layers=[1, 3])
+    assert report.is_complete and len(contents(out)) == 2
+    assert StepSaliency.load(out / "t0.safetensors").layers == (1, 3)
+    with pytest.raises(ModelError, match="layer 0"):
+        analyze_dataset(model, make_dataset(2), out, layers=[1, 3])
