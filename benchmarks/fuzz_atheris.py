@@ -21,10 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch  # noqa: E402, F401
 
 with atheris.instrument_imports(include=["stepflow_tl"]):
-    import stepflow_tl.cli.file_names  # noqa: F401
-    import stepflow_tl.cli.records  # noqa: F401
-
     import stepflow_tl.aggregates.manifest  # noqa: F401
+    import stepflow_tl.dataset.file_names  # noqa: F401
+    import stepflow_tl.dataset.sources  # noqa: F401
     import stepflow_tl.evaluation.questions  # noqa: F401
     import stepflow_tl.formats.scanner  # noqa: F401
     import stepflow_tl.segmentation  # noqa: F401

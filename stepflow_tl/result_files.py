@@ -192,7 +192,8 @@ def atomic_file(target: Path) -> Iterator[BinaryIO]:
     """A file to write to piece by piece; `target` is untouched until the block ends well, then complete.
 
     Raises:
-        ResultFileError: If the folder is missing or the disk refuses; no temporary file is left behind,
+        DiskFullError: If there is no room for it.
+        ResultFileError: If the folder is missing or the disk refuses. No temporary file is left behind,
             whatever the block raises.
     """
     temporary: str | None = None
