@@ -198,7 +198,7 @@ def test_a_step_that_ends_the_trace_is_measured_on_what_it_predicts(tiny_tokeniz
 
 
 def test_low_precision_gives_zero_where_nothing_is_cut(tiny_trace):
-    from saliency.fused.architectures import build_bridge
+    from tiny_architectures import build_bridge
 
     model = build_bridge("mistral", dtype=torch.bfloat16)
     found = knockout(model, tiny_trace)
@@ -307,7 +307,7 @@ def test_bad_input_is_refused_in_words(options, error, said, bridges, tiny_trace
 
 
 def test_other_things_than_transformerlens_models_are_refused(tiny_trace):
-    from saliency.fused.architectures import build_hf_model
+    from tiny_architectures import build_hf_model
 
     from stepflow_tl.errors import ModelError
 
