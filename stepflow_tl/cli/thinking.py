@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.formats.prompt import question_prompt
 from stepflow_tl.formats.reasoning_format import ReasoningFormat
 from stepflow_tl.trace_building import resolve_format
 
@@ -71,8 +72,7 @@ def generate_with_thinking(
 
 
 def _prompt(tokenizer: Any, form: ReasoningFormat, question: str) -> str:
-    messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = question_prompt(tokenizer, form, question)
     is_open = any(prompt.rstrip().endswith(marker) for marker in form.thinking_starts)
     return prompt if is_open else prompt + form.thinking_open
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from stepflow_tl.errors import FormatError, ModelError
+from stepflow_tl.formats.prompt import question_prompt
 from stepflow_tl.interventions.stepflow import StepFlow
 from stepflow_tl.segment import Segment
 from stepflow_tl.trace_building import build_from_tokens, resolve_format
@@ -127,8 +128,7 @@ def write_answers(
 
 
 def _prompt(tokenizer: Any, entry: Any, text: str) -> list[int]:
-    messages = [{"role": "user", "content": text}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = question_prompt(tokenizer, entry, text)
     return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 

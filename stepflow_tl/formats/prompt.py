@@ -82,6 +82,26 @@ def render_parts(
     return text, spans
 
 
+def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str) -> str:
+    """The prompt that asks a model to think about a question: the chat template, up to where it may begin.
+
+    Thinking is switched on where the template closes it unless told otherwise, as in `render_parts`; a
+    template that closes it all the same is taken as it is.
+
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        entry: The reasoning format.
+        question: The user's text.
+
+    Raises:
+        FormatError: The chat template refuses the message.
+    """
+    rendered = _render(tokenizer, question, None, {})
+    if _ends_with(rendered, entry.thinking_ends):
+        return _render(tokenizer, question, None, _THINKING_ON)
+    return rendered
+
+
 def _ends_with(text: str, markers: tuple[str, ...]) -> bool:
     """White space apart, in the text and at the end of a marker."""
     return text.rstrip(WHITE_SPACE).endswith(tuple(m.rstrip(WHITE_SPACE) for m in markers))
