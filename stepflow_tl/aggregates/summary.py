@@ -27,8 +27,9 @@ from stepflow_tl.aggregates.layer_table import layer_table
 from stepflow_tl.aggregates.manifest import ManifestIndex, read_manifests
 from stepflow_tl.diagnostics import LAYER_METRICS, Comparison
 from stepflow_tl.diagnostics.grouping import compare_groups, left_out, pairing_field
-from stepflow_tl.diagnostics.tables import html_table, number, printable, text_table
+from stepflow_tl.diagnostics.tables import html_table, number, text_table
 from stepflow_tl.errors import ComparisonError, ResultFileError
+from stepflow_tl.printable import printable
 
 _MAX_LISTED = 10
 

@@ -8,8 +8,6 @@ import sys
 import time
 from typing import Any
 
-from stepflow_tl.diagnostics.tables import printable as printable
-
 _SECONDS_BETWEEN_LINES = 30.0
 
 

@@ -21,11 +21,6 @@ def probability(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}"
 
 
-def printable(text: str) -> str:
-    """The text with unprintable characters escaped, so that an id cannot steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def text_table(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], footer: Sequence[str] = ()
 ) -> str:
