@@ -8,11 +8,17 @@
 What ran is in the result's provenance. Rungs round differently: a result is the same bit for bit only where
 the same rung served it. The kernel's own killer ends a process without asking, and nothing here can help
 then; a resumed run, or a Ray driver, meets that trace again.
+
+Between traces, glibc keeps what was freed in heaps that traces of other lengths cannot quite reuse: resident
+memory crept up by some 20 MiB per 100 traces, with no tensor alive. `return_freed_memory` hands it back.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -104,6 +110,13 @@ def with_less_and_less(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     raise OutOfMemoryError(f"not enough memory for this trace{f' ({said})' if said else ''}")
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the operating system, where its C library is one that keeps it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -29,7 +29,13 @@ import torch
 from stepflow_tl.dataset.entries import Done, Entry, Failed, RunSettings, agreement_to_json
 from stepflow_tl.dataset.kept_results import DamagedResultError, Settings, kept_result
 from stepflow_tl.dataset.knockouts import Knockouts
-from stepflow_tl.dataset.memory import OutOfMemoryError, is_out_of_memory, saliency_rungs, with_less_and_less
+from stepflow_tl.dataset.memory import (
+    OutOfMemoryError,
+    is_out_of_memory,
+    return_freed_memory,
+    saliency_rungs,
+    with_less_and_less,
+)
 from stepflow_tl.dataset.options import AnalysisOptions
 from stepflow_tl.dataset.outcomes import Status
 from stepflow_tl.dataset.plan import Task
@@ -45,6 +51,7 @@ from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace_building import resolve_format
 
 _FIGURE_DPI = 150
+_TRIM_EVERY = 16  # traces
 _PROBE = ("What is 2+3?", "2+3 is 5.", "5")
 
 
@@ -78,6 +85,7 @@ class Worker:
             InputFileError: If a folder cannot be made.
         """
         self._model, self._options, self._out = model, options, out
+        self._n_taken = 0
         if getattr(model, "tokenizer", None) is None:
             raise ModelError("the model comes without a tokenizer, which the traces need")
         layers = _checked_layers(model, options.layers)
@@ -115,6 +123,9 @@ class Worker:
             DiskFullError: If there is no room for its result.
         """
         record, notes = task.record, []
+        self._n_taken += 1
+        if self._n_taken % _TRIM_EVERY == 0:
+            return_freed_memory()
 
         def note(message: str) -> None:
             notes.append(f"{record.place}: {message}")

@@ -1,5 +1,9 @@
 """The ladder: less memory each time, then the truth."""
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +12,7 @@ from stepflow_tl.dataset.memory import (
     OutOfMemoryError,
     is_out_of_memory,
     knockout_rungs,
+    return_freed_memory,
     saliency_rungs,
     with_less_and_less,
 )
@@ -110,3 +115,22 @@ def test_the_rungs_are_arguments_that_step_saliency_takes(tiny_model, make_recor
         "checkpoint=True, block_divisor=4",
     ]
     assert maps[3].provenance.backend == "layerwise"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_memory_goes_back():
+    """Many small blocks, freed: glibc keeps them, until it is asked."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    return_freed_memory()
+    before = resident()
+    blocks = [bytearray(60_000) for _ in range(2000)]
+    pin = blocks.pop()  # at the end of the heap: what lies before it is kept
+    del blocks
+    kept = resident() - before
+    assert kept > 60e6
+    return_freed_memory()
+    assert resident() - before < kept / 4
+    assert len(pin) == 60_000
