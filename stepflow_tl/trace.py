@@ -3,8 +3,7 @@
 `tokens` and `text` are the same sequence twice. Two partitions describe it, both half-open and exact:
 
 - **characters**: `token_char_spans` tile the text, one span a token (empty for a token that completes no
-  character); the steps' character spans and the TEMPLATE gaps between them tile it too, so `pieces` join to
-  `text`.
+  character); the steps' spans and the TEMPLATE gaps between them tile it too, so `pieces` join to `text`.
 - **tokens**: every token has one step or is TEMPLATE (`step_ids` -1); a step's tokens are contiguous.
 
 A token that straddles a boundary belongs to the step in which it starts, so a step's first token may begin
