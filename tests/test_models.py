@@ -126,7 +126,8 @@ def test_a_wheel_without_its_weights_is_to_be_installed_again(monkeypatch, tmp_p
         load_default_model()
 
 
-def test_a_local_directory_loads_with_the_logits_of_transformers(tmp_path):
+def save_tiny_llama(folder):
+    """A random model and its tokenizer in a folder; the model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -138,9 +139,14 @@ def test_a_local_directory_loads_with_the_logits_of_transformers(tmp_path):
         num_key_value_heads=2,
     )
     torch.manual_seed(0)
-    hf_model = LlamaForCausalLM(config).eval()
-    hf_model.save_pretrained(tmp_path)
-    build_tiny_tokenizer().save_pretrained(tmp_path)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    build_tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def test_a_local_directory_loads_with_the_logits_of_transformers(tmp_path):
+    hf_model = save_tiny_llama(tmp_path)
     model = load_model(str(tmp_path))
     tokens = torch.arange(12)[None]
     with torch.no_grad():
@@ -159,19 +165,7 @@ def test_a_model_that_cannot_be_loaded_is_named_with_what_was_expected():
 
 def test_a_device_map_places_a_model_from_a_folder(tmp_path):
     """Without a GPU, "cpu" is as far as placement can be tried: the weights land, and the map is the same."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    build_tiny_tokenizer().save_pretrained(tmp_path)
+    save_tiny_llama(tmp_path)
     plain, placed = load_model(str(tmp_path)), load_model(str(tmp_path), device_map="cpu")
     assert {parameter.device.type for parameter in placed.parameters()} == {"cpu"}
     tokens = torch.arange(3, 9)[None]

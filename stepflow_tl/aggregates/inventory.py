@@ -14,7 +14,6 @@ where it points: within the folder it is followed, out of it it is refused.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ from stepflow_tl.aggregates.manifest import Done, ManifestIndex
 from stepflow_tl.diagnostics import Diagnosis, diagnose
 from stepflow_tl.diagnostics.diagnosis import LAYER_METRICS
 from stepflow_tl.errors import GradientError, ResultFileError, TraceError
+from stepflow_tl.result_files import file_digest
 from stepflow_tl.saliency.files import read_facts
 from stepflow_tl.saliency.result import StepSaliency
 
 _ENDING = ".safetensors"
-_CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -205,11 +204,7 @@ def _check_agreement(folder: Path, agreed: dict[str, object], trace: TraceNumber
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        return file_digest(path)
     except OSError as error:
         raise ResultFileError(f"cannot read {path} ({error.strerror or error})") from error
-    return digest.hexdigest()

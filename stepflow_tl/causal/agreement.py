@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float
 from stepflow_tl.causal.knockout_result import StepKnockout
 from stepflow_tl.diagnostics.resampling import bca_interval
 from stepflow_tl.diagnostics.tables import number, text_table
-from stepflow_tl.errors import ComparisonError
+from stepflow_tl.errors import ComparisonError, ResultFileError
 from stepflow_tl.saliency.baselines import baseline_maps
 from stepflow_tl.saliency.pooling import Pooling, normalise
 from stepflow_tl.saliency.result import StepSaliency
@@ -57,6 +57,39 @@ class TraceAgreement:
     k: int
     top_k_chance: float
     n_pairs: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; NaN is written as None."""
+        return {
+            "k": self.k,
+            "top_k_chance": _or_none(self.top_k_chance),
+            "n_pairs": self.n_pairs,
+            "values": [
+                {"scores": list(pair), **{name: _or_none(value) for name, value in values.items()}}
+                for pair, values in self.values.items()
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TraceAgreement:
+        """Read `to_json`'s data.
+
+        Args:
+            data: A manifest's, for example.
+
+        Raises:
+            ResultFileError: If it does not hold together.
+        """
+        try:
+            values = {
+                (row["scores"][0], row["scores"][1]): {
+                    name: _or_nan(value) for name, value in row.items() if name != "scores"
+                }
+                for row in data["values"]
+            }
+            return cls(values, data["k"], _or_nan(data["top_k_chance"]), data["n_pairs"])
+        except (KeyError, TypeError, IndexError) as error:
+            raise ResultFileError(f"an agreement that does not hold together ({error!r})") from error
 
 
 def score_maps(
@@ -260,3 +293,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _or_none(value: float) -> float | None:
     return None if np.isnan(value) else value
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

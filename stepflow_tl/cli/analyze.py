@@ -14,6 +14,7 @@ import torch
 
 from stepflow_tl import models
 from stepflow_tl.cli.console import Progress, say
+from stepflow_tl.cli.device import present_device
 from stepflow_tl.dataset.entries import RunSettings
 from stepflow_tl.dataset.report import DatasetReport
 from stepflow_tl.dataset.run import analyze_dataset
@@ -88,10 +89,9 @@ def load(name: str, device: str, dtype: str, device_map: str | None) -> Any:
     Raises:
         ModelError: If it cannot be loaded, or the device is not there.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"--device {device}: there is no CUDA device here, or torch was built without")
+    where = present_device(device)
     place = {} if device_map is None else {"device_map": device_map}
-    model = models.load_model(name, device=torch.device(device), dtype=getattr(torch, dtype), **place)
+    model = models.load_model(name, device=where, dtype=getattr(torch, dtype), **place)
     if getattr(model, "tokenizer", None) is None:
         raise ModelError(f"model {name!r} comes without a tokenizer, which the traces need")
     return model

@@ -9,7 +9,8 @@ import torch
 
 from stepflow_tl import models
 from stepflow_tl.cli.console import say
-from stepflow_tl.errors import InputFileError, ModelError
+from stepflow_tl.cli.device import present_device
+from stepflow_tl.errors import InputFileError
 from stepflow_tl.evaluation import (
     Decoding,
     Question,
@@ -107,9 +108,7 @@ def _questions(options: EvaluateOptions) -> list[Question]:
 
 
 def _model(options: EvaluateOptions) -> object:
-    dtype, device = getattr(torch, options.dtype), torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"--device {options.device}: there is no CUDA device here")
+    dtype, device = getattr(torch, options.dtype), present_device(options.device)
     if options.model is not None and (Path(options.model) / "checksums.json").is_file():
         return load_testbed_model(device, dtype, folder=options.model)
     if options.model is None and options.questions == TESTBED or options.model == TESTBED:

@@ -116,7 +116,7 @@ class Done:
 
     def read_agreement(self) -> TraceAgreement | None:
         """The agreement, if there is one."""
-        return None if self.agreement is None else agreement_from_json(self.agreement)
+        return None if self.agreement is None else TraceAgreement.from_json(self.agreement)
 
 
 @dataclass(frozen=True)
@@ -171,44 +171,5 @@ def entry_of(data: Mapping[str, Any]) -> Entry:
     return Done.from_json(data) if kind == "done" else Failed.from_json(data)
 
 
-def agreement_to_json(agreement: TraceAgreement) -> dict[str, Any]:
-    """Plain data; NaN is written as None."""
-    return {
-        "k": agreement.k,
-        "top_k_chance": _or_none(agreement.top_k_chance),
-        "n_pairs": agreement.n_pairs,
-        "values": [
-            {"scores": list(pair), **{name: _or_none(value) for name, value in values.items()}}
-            for pair, values in agreement.values.items()
-        ],
-    }
-
-
-def agreement_from_json(data: Mapping[str, Any]) -> TraceAgreement:
-    """Read `agreement_to_json`'s data.
-
-    Raises:
-        ResultFileError: If it does not hold together.
-    """
-    try:
-        values = {
-            (row["scores"][0], row["scores"][1]): {
-                name: _or_nan(value) for name, value in row.items() if name != "scores"
-            }
-            for row in data["values"]
-        }
-        return TraceAgreement(values, data["k"], _or_nan(data["top_k_chance"]), data["n_pairs"])
-    except (KeyError, TypeError, IndexError) as error:
-        raise ResultFileError(f"an agreement that does not hold together ({error!r})") from error
-
-
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from stepflow_tl.dataset.entries import Done, Entry, Failed, RunSettings, agreement_to_json
+from stepflow_tl.dataset.entries import Done, Entry, Failed, RunSettings
 from stepflow_tl.dataset.kept_results import DamagedResultError, Settings, kept_result
 from stepflow_tl.dataset.knockouts import Knockouts
 from stepflow_tl.dataset.memory import (
@@ -44,7 +44,7 @@ from stepflow_tl.diagnostics import Diagnosis, diagnose
 from stepflow_tl.errors import DiskFullError, ModelError, StepflowError
 from stepflow_tl.hook_names import resolve_hooks
 from stepflow_tl.printable import printable
-from stepflow_tl.result_files import is_disk_full
+from stepflow_tl.result_files import file_digest, is_disk_full
 from stepflow_tl.saliency import StepSaliency, step_saliency
 from stepflow_tl.saliency.self_check import check_ahead
 from stepflow_tl.trace import ReasoningTrace
@@ -181,7 +181,7 @@ class Worker:
         if self._knockouts is not None:
             known = previous.read_agreement() if previous is not None and not is_new else None
             found, spent = self._knockouts.measure(result, path.name, known, note)
-            agreement, seconds = agreement_to_json(found), seconds + spent
+            agreement, seconds = found.to_json(), seconds + spent
         entry = Done(
             id=record.id,
             line=record.line,
@@ -227,15 +227,6 @@ def digest(record: Record, options: AnalysisOptions) -> str:
     fields = [record.id, record.question, record.thinking, record.summary, record.text]
     text = json.dumps([*fields, options.causal, options.figures])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex digits."""
-    with path.open("rb") as file:
-        found = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 def _plain(diagnosis: Diagnosis) -> dict[str, Any]:

@@ -8,7 +8,6 @@ place: an interrupted run leaves the old files as they were.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.result_files import file_digest
 
 SHIPPED = Path(__file__).parent / "shipped"
 N_CTX = 1024
@@ -70,7 +70,7 @@ def save_weights(
     tokenizer.save_pretrained(staged)
     (staged / "generation_config.json").unlink(missing_ok=True)
     (staged / "card.md").write_text(_card(model, settings, accuracy, n_graded, minutes), encoding="utf-8")
-    sums = {file.name: _sha256(file) for file in sorted(staged.iterdir())}
+    sums = {file.name: file_digest(file) for file in sorted(staged.iterdir())}
     (staged / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
@@ -130,7 +130,7 @@ def check_files(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise ModelError(f"The testbed model's {file} is missing: train it again.")
-        if _sha256(file) != expected:
+        if file_digest(file) != expected:
             raise ModelError(
                 f"The testbed model's {file} is not the file that was written with it (SHA-256 differs): "
                 "train it again."
@@ -153,10 +153,6 @@ def _check_shape(folder: Path) -> None:
                 f"{folder} does not hold the testbed model: {name} is {config.get(name)!r}, expected "
                 f"{expected!r}"
             )
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _card(

@@ -12,8 +12,6 @@ from stepflow_tl.dataset.entries import (
     Done,
     Failed,
     RunSettings,
-    agreement_from_json,
-    agreement_to_json,
     entry_of,
 )
 from stepflow_tl.dataset.manifest import Manifest, manifest_path
@@ -84,7 +82,7 @@ def test_an_entry_gives_its_diagnosis_back():
 
 def test_agreement_survives_the_line():
     agreement = TraceAgreement({("a", "b"): {"spearman": 0.1, "top_k": float("nan")}}, 3, 0.5, 12)
-    found = agreement_from_json(json.loads(json.dumps(agreement_to_json(agreement))))
+    found = type(agreement).from_json(json.loads(json.dumps(agreement.to_json())))
     assert repr(found) == repr(agreement)
 
 

@@ -16,7 +16,7 @@ from stepflow_tl.dataset import worker
 from stepflow_tl.dataset.report import DatasetReport
 from stepflow_tl.dataset.run import Watcher, analyze_dataset
 from stepflow_tl.errors import InputFileError, ModelError
-from stepflow_tl.result_files import write_atomically
+from stepflow_tl.result_files import file_digest, write_atomically
 from stepflow_tl.saliency import StepSaliency, step_saliency
 
 
@@ -75,7 +75,7 @@ def test_a_line_of_the_manifest_holds_the_measures_of_its_file(analyze, make_dat
         assert entry["n_tokens"] == len(result.trace) and entry["n_thinking"] == diagnosis.n_thinking
         assert entry["metrics"]["lock_in"] == diagnosis.lock_in.tolist()
         assert entry["decay_slope"] == diagnosis.decay_slope
-        assert entry["sha256"] == worker.file_digest(out / entry["file"]) and entry["seconds"] > 0
+        assert entry["sha256"] == file_digest(out / entry["file"]) and entry["seconds"] > 0
 
 
 def test_two_runs_and_any_order_of_the_input_give_the_same_bytes(analyze, make_dataset, out, tmp_path):
