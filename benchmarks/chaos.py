@@ -53,7 +53,7 @@ def main() -> int:
 
 def child(traces: Path, out: Path, engine: str) -> int:
     """One run, in a process of its own; says on stdout when it begins to work."""
-    from stepflow_tl.dataset import analyze_dataset
+    from stepflow_tl.runs import analyze_dataset
     from stepflow_tl.testbed.model import load_testbed_model
 
     report = analyze_dataset(

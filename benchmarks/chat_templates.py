@@ -126,7 +126,7 @@ def tokenizers(cache: Path) -> Iterator[tuple[str, Any]]:
 def check(name: str, tokenizer: Any) -> list[str]:
     """One row: what was detected, and whether each kind of text is read as it was meant."""
     from stepflow_tl.errors import FormatError
-    from stepflow_tl.formats import detect_format
+    from stepflow_tl.trace.formats import detect_format
 
     try:
         entry = detect_format(tokenizer).name

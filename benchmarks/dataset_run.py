@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
 
-    from stepflow_tl.dataset import analyze_dataset
-    from stepflow_tl.dataset.sources import read_records
-    from stepflow_tl.models import load_model
+    from stepflow_tl.models.loading import load_model
+    from stepflow_tl.runs import analyze_dataset
+    from stepflow_tl.runs.sources import read_records
     from stepflow_tl.saliency import step_saliency
     from stepflow_tl.testbed.model import load_testbed_model
     from stepflow_tl.trace import ReasoningTrace

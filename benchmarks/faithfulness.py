@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stepflow_tl.bands import deep_band, shallow_band
 from stepflow_tl.causal import step_knockout
-from stepflow_tl.diagnostics.resampling import bca_interval
+from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.saliency import step_saliency
 from stepflow_tl.saliency.baselines import baseline_maps
+from stepflow_tl.statistics.resampling import bca_interval
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
 from stepflow_tl.testbed.edges import edge_rows, score_rows, shuffled, trace_of
 

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch  # noqa: E402, F401
 
 with atheris.instrument_imports(include=["stepflow_tl"]):
-    import stepflow_tl.aggregates.manifest  # noqa: F401
-    import stepflow_tl.dataset.file_names  # noqa: F401
-    import stepflow_tl.dataset.sources  # noqa: F401
     import stepflow_tl.evaluation.questions  # noqa: F401
-    import stepflow_tl.formats.scanner  # noqa: F401
-    import stepflow_tl.segmentation  # noqa: F401
+    import stepflow_tl.runs.file_names  # noqa: F401
+    import stepflow_tl.runs.manifest_reading  # noqa: F401
+    import stepflow_tl.runs.sources  # noqa: F401
+    import stepflow_tl.trace.formats.scanner  # noqa: F401
+    import stepflow_tl.trace.splitting  # noqa: F401
 from fuzz_targets import TARGETS, Refused  # noqa: E402
 
 PURE = {target.name: target for target in TARGETS if target.is_python}

@@ -32,7 +32,7 @@ import torch
 
 from stepflow_tl import ReasoningTrace, load_default_model, step_knockout, step_saliency
 from stepflow_tl.causal.agreement import score_maps, summarise_agreement, trace_agreement
-from stepflow_tl.segmentation import LineSplitter
+from stepflow_tl.trace.splitting import LineSplitter
 
 WORDS = (
     "so take the sum of both and add 7 to it then halve what is left which gives 12 for the next one".split()

@@ -269,8 +269,8 @@ def _chunked_gradient(model: Any, hidden: torch.Tensor, batch: torch.Tensor) -> 
 
 def _load(name: str, dtype: torch.dtype, device: torch.device, on_bridge: bool) -> Any:
     if name == "smollm2":
-        from stepflow_tl.gguf_checkpoint import GgufCheckpoint
-        from stepflow_tl.models import _default_model_path, load_default_model
+        from stepflow_tl.models.gguf import GgufCheckpoint
+        from stepflow_tl.models.loading import _default_model_path, load_default_model
 
         if on_bridge:
             model = load_default_model(device, dtype)

@@ -15,8 +15,8 @@ import time
 
 import torch
 
-from stepflow_tl.interventions import StepFlow
-from stepflow_tl.models import load_default_model
+from stepflow_tl.models.loading import load_default_model
+from stepflow_tl.stepflow import StepFlow
 
 PROMPT = (
     "<|im_start|>user\nA shop sells pens at 3 dollars and books at 12 dollars. Ann buys 7 pens and 2 books "

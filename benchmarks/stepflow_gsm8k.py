@@ -19,14 +19,14 @@ import time
 import numpy as np
 import torch
 
-from stepflow_tl.bands import deep_band, shallow_band
-from stepflow_tl.diagnostics import diagnose
-from stepflow_tl.diagnostics.resampling import bca_interval
-from stepflow_tl.interventions import StepFlow
-from stepflow_tl.models import load_default_model
+from stepflow_tl.diagnosis import diagnose
+from stepflow_tl.models.bands import deep_band, shallow_band
+from stepflow_tl.models.loading import load_default_model
 from stepflow_tl.saliency import step_saliency
-from stepflow_tl.segmentation import LineSplitter
+from stepflow_tl.statistics.resampling import bca_interval
+from stepflow_tl.stepflow import StepFlow
 from stepflow_tl.trace import ReasoningTrace
+from stepflow_tl.trace.splitting import LineSplitter
 
 CONDITIONS = {
     "plain": None,

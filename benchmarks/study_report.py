@@ -7,10 +7,10 @@ import faithfulness
 import numpy as np
 
 from stepflow_tl import compare
-from stepflow_tl.bands import deep_band, shallow_band
-from stepflow_tl.diagnostics import choose_bands
-from stepflow_tl.evaluation.paired import paired_difference
+from stepflow_tl.diagnosis import choose_bands
+from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.rendering import comparison_figure, save_figure
+from stepflow_tl.statistics.paired import paired_difference
 from stepflow_tl.testbed import grade
 from stepflow_tl.testbed.grading import ERROR_KINDS, FLOW_ERRORS
 from stepflow_tl.testbed.weights import CONFIG

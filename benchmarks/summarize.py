@@ -100,7 +100,7 @@ def make_run(folder: Path, n: int, n_heads: int, *, manifest: bool = True) -> No
     from diagnostic_maps import random_saliency
 
     from stepflow_tl import diagnose
-    from stepflow_tl.diagnostics import LAYER_METRICS
+    from stepflow_tl.diagnosis import LAYER_METRICS
 
     folder.mkdir(parents=True)
     saliency = random_saliency(

@@ -11,43 +11,43 @@ nothing heavier than the standard library is loaded until a name is asked for.
 import importlib
 from typing import TYPE_CHECKING
 
+from stepflow_tl.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from stepflow_tl.aggregates import summarize as summarize
     from stepflow_tl.causal import StepKnockout as StepKnockout
     from stepflow_tl.causal import step_knockout as step_knockout
-    from stepflow_tl.dataset import analyze_dataset as analyze_dataset
-    from stepflow_tl.diagnostics import compare as compare
-    from stepflow_tl.diagnostics import diagnose as diagnose
-    from stepflow_tl.interventions import StepFlow as StepFlow
-    from stepflow_tl.interventions import bridge_hook as bridge_hook
-    from stepflow_tl.interventions import momentum_hook as momentum_hook
-    from stepflow_tl.models import load_default_model as load_default_model
+    from stepflow_tl.diagnosis import compare as compare
+    from stepflow_tl.diagnosis import diagnose as diagnose
+    from stepflow_tl.models.loading import load_default_model as load_default_model
+    from stepflow_tl.runs import analyze_dataset as analyze_dataset
+    from stepflow_tl.runs import summarize as summarize
     from stepflow_tl.saliency import StepSaliency as StepSaliency
     from stepflow_tl.saliency import step_saliency as step_saliency
+    from stepflow_tl.stepflow import StepFlow as StepFlow
+    from stepflow_tl.stepflow import bridge_hook as bridge_hook
+    from stepflow_tl.stepflow import momentum_hook as momentum_hook
     from stepflow_tl.testbed.model import load_testbed_model as load_testbed_model
     from stepflow_tl.trace import ReasoningTrace as ReasoningTrace
     from stepflow_tl.trace import Segment as Segment
     from stepflow_tl.trace import Step as Step
 
-__version__ = "0.1.0"
-
 _HOME_OF = {
     "ReasoningTrace": "stepflow_tl.trace",
     "Step": "stepflow_tl.trace",
     "Segment": "stepflow_tl.trace",
-    "load_default_model": "stepflow_tl.models",
+    "load_default_model": "stepflow_tl.models.loading",
     "load_testbed_model": "stepflow_tl.testbed.model",
     "step_saliency": "stepflow_tl.saliency",
     "StepSaliency": "stepflow_tl.saliency",
-    "analyze_dataset": "stepflow_tl.dataset",
-    "diagnose": "stepflow_tl.diagnostics",
-    "compare": "stepflow_tl.diagnostics",
-    "StepFlow": "stepflow_tl.interventions",
-    "bridge_hook": "stepflow_tl.interventions",
-    "momentum_hook": "stepflow_tl.interventions",
+    "analyze_dataset": "stepflow_tl.runs",
+    "diagnose": "stepflow_tl.diagnosis",
+    "compare": "stepflow_tl.diagnosis",
+    "StepFlow": "stepflow_tl.stepflow",
+    "bridge_hook": "stepflow_tl.stepflow",
+    "momentum_hook": "stepflow_tl.stepflow",
     "step_knockout": "stepflow_tl.causal",
     "StepKnockout": "stepflow_tl.causal",
-    "summarize": "stepflow_tl.aggregates",
+    "summarize": "stepflow_tl.runs",
 }
 
 __all__ = [

@@ -106,7 +106,7 @@ def write_lines(tmp_path: Path) -> Callable[..., Path]:
 def default_model() -> Any:
     """SmolLM2-135M-Instruct as TransformerBridge, float32, loaded once a worker. Skips without the wheel."""
     from stepflow_tl.errors import MissingExtraError
-    from stepflow_tl.models import load_default_model
+    from stepflow_tl.models.loading import load_default_model
 
     try:
         return load_default_model()
@@ -135,3 +135,13 @@ def float64_throughout() -> Iterator[None]:
     """`float64_everywhere` for the time of a test."""
     with float64_everywhere():
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_trace(tiny_tokenizer):
+    """A small trace with every kind of segment, in the tiny tokenizer's tokens."""
+    from stepflow_tl.trace import ReasoningTrace
+
+    return ReasoningTrace.from_parts(
+        tiny_tokenizer, "Is 7 odd?", "7 = 2*3 + 1.\n\nSo yes.\n\nOdd it is.", "Yes, odd."
+    )

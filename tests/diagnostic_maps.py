@@ -51,7 +51,7 @@ def make_saliency(
     objective: str = "per_token",
 ) -> Any:
     """A StepSaliency whose mean-pooled map is the given `[layer, step, step]` times each head's gain."""
-    from stepflow_tl.saliency.provenance import Provenance
+    from stepflow_tl.results.provenance import Provenance
     from stepflow_tl.saliency.result import StepSaliency
 
     trace = make_trace(segments, lengths)
@@ -85,7 +85,7 @@ def random_saliency(
 
 def make_diagnosis(metrics: dict[str, Sequence[float]], **options: Any) -> Any:
     """A Diagnosis with the given columns; the other metrics are 0.5 everywhere."""
-    from stepflow_tl.diagnostics import LAYER_METRICS, Diagnosis
+    from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis
 
     n_layers = len(next(iter(metrics.values())))
     columns = {

@@ -100,8 +100,8 @@ def _file(data: bytes, name: str) -> Path:
 
 
 def run_scanner(data: bytes) -> None:
-    from stepflow_tl.formats.scanner import FormatScanner
-    from stepflow_tl.formats.table import get_format, known_formats
+    from stepflow_tl.trace.formats.scanner import FormatScanner
+    from stepflow_tl.trace.formats.table import get_format, known_formats
 
     names = known_formats()
     text = text_of(data[1:])
@@ -113,9 +113,9 @@ def run_scanner(data: bytes) -> None:
 
 
 def run_splitters(data: bytes) -> None:
-    from stepflow_tl.segment import WHITE_SPACE
-    from stepflow_tl.segmentation import MinimumLength
-    from stepflow_tl.segmentation.named import resolve_splitter
+    from stepflow_tl.trace.splitting import MinimumLength
+    from stepflow_tl.trace.splitting.named import resolve_splitter
+    from stepflow_tl.trace.steps import WHITE_SPACE
 
     text = text_of(data[1:])
     for name in ("paragraph", "line", "sentence", "whole"):
@@ -130,7 +130,7 @@ def run_splitters(data: bytes) -> None:
 def run_streaming(data: bytes) -> None:
     """The streaming tracker over pieces of any cut gives the trace's own labels."""
     from stepflow_tl import ReasoningTrace
-    from stepflow_tl.segmentation.token_stream import TokenTracker
+    from stepflow_tl.trace.splitting.token_stream import TokenTracker
 
     text, format_name = text_of(data[1:]), _format_name(data)
     with own_errors():
@@ -170,14 +170,14 @@ def run_from_tokens(data: bytes) -> None:
 
 
 def _format_name(data: bytes) -> str:
-    from stepflow_tl.formats.table import known_formats
+    from stepflow_tl.trace.formats.table import known_formats
 
     names = [*known_formats(), "auto"]
     return names[data[0] % len(names)] if data else "plain"
 
 
 def text_seeds() -> list[bytes]:
-    from stepflow_tl.formats.table import known_formats
+    from stepflow_tl.trace.formats.table import known_formats
 
     names = known_formats()
     chosen = [
@@ -215,7 +215,7 @@ def run_trace_json(data: bytes) -> None:
 
 
 def run_diagnosis_json(data: bytes) -> None:
-    from stepflow_tl.diagnostics import Diagnosis
+    from stepflow_tl.diagnosis import Diagnosis
 
     document = _json(data)
     with own_errors():
@@ -225,8 +225,8 @@ def run_diagnosis_json(data: bytes) -> None:
 
 
 def run_records(data: bytes) -> None:
-    from stepflow_tl.dataset.records import Record
-    from stepflow_tl.dataset.sources import read_records
+    from stepflow_tl.runs.records import Record
+    from stepflow_tl.runs.sources import read_records
 
     path = _file(data, "records.jsonl")
     taken = refused = 0
@@ -253,7 +253,7 @@ def run_questions(data: bytes) -> None:
 
 
 def run_manifest(data: bytes) -> None:
-    from stepflow_tl.aggregates.manifest import read_manifests
+    from stepflow_tl.runs.manifest_reading import read_manifests
 
     folder = scratch() / "manifests"
     folder.mkdir(exist_ok=True)
@@ -278,8 +278,8 @@ def run_folder(data: bytes) -> None:
 def run_file_names(data: bytes) -> None:
     from pathlib import PurePosixPath, PureWindowsPath
 
-    from stepflow_tl.aggregates.inventory import inside
-    from stepflow_tl.dataset.file_names import FileNames
+    from stepflow_tl.runs.file_names import FileNames
+    from stepflow_tl.runs.inventory import inside
 
     names = FileNames()
     ids = text_of(data).split("\n")
@@ -492,7 +492,7 @@ def patching_seeds() -> list[bytes]:
 def run_gguf(data: bytes) -> None:
     import torch
 
-    from stepflow_tl.gguf_checkpoint import GgufCheckpoint
+    from stepflow_tl.models.gguf import GgufCheckpoint
 
     with own_errors():
         checkpoint = GgufCheckpoint.open(_file(data, "model.gguf"))

@@ -55,7 +55,7 @@ def make_saliency(
     sums=None,
 ):
     """Causal sums over about five decades; no two entries of the lower triangle are equal."""
-    from stepflow_tl.saliency.provenance import Provenance
+    from stepflow_tl.results.provenance import Provenance
     from stepflow_tl.saliency.result import StepSaliency
 
     n = 1 + n_thinking + n_summary

@@ -28,7 +28,7 @@ def result(seed: int, **options: Any) -> Any:
 def done(folder: Path, name: str, saliency: Any, **changes: Any) -> dict[str, Any]:
     """Save a result and return its manifest line."""
     from stepflow_tl import diagnose
-    from stepflow_tl.diagnostics import LAYER_METRICS
+    from stepflow_tl.diagnosis import LAYER_METRICS
 
     data = diagnose(saliency).to_json()
     path = saliency.save(folder / f"{name}.safetensors")

@@ -60,7 +60,7 @@ def test_everything_public_adds_under_a_second_on_top_of_torch():
 
 def test_the_package_itself_loads_nothing_but_itself():
     modules = run_fresh("import stepflow_tl", setup="import importlib, typing")["modules"]
-    assert modules == ["stepflow_tl"]
+    assert modules == ["stepflow_tl", "stepflow_tl.version"]
 
 
 def test_every_public_name_resolves_to_an_object_of_that_name():

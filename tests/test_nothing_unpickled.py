@@ -53,7 +53,7 @@ def test_everything_that_can_be_read_is_read_without_unpickling(no_unpickling, t
     import torch as _torch
     from tiny_gguf import write_tiny_gguf
 
-    from stepflow_tl.gguf_checkpoint import GgufCheckpoint
+    from stepflow_tl.models.gguf import GgufCheckpoint
     from stepflow_tl.testbed.weights import read_weights
 
     for target in TARGETS:

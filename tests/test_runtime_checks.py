@@ -2,7 +2,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from stepflow_tl.gguf_checkpoint import _split_halves_from_pairs
+from stepflow_tl.models.gguf import _split_halves_from_pairs
 
 
 def test_signatures_are_checked_at_run_time_while_the_tests_run():

@@ -25,8 +25,8 @@ PAGES = ROOT / "docs" / "api"
 PACKAGES = (
     "stepflow_tl",
     "stepflow_tl.causal",
-    "stepflow_tl.dataset",
-    "stepflow_tl.diagnostics",
+    "stepflow_tl.runs",
+    "stepflow_tl.diagnosis",
     "stepflow_tl.evaluation",
     "stepflow_tl.rendering",
     "stepflow_tl.testbed",

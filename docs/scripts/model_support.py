@@ -200,7 +200,7 @@ pass (1e-6), knockout from a shared prefix against whole passes (1e-6).
 - **refused**: no layer has an attention pattern. The error says so before any hook is attached.
 - `step_saliency` with its default `backend="auto"` takes the best of the backends listed. "knockout: full
   passes" is `step_knockout` without its shared prefix, which `method="auto"` finds out by itself.
-- Formats are those of the reasoning models of a family in the package's table (`stepflow_tl.formats`).
+- Formats are those of the reasoning models of a family in the package's table (`stepflow_tl.trace.formats`).
 
 `HookedTransformer` of TransformerLens 3.9 has the `hooks` and `layerwise` backends, StepFlow, cached
 generation and knockout.

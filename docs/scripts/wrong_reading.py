@@ -27,15 +27,15 @@ import numpy as np
 import torch
 
 from stepflow_tl import ReasoningTrace, Segment, StepSaliency, diagnose, load_testbed_model, step_saliency
-from stepflow_tl.bands import shallow_band
 from stepflow_tl.causal import step_knockout
-from stepflow_tl.diagnostics import row_shares
-from stepflow_tl.diagnostics.resampling import bca_interval
+from stepflow_tl.diagnosis import row_shares
+from stepflow_tl.models.bands import shallow_band
 from stepflow_tl.rendering import save_figure
 from stepflow_tl.rendering.export import new_figure
-from stepflow_tl.segmentation import MinimumLength
+from stepflow_tl.statistics.resampling import bca_interval
 from stepflow_tl.testbed import Problem, ProblemSpec, make_problems
 from stepflow_tl.testbed.edges import edge_rows, trace_of
+from stepflow_tl.trace.splitting import MinimumLength
 
 N_STEPS = 8
 SHORT, LONG = 4, 12

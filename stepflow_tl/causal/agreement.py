@@ -28,12 +28,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from stepflow_tl.causal.knockout_result import StepKnockout
-from stepflow_tl.diagnostics.resampling import bca_interval
-from stepflow_tl.diagnostics.tables import number, text_table
 from stepflow_tl.errors import ComparisonError, ResultFileError
+from stepflow_tl.results.tables import number, text_table
 from stepflow_tl.saliency.baselines import baseline_maps
 from stepflow_tl.saliency.pooling import Pooling, normalise
 from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.statistics.resampling import bca_interval
 
 MEASURES = ("spearman", "row_spearman", "top_k")
 _FEWEST_RANKED = 3

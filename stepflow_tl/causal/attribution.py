@@ -32,9 +32,9 @@ from stepflow_tl.causal.patching_plan import FwdHooks, PatchingPlan, check_fired
 from stepflow_tl.causal.patching_result import StepPatching
 from stepflow_tl.causal.step_edits import patched_step
 from stepflow_tl.errors import ComparisonError, GradientError
-from stepflow_tl.hook_names import component_hook
+from stepflow_tl.models.hook_names import component_hook
+from stepflow_tl.models.passes import frozen
 from stepflow_tl.saliency.objectives import ObjectiveLike
-from stepflow_tl.saliency.reference import frozen
 from stepflow_tl.trace import ReasoningTrace
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.causal.alignment import StepPair, causal_pair, step_of
-from stepflow_tl.interventions.placebo import mixed_seed, random_direction_like
+from stepflow_tl.stepflow.placebo import mixed_seed, random_direction_like
 from stepflow_tl.trace import ReasoningTrace, Step
 
 _RANDOM, _POSITION = 1, 2

@@ -23,8 +23,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.hook_names import delegates_attention, resolve_hooks
-from stepflow_tl.hooking import NamedHook
+from stepflow_tl.models.facts import delegates_attention
+from stepflow_tl.models.hook_names import resolve_hooks
+from stepflow_tl.models.hooking import NamedHook
 
 Span = tuple[int, int]
 

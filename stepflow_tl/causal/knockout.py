@@ -28,21 +28,21 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from stepflow_tl.bands import named_layers
 from stepflow_tl.causal.cut import EdgeCut, cut_mask
 from stepflow_tl.causal.knockout_result import StepKnockout
 from stepflow_tl.causal.measures import EffectMeasure, Measure
 from stepflow_tl.causal.pairs import Pairs, resolve_pairs
 from stepflow_tl.errors import KnockoutError
-from stepflow_tl.hook_names import hook_counts, resolve_hooks
-from stepflow_tl.hooking import attached
-from stepflow_tl.model_facts import ModelFacts, check_fit, check_layers, model_facts
+from stepflow_tl.models.bands import named_layers
+from stepflow_tl.models.facts import ModelFacts, check_fit, check_layers, model_facts
+from stepflow_tl.models.hook_names import hook_counts, resolve_hooks
+from stepflow_tl.models.hooking import attached
+from stepflow_tl.models.passes import frozen, model_device, whole_pass
+from stepflow_tl.results.provenance import Provenance, package_versions
 from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective, token_nll
-from stepflow_tl.saliency.provenance import Provenance, package_versions
-from stepflow_tl.saliency.reference import frozen, model_device
 from stepflow_tl.trace import ReasoningTrace, Step
 
 Method = Literal["auto", "cached", "full"]
@@ -224,7 +224,7 @@ class _Run:
         if method == "auto" and hook_counts(self.model):
             notes["not_cached"] = "hooks are attached, which may know the positions of a whole pass"
         elif method != "full":
-            from stepflow_tl.causal.prefix_cache import PrefixCacheRefusal  # it imports transformers
+            from stepflow_tl.models.prefix_cache import PrefixCacheRefusal  # it imports transformers
 
             try:
                 effects, deviation = self._cached(readings)
@@ -236,10 +236,10 @@ class _Run:
         return self._full(readings), "full", notes
 
     def _cached(self, readings: list[_Reading]) -> tuple[Effects, float]:
-        from stepflow_tl.causal.prefix_cache import PrefixCacheRefusal, fill_prefix
+        from stepflow_tl.models.prefix_cache import PrefixCacheRefusal, fill_prefix
 
         tokens = self.tokens
-        plain = token_nll(_whole_pass(self.model, tokens)[:-1], tokens[1:])
+        plain = token_nll(whole_pass(self.model, tokens)[:-1], tokens[1:])
         prefix, _ = fill_prefix(self.model, tokens)
         effects: Effects = {}
         worst = 0.0
@@ -275,7 +275,7 @@ class _Run:
         effects: Effects = {}
         with attached(self.model, last=self.cut.hooks):
             self.cut.mask = None
-            clean = _whole_pass(self.model, tokens)
+            clean = whole_pass(self.model, tokens)
             self.cut.check_fired()
             for reading in readings:
                 rows, following = reading.rows.to(tokens.device), tokens[reading.rows + 1]
@@ -283,17 +283,8 @@ class _Run:
                     span = self.trace.steps[key].token_span
                     mask = cut_mask(reading.query.token_span, [span], n_tokens, n_tokens)
                     self.cut.mask = mask.to(tokens.device)
-                    logits = _whole_pass(self.model, tokens)
+                    logits = whole_pass(self.model, tokens)
                     self.cut.check_fired()
                     pair = (reading.query.index, key)
                     effects[pair] = self.effect(logits[rows], clean[rows], following)
         return effects
-
-
-def _whole_pass(model: Any, tokens: Int[Tensor, " token"]) -> Float[Tensor, "token vocabulary"]:
-    """Logits of a plain forward pass."""
-    options = {}
-    if not hasattr(model, "original_model"):
-        # Every token of a trace counts; with left padding, TransformerLens would look for padding by itself.
-        options["attention_mask"] = torch.ones_like(tokens[None])
-    return model(tokens[None], return_type="logits", **options)[0]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from stepflow_tl.result_files import Schema, TensorSpec, load_result, save_result, whole_numbers
-from stepflow_tl.saliency.provenance import Provenance
+from stepflow_tl.results.files import Schema, TensorSpec, load_result, save_result, whole_numbers
+from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.trace import ReasoningTrace
 
 if TYPE_CHECKING:

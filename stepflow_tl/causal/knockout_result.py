@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepflow_tl.diagnostics.tables import number, text_table
+from stepflow_tl.results.provenance import Provenance
+from stepflow_tl.results.tables import number, text_table
 from stepflow_tl.saliency.pooling import Pooling, normalise
-from stepflow_tl.saliency.provenance import Provenance
 from stepflow_tl.trace import ReasoningTrace
 
 _TEXT_WIDTH = 32

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import Tensor
 
 from stepflow_tl.causal.alignment import Alignment, StepMatch
-from stepflow_tl.result_files import Schema, TensorSpec, load_result, save_result, whole_numbers
-from stepflow_tl.saliency.provenance import Provenance
-from stepflow_tl.segment import Segment, Step
+from stepflow_tl.results.files import Schema, TensorSpec, load_result, save_result, whole_numbers
+from stepflow_tl.results.provenance import Provenance
+from stepflow_tl.trace.steps import Segment, Step
 
 if TYPE_CHECKING:
     from stepflow_tl.causal.patching_result import StepPatching

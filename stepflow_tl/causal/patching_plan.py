@@ -22,12 +22,12 @@ from torch import Tensor
 from stepflow_tl.causal.alignment import Alignment, StepMatch, checked_alignment, match_steps, step_of
 from stepflow_tl.causal.patching_result import StepPatching
 from stepflow_tl.errors import ModelError, ObjectiveError
-from stepflow_tl.hook_names import component_hook
-from stepflow_tl.hooking import NamedHook, attached
-from stepflow_tl.model_facts import ModelFacts, check_fit, check_layers, model_facts
+from stepflow_tl.models.facts import ModelFacts, check_fit, check_layers, model_facts
+from stepflow_tl.models.hook_names import component_hook
+from stepflow_tl.models.hooking import NamedHook, attached
+from stepflow_tl.models.passes import model_device
+from stepflow_tl.results.provenance import Provenance, package_versions
 from stepflow_tl.saliency.objectives import Objective, resolve_objective
-from stepflow_tl.saliency.provenance import Provenance, package_versions
-from stepflow_tl.saliency.reference import model_device
 from stepflow_tl.trace import ReasoningTrace, Step
 
 #: Hooks in force in every pass: pairs, or a function that makes them for a trace, for those that know tokens.

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.causal.alignment import Alignment, StepMatch
-from stepflow_tl.saliency.provenance import Provenance
+from stepflow_tl.results.provenance import Provenance
 
 
 @dataclass(frozen=True)

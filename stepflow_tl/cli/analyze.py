@@ -1,6 +1,6 @@
 """`stepflow-tl analyze`: the command line of `analyze_dataset`.
 
-The work is `stepflow_tl.dataset`'s; here arguments go in, and progress, tables and the exit code come out: 0
+The work is `stepflow_tl.runs`'s; here arguments go in, and progress, tables and the exit code come out: 0
 if every row has a result, 1 if something failed or the disk is full, 130 after Ctrl-C. What stops the run
 before it starts is an exception.
 """
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from stepflow_tl import models
 from stepflow_tl.cli.console import Progress, say
 from stepflow_tl.cli.device import present_device
-from stepflow_tl.dataset.entries import RunSettings
-from stepflow_tl.dataset.report import DatasetReport
-from stepflow_tl.dataset.run import analyze_dataset
 from stepflow_tl.errors import ModelError
+from stepflow_tl.models import loading as models
+from stepflow_tl.runs.entries import RunSettings
+from stepflow_tl.runs.report import DatasetReport
+from stepflow_tl.runs.run import analyze_dataset
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from stepflow_tl import models
 from stepflow_tl.cli.console import say
 from stepflow_tl.cli.thinking import generate_with_thinking
-from stepflow_tl.dataset.records import Record
-from stepflow_tl.dataset.sources import read_records
-from stepflow_tl.diagnostics import diagnose
+from stepflow_tl.diagnosis import diagnose
 from stepflow_tl.errors import InputFileError, MissingExtraError
-from stepflow_tl.printable import printable
-from stepflow_tl.result_files import write_atomically
+from stepflow_tl.models import loading as models
+from stepflow_tl.results.files import write_atomically
+from stepflow_tl.results.printable import printable
+from stepflow_tl.runs.records import Record
+from stepflow_tl.runs.sources import read_records
 from stepflow_tl.saliency import step_saliency
 from stepflow_tl.trace import ReasoningTrace
 

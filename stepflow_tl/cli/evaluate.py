@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from stepflow_tl import models
 from stepflow_tl.cli.console import say
 from stepflow_tl.cli.device import present_device
 from stepflow_tl.errors import InputFileError
@@ -20,8 +19,9 @@ from stepflow_tl.evaluation import (
     standard_conditions,
 )
 from stepflow_tl.evaluation.graders import GRADERS
-from stepflow_tl.interventions import StepFlow
-from stepflow_tl.result_files import write_atomically
+from stepflow_tl.models import loading as models
+from stepflow_tl.results.files import write_atomically
+from stepflow_tl.stepflow import StepFlow
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
 
 TESTBED = "testbed"

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stepflow_tl import __version__
 from stepflow_tl.errors import StepflowError
+from stepflow_tl.version import __version__
 
 DEFAULT_MODEL = "smollm2"
 

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepflow_tl.aggregates import summarize
-from stepflow_tl.aggregates.summary import Labels
 from stepflow_tl.cli.console import say
-from stepflow_tl.dataset.records import Record
-from stepflow_tl.dataset.sources import read_records
-from stepflow_tl.diagnostics.grouping import DEFAULT_PAIR_FIELD
+from stepflow_tl.diagnosis.grouping import DEFAULT_PAIR_FIELD
 from stepflow_tl.errors import InputFileError
+from stepflow_tl.runs import summarize
+from stepflow_tl.runs.records import Record
+from stepflow_tl.runs.sources import read_records
+from stepflow_tl.runs.summary import Labels
 
 TABLE_NAME = "layers.parquet"
 

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.formats.prompt import question_prompt
-from stepflow_tl.formats.reasoning_format import ReasoningFormat
-from stepflow_tl.trace_building import resolve_format
+from stepflow_tl.trace.assembly import resolve_format
+from stepflow_tl.trace.formats.prompt import question_prompt
+from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
 
 Ended = Literal["by its end marker", "with its turn", "by the budget"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from stepflow_tl.interventions.stepflow import StepFlow
+from stepflow_tl.stepflow.flow import StepFlow
 
 PLAIN = "plain"
 CONTROL_OF = {"bridge": "bridge control", "momentum": "momentum control", "StepFlow": "StepFlow control"}

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from stepflow_tl.errors import FormatError, ModelError
-from stepflow_tl.formats.prompt import question_prompt
-from stepflow_tl.interventions.stepflow import StepFlow
-from stepflow_tl.segment import Segment
-from stepflow_tl.trace_building import build_from_tokens, resolve_format
+from stepflow_tl.stepflow.flow import StepFlow
+from stepflow_tl.trace.assembly import build_from_tokens, resolve_format
+from stepflow_tl.trace.formats.prompt import question_prompt
+from stepflow_tl.trace.steps import Segment
 
 
 @dataclass(frozen=True)

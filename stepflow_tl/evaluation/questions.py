@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from stepflow_tl.errors import InputFileError, TraceError
-from stepflow_tl.segment import refuse_half_characters
 from stepflow_tl.testbed.problems import Problem
+from stepflow_tl.trace.steps import refuse_half_characters
 
 
 @dataclass(frozen=True)

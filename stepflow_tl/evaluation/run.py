@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from stepflow_tl.diagnostics.effects import corrected
-from stepflow_tl.diagnostics.tables import probability, text_table
 from stepflow_tl.evaluation.conditions import PLAIN, controls, standard_conditions
 from stepflow_tl.evaluation.generation import Answer, Decoding, write_answers
 from stepflow_tl.evaluation.graders import Grader, exact
-from stepflow_tl.evaluation.paired import PairedDifference, paired_difference
 from stepflow_tl.evaluation.questions import Question
-from stepflow_tl.interventions.stepflow import StepFlow
+from stepflow_tl.results.tables import probability, text_table
+from stepflow_tl.statistics.effects import corrected
+from stepflow_tl.statistics.paired import PairedDifference, paired_difference
+from stepflow_tl.stepflow.flow import StepFlow
 
 #: In place of a difference and its interval, where every question has the same score under both conditions.
 _SAME = ("no answer", "differs", "")

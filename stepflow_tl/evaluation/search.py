@@ -19,7 +19,7 @@ from stepflow_tl.evaluation.generation import Decoding
 from stepflow_tl.evaluation.graders import Grader, exact
 from stepflow_tl.evaluation.questions import Question
 from stepflow_tl.evaluation.run import Evaluation, evaluate
-from stepflow_tl.interventions.stepflow import StepFlow
+from stepflow_tl.stepflow.flow import StepFlow
 
 
 @dataclass(frozen=True)

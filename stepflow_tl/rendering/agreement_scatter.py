@@ -32,7 +32,7 @@ from stepflow_tl.rendering.extras import require
 from stepflow_tl.rendering.layout import SEGMENT_NAMES, layer_span, wrap_to_width
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
-from stepflow_tl.segment import Segment
+from stepflow_tl.trace.steps import Segment
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from stepflow_tl.bands import shallow_band
 from stepflow_tl.errors import TraceError
+from stepflow_tl.models.bands import shallow_band
 from stepflow_tl.rendering.depth_axes import TEXT_SIZE, TICK_SIZE, TITLE_SIZE
 from stepflow_tl.rendering.export import new_figure
 from stepflow_tl.rendering.extras import require
@@ -35,7 +35,7 @@ from stepflow_tl.rendering.layout import (
 )
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
-from stepflow_tl.segment import Segment
+from stepflow_tl.trace.steps import Segment
 
 if TYPE_CHECKING:
     import matplotlib.figure

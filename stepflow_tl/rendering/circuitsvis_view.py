@@ -25,7 +25,7 @@ from string import Template
 from typing import Any
 
 from stepflow_tl.rendering.extras import require
-from stepflow_tl.result_files import write_atomically
+from stepflow_tl.results.files import write_atomically
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stepflow_tl.bands import deep_band, shallow_band
+from stepflow_tl.models.bands import deep_band, shallow_band
 
 TICK_SIZE, TEXT_SIZE, TITLE_SIZE = 6.5, 7.0, 8.0
 # Okabe and Ito's blue and vermilion, told apart further by marker and dash.

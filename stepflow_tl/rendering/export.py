@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from stepflow_tl.errors import ResultFileError
 from stepflow_tl.rendering.extras import require
-from stepflow_tl.result_files import write_atomically
+from stepflow_tl.results.files import write_atomically
 
 if TYPE_CHECKING:
     import matplotlib.figure

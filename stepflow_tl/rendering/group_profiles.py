@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepflow_tl.diagnostics.comparison import Comparison
-from stepflow_tl.diagnostics.effects import Effect
+from stepflow_tl.diagnosis.comparison import Comparison
 from stepflow_tl.rendering.depth_axes import (
     FIRST,
     SECOND,
@@ -28,6 +27,7 @@ from stepflow_tl.rendering.depth_axes import (
 from stepflow_tl.rendering.export import new_figure
 from stepflow_tl.rendering.extras import require
 from stepflow_tl.rendering.layout import wrap_to_width
+from stepflow_tl.statistics.effects import Effect
 
 if TYPE_CHECKING:
     import matplotlib.figure

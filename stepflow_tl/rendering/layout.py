@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stepflow_tl.segment import Segment
 from stepflow_tl.trace import Step
+from stepflow_tl.trace.steps import Segment
 
 POINTS_PER_INCH = 72.0
 SEGMENT_NAMES = {Segment.QUESTION: "Question", Segment.THINKING: "Thinking", Segment.SUMMARY: "Summary"}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepflow_tl.diagnostics.diagnosis import Diagnosis
+from stepflow_tl.diagnosis.diagnosis import Diagnosis
 from stepflow_tl.rendering.depth_axes import (
     FIRST,
     SECOND,

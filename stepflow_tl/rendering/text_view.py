@@ -18,12 +18,12 @@ from typing import Literal, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.diagnostics.measures import row_shares
+from stepflow_tl.diagnosis.measures import row_shares
 from stepflow_tl.errors import TraceError
 from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView, circuitsvis_view
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
-from stepflow_tl.segment import WHITE_SPACE
+from stepflow_tl.trace.steps import WHITE_SPACE
 
 Direction = Literal["sources", "readers"]
 

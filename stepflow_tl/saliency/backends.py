@@ -16,9 +16,9 @@ from typing import Any, Literal, get_args
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepflow_tl.hook_names import resolve_hooks
-from stepflow_tl.hooking import NamedHook, attached
-from stepflow_tl.model_facts import is_transformerlens
+from stepflow_tl.models.facts import is_transformerlens
+from stepflow_tl.models.hook_names import resolve_hooks
+from stepflow_tl.models.hooking import NamedHook, attached
 from stepflow_tl.saliency.fused.refusal import FusedRefusal
 from stepflow_tl.saliency.objectives import Objective
 from stepflow_tl.saliency.reference import hooks_backend

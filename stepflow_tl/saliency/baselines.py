@@ -21,11 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.hook_names import by_heads, resolve_hooks
-from stepflow_tl.hooking import attached
+from stepflow_tl.models.facts import expand_heads
+from stepflow_tl.models.hook_names import by_heads, resolve_hooks
+from stepflow_tl.models.hooking import attached
+from stepflow_tl.models.passes import frozen, model_device
 from stepflow_tl.saliency.objectives import resolve_objective
 from stepflow_tl.saliency.pooling import StepBins
-from stepflow_tl.saliency.reference import frozen, model_device
 from stepflow_tl.trace import ReasoningTrace
 
 BASELINES = ("attention", "value_weighted", "gradient", "rollout")
@@ -93,5 +94,5 @@ def _output_norms(model: Any, layer: int, value: Tensor, n_heads: int) -> Float[
     weight = model.blocks[layer].attn.W_O.detach().float()  # [head, d_head, d_model]
     value = value[0].detach().float()
     value = value.reshape(value.shape[0], -1, weight.shape[1])  # [token, kv_head, d_head]
-    value = value.repeat_interleave(n_heads // value.shape[1], dim=1)
+    value = expand_heads(value, n_heads, dim=1)
     return torch.einsum("thd,hdm->htm", value, weight).norm(dim=-1)

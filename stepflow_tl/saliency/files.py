@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from stepflow_tl.errors import ResultFileError
-from stepflow_tl.result_files import (
+from stepflow_tl.results.files import (
     Schema,
     TensorSpec,
     load_result,
@@ -20,7 +20,7 @@ from stepflow_tl.result_files import (
     save_result,
     whole_numbers,
 )
-from stepflow_tl.saliency.provenance import Provenance
+from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.trace import ReasoningTrace
 
 if TYPE_CHECKING:

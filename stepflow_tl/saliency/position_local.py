@@ -36,8 +36,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.hook_names import LayerHooks, by_heads, delegates_attention, original_attention
-from stepflow_tl.hooking import NamedHook
+from stepflow_tl.models.facts import delegates_attention, expand_heads, score_function
+from stepflow_tl.models.hook_names import LayerHooks, by_heads
+from stepflow_tl.models.hooking import NamedHook
 
 
 class _DiagonalOfScores(torch.autograd.Function):
@@ -155,7 +156,7 @@ class PositionLocalGradients:
                 "objective='per_token' cannot be served here. Use an ordinary objective such as 'response'."
             )
         parts.query = parts.key = None
-        products = (query * expand_heads(key, query.shape[2])).sum(-1)
+        products = (query * expand_heads(key, query.shape[2], dim=2)).sum(-1)
         diagonal_scores = self._score[layer.layer](products).transpose(1, 2).to(attention.dtype)
         identity = _DiagonalOfScores if layer.scores is not None else _DiagonalOfPattern
         return identity.apply(attention, diagonal_scores)  # pyright: ignore[reportReturnType]
@@ -167,7 +168,7 @@ class PositionLocalGradients:
                 f"layer {layer.layer}: {layer.value} or {layer.pattern} did not fire before {layer.z}, so "
                 "objective='per_token' cannot be served here. Use an ordinary objective such as 'response'."
             )
-        value = expand_heads(parts.value, z.shape[2])
+        value = expand_heads(parts.value, z.shape[2], dim=2)
         own = parts.diagonal_pattern[..., None].to(z.dtype) * (value - value.detach()).to(z.dtype)
         parts.value = parts.diagonal_pattern = None
         self.completed.add(layer.layer)
@@ -176,33 +177,3 @@ class PositionLocalGradients:
 
 def _diagonal(pattern: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query"]:
     return torch.diagonal(pattern, dim1=-2, dim2=-1)
-
-
-def expand_heads(
-    tensor: Float[Tensor, "batch pos kv_head d_head"], n_heads: int
-) -> Float[Tensor, "batch pos head d_head"]:
-    """Give each query head its KV head's vector (GQA: consecutive query heads share one)."""
-    repeats, rest = divmod(n_heads, tensor.shape[2])
-    if rest:
-        raise ModelError(f"{n_heads} query heads cannot share {tensor.shape[2]} KV heads evenly")
-    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=2)
-
-
-def score_function(model: Any, layer: int) -> Any:
-    """The map from `q . k` to the pre-softmax score: scale and soft-cap, read off the attention module."""
-    attention = model.blocks[layer].attn
-    inner = original_attention(model, layer)
-    if getattr(inner, "scaling", None) is not None:
-        scale = float(inner.scaling)
-    elif getattr(inner, "accepts_pattern_fn", False):
-        scale = 1 / float(inner.scale)
-    elif getattr(attention, "attn_scale", None) is not None:
-        scale = 1 / float(attention.attn_scale)
-    else:
-        scale = float(model.cfg.d_head) ** -0.5
-    cap = getattr(inner, "attn_logit_softcapping", None)
-    if cap is None and float(getattr(model.cfg, "attn_scores_soft_cap", -1.0) or -1.0) > 0:
-        cap = float(model.cfg.attn_scores_soft_cap)
-    if cap is None:
-        return lambda products: products * scale
-    return lambda products: cap * torch.tanh(products * scale / cap)

@@ -14,8 +14,6 @@ outside (ours run last), and is the oracle of the faster backends. Memory `O(L H
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,8 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.hook_names import LayerHooks, ModelHooks, resolve_hooks
-from stepflow_tl.hooking import attached
+from stepflow_tl.models.hook_names import LayerHooks, ModelHooks, resolve_hooks
+from stepflow_tl.models.hooking import attached
+from stepflow_tl.models.passes import frozen, model_device
 from stepflow_tl.saliency.objectives import Objective
 from stepflow_tl.saliency.pooling import StepBins, pool_tokens, stack_layers
 from stepflow_tl.saliency.position_local import PositionLocalGradients
@@ -119,29 +118,6 @@ class PatternTaps:
             GradientError: If a layer got no gradient, or one that is not finite.
         """
         return stack_layers(self._pooled, self._layers, "pattern")
-
-
-def model_device(model: Any) -> torch.device:
-    """Device where token ids enter the model."""
-    parameter = next(iter(model.parameters()), None)
-    return torch.device(model.cfg.device or "cpu") if parameter is None else parameter.device
-
-
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside; all as before on exit, also by an exception."""
-    live = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    try:
-        for parameter in live:
-            parameter.requires_grad_(False)
-        model.eval()
-        yield
-    finally:
-        for parameter in live:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 def _start_graph(embedding: Tensor, hook: Any, *, leaves: list[Tensor]) -> Tensor:

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.saliency.pooling import Pooling, normalise
-from stepflow_tl.saliency.provenance import Provenance
 from stepflow_tl.trace import ReasoningTrace
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stepflow_tl.interventions.stepflow import StepFlow
-from stepflow_tl.model_facts import check_fit, check_layers, model_facts
+from stepflow_tl.models.facts import check_fit, check_layers, model_facts
+from stepflow_tl.results.provenance import Provenance, package_versions
 from stepflow_tl.saliency.backends import Backend, run_backend
 from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective
-from stepflow_tl.saliency.provenance import Provenance, package_versions
 from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.stepflow.flow import StepFlow
 from stepflow_tl.trace import ReasoningTrace
 
 

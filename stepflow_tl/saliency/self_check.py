@@ -22,8 +22,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.hook_names import hook_counts
-from stepflow_tl.model_facts import is_transformerlens, model_facts
+from stepflow_tl.models.facts import is_transformerlens, model_facts
+from stepflow_tl.models.hook_names import hook_counts
 from stepflow_tl.saliency.backends import backend_function
 from stepflow_tl.saliency.fused.refusal import FusedRefusal
 from stepflow_tl.saliency.objectives import Objective

@@ -25,9 +25,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from stepflow_tl.errors import ProblemError
-from stepflow_tl.segment import Segment
 from stepflow_tl.testbed.problems import Problem
 from stepflow_tl.trace import ReasoningTrace
+from stepflow_tl.trace.steps import Segment
 
 Sources = Literal["premises", "steps", "both", "carried"]
 RowScore = tuple[float, float, float]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.result_files import file_digest
+from stepflow_tl.results.files import file_digest
 
 SHIPPED = Path(__file__).parent / "shipped"
 N_CTX = 1024

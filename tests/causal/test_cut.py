@@ -19,7 +19,7 @@ def test_the_mask_marks_queries_and_keys_and_spares_each_token_itself():
 
 def test_every_layer_and_only_the_chosen_heads_are_cut(tiny_model, tiny_trace, tl_generation):
     from stepflow_tl.causal.cut import EdgeCut, cut_mask
-    from stepflow_tl.hooking import attached
+    from stepflow_tl.models.hooking import attached
 
     model, seen = tiny_model("llama"), {}
     cut = EdgeCut(model, [0, 2], heads=[1])

@@ -138,7 +138,7 @@ def test_a_step_cut_from_itself_keeps_each_token_to_itself(bridges, tiny_trace, 
 def test_the_batch_budget_changes_nothing_but_the_batches(
     batch_tokens, bridges, tiny_trace, monkeypatch, float64_throughout
 ):
-    from stepflow_tl.causal import prefix_cache
+    from stepflow_tl.models import prefix_cache
 
     batches, run = [], prefix_cache._TransformersPrefix.run
 
@@ -156,7 +156,7 @@ def test_the_batch_budget_changes_nothing_but_the_batches(
 
 
 def test_the_shared_prefix_is_not_written_to(bridges, tiny_trace):
-    from stepflow_tl.causal.prefix_cache import fill_prefix
+    from stepflow_tl.models.prefix_cache import fill_prefix
 
     with torch.no_grad():
         prefix, _ = fill_prefix(bridges("gemma2"), tiny_trace.tokens)
@@ -255,7 +255,7 @@ def test_nothing_is_left_behind_even_when_a_pass_fails(method, bridges, tiny_tra
 
 
 def test_a_cache_that_is_not_exact_is_found_out(bridges, tiny_trace, monkeypatch):
-    from stepflow_tl.causal import prefix_cache
+    from stepflow_tl.models import prefix_cache
 
     model = bridges("smollm3")
 

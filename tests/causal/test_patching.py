@@ -22,7 +22,7 @@ def nll_of_step(logits, trace, label):
 def test_the_component_names_are_those_of_transformer_lens():
     import transformer_lens.utilities as utilities
 
-    from stepflow_tl.hook_names import COMPONENTS as NAMES
+    from stepflow_tl.models.hook_names import COMPONENTS as NAMES
 
     assert set(NAMES) == set(COMPONENTS)
     for component, name in NAMES.items():
@@ -161,7 +161,7 @@ def test_the_only_step_that_differs_carries_the_whole_difference_at_the_embeddin
 def test_all_steps_patched_at_layer_0_give_the_other_run(tiny_model, right_trace, wrong_trace, kind):
     from stepflow_tl.causal.alignment import match_steps
     from stepflow_tl.causal.step_edits import step_patch_setter
-    from stepflow_tl.hook_names import component_hook
+    from stepflow_tl.models.hook_names import component_hook
 
     model = tiny_model(kind)
     matches = match_steps(right_trace, wrong_trace, alignment="tokens")
@@ -401,8 +401,8 @@ def test_a_hook_that_never_fires_is_an_error(
     tiny_model, right_trace, wrong_trace, monkeypatch, hooks_untouched, function
 ):
     import stepflow_tl.causal as causal
-    from stepflow_tl import hook_names
     from stepflow_tl.errors import ModelError
+    from stepflow_tl.models import hook_names
 
     monkeypatch.setitem(hook_names.COMPONENTS, "z", "blocks.{layer}.attn.hook_result")
     model = tiny_model()

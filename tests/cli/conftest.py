@@ -24,7 +24,7 @@ def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace
 @pytest.fixture
 def loaded_model(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Any]) -> Any:
     """`load_model` returns a tiny model with a context of 256 tokens, whatever its name."""
-    from stepflow_tl import models
+    from stepflow_tl.models import loading as models
 
     model = tiny_model()
     monkeypatch.setattr(models, "load_model", lambda name, device, dtype: model)

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from stepflow_tl.dataset import worker as command
-from stepflow_tl.dataset.file_names import hashed_stem
-from stepflow_tl.diagnostics import LAYER_METRICS, diagnose
+from stepflow_tl.diagnosis import LAYER_METRICS, diagnose
+from stepflow_tl.runs import worker as command
+from stepflow_tl.runs.file_names import hashed_stem
 from stepflow_tl.saliency import StepSaliency, step_saliency
 from stepflow_tl.trace import ReasoningTrace
 
@@ -396,7 +396,7 @@ def test_what_no_trace_could_survive_stops_the_run_before_it_starts(
 def test_a_model_without_hook_points_stops_the_run(run_cli, write_lines, make_record, tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from stepflow_tl import models
+    from stepflow_tl.models import loading as models
 
     config = SimpleNamespace(n_layers=2, model_name="bare")
     bare = SimpleNamespace(tokenizer=object(), hook_dict={}, hooks=None, blocks=[], cfg=config)

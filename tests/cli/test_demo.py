@@ -14,7 +14,7 @@ FILES = ("txt", "safetensors", "maps.png", "profile.png", "html", "report.html")
 @pytest.fixture
 def tiny_default_model(monkeypatch, tiny_model, tiny_tokenizer):
     """`load_default_model` returns a tiny model whose context holds the written trace, a token a byte."""
-    from stepflow_tl import models
+    from stepflow_tl.models import loading as models
 
     model = tiny_model(n_ctx=2560, d_head=4, d_mlp=16, d_vocab=len(tiny_tokenizer))
     monkeypatch.setattr(models, "load_default_model", lambda: model)
@@ -80,7 +80,7 @@ def test_the_bundled_trace_has_a_dozen_steps_and_its_arithmetic_is_right():
 
 @pytest.mark.slow
 def test_the_real_demo_runs_offline(run_cli, default_model, monkeypatch, tmp_path):
-    from stepflow_tl import models
+    from stepflow_tl.models import loading as models
 
     monkeypatch.setattr(models, "load_default_model", lambda: default_model)
     found = run_cli("demo", "--out", tmp_path, "--thinking-budget", "24", "--answer-budget", "8")

@@ -42,7 +42,7 @@ def test_json_of_the_wrong_kinds_is_no_trace(change, reason):
 
 @pytest.mark.parametrize("data", [[], "x", None, 3])
 def test_json_that_is_no_object_is_no_diagnosis(data):
-    from stepflow_tl.diagnostics import Diagnosis
+    from stepflow_tl.diagnosis import Diagnosis
     from stepflow_tl.errors import ResultFileError
 
     from_json = getattr(Diagnosis.from_json, "__wrapped__", Diagnosis.from_json)
@@ -118,7 +118,7 @@ def gguf(tmp_path):
 def test_the_whole_tiny_gguf_loads(gguf):
     import torch
 
-    from stepflow_tl.gguf_checkpoint import GgufCheckpoint
+    from stepflow_tl.models.gguf import GgufCheckpoint
 
     checkpoint = GgufCheckpoint.open(gguf)
     model = checkpoint.model(torch.float32)
@@ -142,7 +142,7 @@ def test_gguf_metadata_that_does_not_fit_is_a_model_error_early(gguf, old, new, 
     import torch
 
     from stepflow_tl.errors import ModelError
-    from stepflow_tl.gguf_checkpoint import GgufCheckpoint
+    from stepflow_tl.models.gguf import GgufCheckpoint
 
     data = gguf.read_bytes()
     assert data.count(old) == 1
@@ -159,7 +159,7 @@ def test_gguf_metadata_that_does_not_fit_is_a_model_error_early(gguf, old, new, 
 @pytest.mark.parametrize("content", [b"", b"GGUF", None])
 def test_a_gguf_file_that_is_empty_or_missing_is_a_model_error(tmp_path, content):
     from stepflow_tl.errors import ModelError
-    from stepflow_tl.gguf_checkpoint import GgufCheckpoint
+    from stepflow_tl.models.gguf import GgufCheckpoint
 
     path = tmp_path / "m.gguf"
     if content is not None:
@@ -172,7 +172,7 @@ def test_gguf_arrays_nested_without_end_are_a_model_error(tmp_path):
     import struct
 
     from stepflow_tl.errors import ModelError
-    from stepflow_tl.gguf_checkpoint import GgufCheckpoint
+    from stepflow_tl.models.gguf import GgufCheckpoint
 
     nested = struct.pack("<IQ", 9, 1) * 5000
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<I", 9)
@@ -186,7 +186,7 @@ def test_gguf_weights_that_are_not_finite_are_refused(gguf):
     import torch
 
     from stepflow_tl.errors import ModelError
-    from stepflow_tl.gguf_checkpoint import GgufCheckpoint
+    from stepflow_tl.models.gguf import GgufCheckpoint
 
     data = gguf.read_bytes()
     ones = np.ones(32, dtype=np.float32).tobytes()

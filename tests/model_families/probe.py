@@ -86,7 +86,7 @@ def attached_hooks(model: Any) -> int:
 def refusal_of_all_layers(model: Any) -> str:
     """Why the model cannot be mapped in all layers; "" if it can."""
     from stepflow_tl.errors import ModelError
-    from stepflow_tl.hook_names import resolve_hooks
+    from stepflow_tl.models.hook_names import resolve_hooks
 
     try:
         resolve_hooks(model)

@@ -90,7 +90,7 @@ def test_the_table_says_what_is_found(name, page):
 def test_the_page_has_a_row_a_family_and_names_the_versions(page):
     rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert sorted(rows) == sorted(ARCHITECTURES)
-    from stepflow_tl.formats import known_formats
+    from stepflow_tl.trace.formats import known_formats
 
     named = {name for family in ARCHITECTURES.values() for name in family.formats}
     assert named <= set(known_formats())

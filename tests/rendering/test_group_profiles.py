@@ -7,7 +7,7 @@ from made_maps import make_saliency
 
 
 def made_comparison():
-    from stepflow_tl.diagnostics import compare
+    from stepflow_tl.diagnosis import compare
 
     def made(seed):
         sums = torch.rand(8, 2, 9, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -10,7 +10,7 @@ def profile_figure(*args, **kwargs):
 
 
 def diagnosis_of(n_thinking: int, n_summary: int, *, n_layers: int = 12, layers=None, window: int = 0):
-    from stepflow_tl.diagnostics import diagnose
+    from stepflow_tl.diagnosis import diagnose
 
     saliency = make_saliency(n_thinking, n_summary, n_layers=n_layers)
     return diagnose(saliency if layers is None else saliency.select(layers), window=window)

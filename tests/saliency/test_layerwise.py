@@ -47,7 +47,7 @@ def test_the_tail_may_be_cut_into_rows_anywhere(tiny_model, rows, monkeypatch):
 
 
 def test_the_tail_never_makes_more_logits_than_its_rows(tiny_model, monkeypatch):
-    from stepflow_tl.saliency import block_calls
+    from stepflow_tl.models import block_calls
     from stepflow_tl.saliency import layerwise as module
 
     widths = []

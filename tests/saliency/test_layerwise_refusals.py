@@ -168,7 +168,7 @@ class SharingModel(torch.nn.Module):
 
 def test_blocks_that_share_more_than_the_residual_are_refused():
     from stepflow_tl.errors import ModelError
-    from stepflow_tl.saliency.block_calls import record_blocks
+    from stepflow_tl.models.block_calls import record_blocks
 
     with pytest.raises(ModelError, match=r"block 1 receives `shared` from an earlier block"):
         record_blocks(SharingModel(), token_ids()[None])
@@ -176,7 +176,7 @@ def test_blocks_that_share_more_than_the_residual_are_refused():
 
 def test_blocks_that_run_twice_or_never_are_refused():
     from stepflow_tl.errors import ModelError
-    from stepflow_tl.saliency.block_calls import record_blocks
+    from stepflow_tl.models.block_calls import record_blocks
 
     class Looped(SharingModel):
         order = (0, 0, 1)

@@ -19,7 +19,7 @@ def card_rows():
 
 
 def test_results_carry_its_own_name(model):
-    from stepflow_tl.model_facts import model_facts
+    from stepflow_tl.models.facts import model_facts
 
     assert model_facts(model).name == "stepflow-testbed"
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from stepflow_tl.errors import ResultFileError
 from stepflow_tl.rendering.report.payload import report_payload
-from stepflow_tl.result_files import write_atomically
+from stepflow_tl.results.files import write_atomically
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 

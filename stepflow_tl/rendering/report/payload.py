@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepflow_tl import __version__
-from stepflow_tl.bands import deep_band, shallow_band
-from stepflow_tl.diagnostics import Diagnosis, diagnose
-from stepflow_tl.diagnostics.diagnosis import LAYER_METRICS
+from stepflow_tl.diagnosis import Diagnosis, diagnose
+from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
 from stepflow_tl.errors import GradientError, TraceError
+from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.rendering.report.quantise import Bits, QuantisedMaps, quantise
 from stepflow_tl.rendering.scales import DECADES
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.version import __version__
 
 _MOST_BYTES_AT_16_BITS = 4_000_000
 _MOST_BYTES_AT_8_BITS = 16_000_000

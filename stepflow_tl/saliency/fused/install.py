@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepflow_tl.models.passes import replaced_forward
 from stepflow_tl.saliency.fused.refusal import FusedRefusal
 from stepflow_tl.saliency.fused.session import IMPLEMENTATION, FusedSession, activate, deactivate
 
@@ -41,7 +42,6 @@ _LATENT = (
 _JOINT = ("JointQKVPositionEmbeddingsAttentionBridge", "JointQKVAttentionBridge")
 _DELEGATING = "AttentionBridge"
 _LIVE_PROJECTIONS = ("q", "k", "v", "o")
-_MISSING = object()
 
 
 def transformers_model(model: Any) -> Any:
@@ -99,20 +99,6 @@ def installed(model: Any, session: FusedSession) -> Iterator[None]:
         for config in configs:
             stack.enter_context(_switched(config))
         yield
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let calls of `module` run `forward` inside the block."""
-    before = module.__dict__.get("forward", _MISSING)
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is _MISSING:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = before
 
 
 @contextmanager

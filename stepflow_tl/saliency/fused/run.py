@@ -26,13 +26,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stepflow_tl.errors import GradientError
-from stepflow_tl.saliency.fused.install import installed, replaced_forward, transformers_model
+from stepflow_tl.models.passes import frozen, replaced_forward
+from stepflow_tl.saliency.fused.install import installed, transformers_model
 from stepflow_tl.saliency.fused.refusal import FusedRefusal
 from stepflow_tl.saliency.fused.session import FusedSession
 from stepflow_tl.saliency.fused.tiles import StepTiles
 from stepflow_tl.saliency.objectives import Objective
 from stepflow_tl.saliency.pooling import stack_layers
-from stepflow_tl.saliency.reference import frozen
 
 LOGITS_PER_CHUNK = 1 << 24
 

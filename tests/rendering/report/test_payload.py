@@ -98,7 +98,7 @@ def test_fewer_bits_are_said(bits, said, monkeypatch):
 
 def test_a_trace_without_steps_is_refused():
     from stepflow_tl.errors import TraceError
-    from stepflow_tl.saliency.provenance import Provenance
+    from stepflow_tl.results.provenance import Provenance
     from stepflow_tl.saliency.result import StepSaliency
     from stepflow_tl.trace import ReasoningTrace
 

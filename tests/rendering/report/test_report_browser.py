@@ -209,7 +209,7 @@ def test_every_control_has_a_name(saliency, open_report):
 
 def test_profiles_are_diagnose_s_numbers_and_a_click_chooses_the_layer(saliency, open_report):
     from stepflow_tl import diagnose
-    from stepflow_tl.diagnostics.diagnosis import LAYER_METRICS
+    from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
 
     page = open_report(saliency)
     cells = page.evaluate(

@@ -1,0 +1,185 @@
+"""What a trace must fit into: layers, vocabulary, context, dtype and device of a model.
+
+Read from `cfg` of a TransformerLens model, or from `config` of a plain transformers causal LM, which only the
+fused backend serves. Nothing is imported to find out which of the two it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepflow_tl.errors import ModelError
+from stepflow_tl.trace import ReasoningTrace
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts about one model.
+
+    Attributes:
+        name: The model's own name.
+        n_layers: Number of layers.
+        n_vocab: Number of token ids it can embed.
+        n_ctx: Longest sequence, in tokens.
+        dtype: Floating dtype of the weights.
+        device: Device of the weights.
+    """
+
+    name: str
+    n_layers: int
+    n_vocab: int
+    n_ctx: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def is_transformerlens(model: Any) -> bool:
+    """Whether `model` has TransformerLens' hook points."""
+    return hasattr(model, "hook_dict") and hasattr(model, "cfg")
+
+
+def is_bridge(model: Any) -> bool:
+    """Whether `model` is a TransformerBridge: hook points around a transformers model."""
+    return hasattr(model, "original_model")
+
+
+def model_facts(model: Any) -> ModelFacts:
+    """Read the facts of a TransformerLens model or a transformers causal LM.
+
+    Raises:
+        ModelError: If `model` is neither.
+    """
+    parameters = list(model.parameters()) if hasattr(model, "parameters") else []
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+    device = parameters[0].device if parameters else torch.device("cpu")
+    if is_transformerlens(model):
+        cfg = model.cfg
+        return ModelFacts(
+            str(cfg.model_name), int(cfg.n_layers), int(cfg.d_vocab), int(cfg.n_ctx), dtype, device
+        )
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or not hasattr(model, "base_model"):
+        raise ModelError(
+            f"{type(model).__name__} is neither a TransformerLens model (no `hook_dict`) nor a transformers "
+            "causal LM: wrap it with TransformerBridge.boot_transformers(name, hf_model=..., tokenizer=...)."
+        )
+    text = config.get_text_config()  # pyright: ignore[reportOptionalMemberAccess]
+    name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+    n_ctx = int(getattr(text, "max_position_embeddings", 0) or 2**62)
+    return ModelFacts(name, int(text.num_hidden_layers), int(text.vocab_size), n_ctx, dtype, device)
+
+
+def check_fit(facts: ModelFacts, trace: ReasoningTrace) -> None:
+    """Refuse a trace that this model cannot read.
+
+    Raises:
+        ModelError: If a token id is outside the vocabulary, the trace is longer than the context, or it has
+            no step.
+    """
+    outside = ((trace.tokens < 0) | (trace.tokens >= facts.n_vocab)).nonzero()
+    if len(outside):
+        position = int(outside[0])
+        raise ModelError(
+            f"token id {int(trace.tokens[position])} at position {position} is outside the model's "
+            f"vocabulary of {facts.n_vocab}: build the trace with this model's own tokenizer"
+        )
+    if len(trace) > facts.n_ctx:
+        raise ModelError(
+            f"the trace has {len(trace)} tokens, but the model's context holds {facts.n_ctx}: shorten the "
+            "trace, or load the model with a longer context"
+        )
+    if not trace.steps:
+        raise ModelError("the trace has no step, only template tokens: there is nothing to map")
+
+
+def check_layers(facts: ModelFacts, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The chosen layers, all by default.
+
+    Raises:
+        ModelError: If a layer does not exist or is named twice, or there is none.
+    """
+    chosen = tuple(range(facts.n_layers)) if layers is None else tuple(int(layer) for layer in layers)
+    outside = [layer for layer in chosen if not 0 <= layer < facts.n_layers]
+    if outside or not chosen or len(set(chosen)) != len(chosen):
+        problem = f"{outside} are outside it" if outside else "they must be distinct and at least one"
+        raise ModelError(f"layers={list(chosen)}: the model has layers 0..{facts.n_layers - 1}; {problem}")
+    return chosen
+
+
+def check_heads(model: Any, heads: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The chosen query heads; None stands for all.
+
+    Raises:
+        ModelError: If a head does not exist or is named twice, or there is none.
+    """
+    if heads is None:
+        return None
+    n_heads, chosen = int(model.cfg.n_heads), tuple(int(head) for head in heads)
+    outside = [head for head in chosen if not 0 <= head < n_heads]
+    if outside or not chosen or len(set(chosen)) != len(chosen):
+        problem = f"{outside} are outside it" if outside else "they must be distinct and at least one"
+        raise ModelError(f"heads={list(chosen)}: the model has query heads 0..{n_heads - 1}; {problem}")
+    return chosen
+
+
+def expand_heads(tensor: Tensor, n_heads: int, *, dim: int) -> Tensor:
+    """Give each query head its KV head's vector (GQA: consecutive query heads share one).
+
+    Args:
+        tensor: Anything with an axis of KV heads.
+        n_heads: Number of query heads.
+        dim: That axis.
+
+    Raises:
+        ModelError: If the query heads cannot share the KV heads evenly.
+    """
+    repeats, rest = divmod(n_heads, tensor.shape[dim])
+    if rest:
+        raise ModelError(f"{n_heads} query heads cannot share {tensor.shape[dim]} KV heads evenly")
+    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=dim)
+
+
+def original_attention(model: Any, layer: int) -> Any:
+    """The wrapped attention module on a bridge, the attention component itself on a HookedTransformer."""
+    attention = model.blocks[layer].attn
+    return getattr(attention, "original_component", None) or attention
+
+
+def delegates_attention(model: Any, layer: int) -> bool:
+    """Whether a layer leaves attention to the wrapped module, so that edited scores would be discarded."""
+    if not is_bridge(model):
+        return False
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    return type(model.blocks[layer].attn).forward is AttentionBridge.forward
+
+
+def attention_sinks(model: Any, layer: int) -> Any:
+    """The learned logits that join the softmax beside the keys (gpt-oss), `[head]`, or None."""
+    sinks = getattr(original_attention(model, layer), "sinks", None)
+    if not is_bridge(model) and not getattr(model.cfg, "use_attention_sinks", False):
+        return None
+    return sinks
+
+
+def score_function(model: Any, layer: int) -> Any:
+    """The map from `q . k` to the pre-softmax score: scale and soft-cap, read off the attention module."""
+    attention = model.blocks[layer].attn
+    inner = original_attention(model, layer)
+    if getattr(inner, "scaling", None) is not None:
+        scale = float(inner.scaling)
+    elif getattr(inner, "accepts_pattern_fn", False):
+        scale = 1 / float(inner.scale)
+    elif getattr(attention, "attn_scale", None) is not None:
+        scale = 1 / float(attention.attn_scale)
+    else:
+        scale = float(model.cfg.d_head) ** -0.5
+    cap = getattr(inner, "attn_logit_softcapping", None)
+    if cap is None and float(getattr(model.cfg, "attn_scores_soft_cap", -1.0) or -1.0) > 0:
+        cap = float(model.cfg.attn_scores_soft_cap)
+    if cap is None:
+        return lambda products: products * scale
+    return lambda products: cap * torch.tanh(products * scale / cap)

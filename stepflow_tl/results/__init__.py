@@ -1,0 +1,1 @@
+"""What every stored result shares: files, provenance, text tables."""

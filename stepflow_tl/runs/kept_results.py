@@ -1,0 +1,106 @@
+"""Can a result file of an earlier run, a saliency map or a knockout, stand for this trace in this one?
+
+1. No file: no.
+2. A file that is cut off or does not hold together: no, and it is replaced.
+3. A whole result of the same trace, model, objective, layers and dtype: yes.
+4. Anything else at that place (another analysis, another trace, foreign tensors, a later version): an
+   error. To keep it would mix analyses, to replace it would destroy what someone may want.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from stepflow_tl.causal import StepKnockout
+from stepflow_tl.causal.knockout_files import SCHEMA as KNOCKOUT_SCHEMA
+from stepflow_tl.errors import ResultFileError
+from stepflow_tl.results.files import Schema
+from stepflow_tl.saliency import StepSaliency
+from stepflow_tl.saliency.files import SCHEMA as SALIENCY_SCHEMA
+from stepflow_tl.trace import ReasoningTrace
+
+Result = TypeVar("Result", StepSaliency, StepKnockout)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What must agree between a kept result and this run; names and values as in `Provenance`."""
+
+    model_name: str
+    objective: str
+    dtype: str
+    layers: tuple[int, ...]
+
+
+def kept_result(path: Path, trace: ReasoningTrace, settings: Settings) -> StepSaliency | None:
+    """The result at `path`, or None if there is none.
+
+    Raises:
+        DamagedResultError: If the file is damaged: analyse again.
+        ResultFileError: If the file is whole but something else: leave it alone.
+    """
+    return _kept(path, trace, settings, StepSaliency.load, SALIENCY_SCHEMA)
+
+
+def kept_knockout(path: Path, trace: ReasoningTrace, settings: Settings) -> StepKnockout | None:
+    """The knockout at `path`, or None if there is none; `objective` is the name in its provenance.
+
+    Raises:
+        DamagedResultError: If the file is damaged: measure again.
+        ResultFileError: If the file is whole but something else: leave it alone.
+    """
+    return _kept(path, trace, settings, StepKnockout.load, KNOCKOUT_SCHEMA)
+
+
+def _kept(
+    path: Path, trace: ReasoningTrace, settings: Settings, load: Callable[[Path], Result], schema: Schema
+) -> Result | None:
+    if not path.exists():
+        return None
+    try:
+        result = load(path)
+    except ResultFileError as error:
+        if _is_whole_but_foreign(path, schema):
+            raise ResultFileError(f"{error}. It was left alone: choose another --out") from error
+        raise DamagedResultError(str(error)) from error
+    provenance = result.provenance
+    found = Settings(provenance.model_name, provenance.objective, provenance.dtype, result.layers)
+    for name in ("model_name", "objective", "dtype", "layers"):
+        if getattr(found, name) != getattr(settings, name):
+            raise ResultFileError(
+                f"{path} is kept from an analysis with {name} {_show(getattr(found, name))}, this one has "
+                f"{_show(getattr(settings, name))}: choose another --out, or replace it with --overwrite"
+            )
+    if result.trace != trace:
+        raise ResultFileError(
+            f"{path} is kept from another trace (text, format or splitter differ): choose another --out, "
+            "or replace it with --overwrite"
+        )
+    return result
+
+
+class DamagedResultError(ResultFileError):
+    """A result file that nobody can want: cut off, or not holding together."""
+
+
+def _is_whole_but_foreign(path: Path, schema: Schema) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return False
+    if schema.name not in metadata:
+        return True
+    try:
+        version = json.loads(metadata[schema.name])["version"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return isinstance(version, int) and version > schema.version
+
+
+def _show(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,1 @@
+"""Effect sizes, intervals and tests over groups and pairs of traces."""

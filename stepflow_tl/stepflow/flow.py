@@ -1,0 +1,343 @@
+"""StepFlow: both interventions on a model, over a finished trace or while it generates.
+
+1. Bands: the bridge acts in the shallow quarter of the layers, momentum in the deep quarter (`bands`), or in
+   the layers given.
+2. Each shallow layer gets `bridge_hook` at its scores, or `bridge_pattern_hook` where only the pattern can be
+   edited; each deep layer gets `capture_values_hook` at its values and `momentum_hook` at z. A half whose
+   strength is 0 attaches nothing.
+3. `hooks` gives them for passes over given traces, `generating` keeps them on a model while it decodes. Hook
+   points are named by their own names, never an alias, so that compatibility mode runs each hook once.
+
+Controls of matched size come with it (`placebo`): a random region in place of the bridge, a random direction
+in place of the momentum; everything else, tau and norm included, is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from stepflow_tl.errors import ModelError
+from stepflow_tl.models.bands import deep_band, shallow_band
+from stepflow_tl.models.facts import attention_sinks, delegates_attention
+from stepflow_tl.models.hook_names import (
+    LayerHooks,
+    by_heads,
+    resolve_hooks,
+)
+from stepflow_tl.models.hooking import NamedHook, attached
+from stepflow_tl.stepflow.bridge import bridge_hook, bridge_pattern_hook, check_bridge
+from stepflow_tl.stepflow.momentum import capture_values_hook, momentum_hook
+from stepflow_tl.stepflow.report import FlowReport
+from stepflow_tl.stepflow.state import BOUNDARIES, GRANULARITIES, Boundaries, FlowState, Granularity
+from stepflow_tl.stepflow.streaming import TokenStream, following
+from stepflow_tl.trace import ReasoningTrace
+from stepflow_tl.trace.splitting.token_stream import TokenTracker
+
+Placebo = Literal["bridge", "momentum", "both"]
+
+
+class FlowHooks(list[NamedHook]):
+    """TransformerLens `fwd_hooks` pairs, with a count of what they did."""
+
+    def __init__(self, pairs: Sequence[NamedHook], report: FlowReport) -> None:
+        """Pairs, and the report they write to."""
+        super().__init__(pairs)
+        self._report = report
+
+    def report(self) -> FlowReport:
+        """What the hooks have done so far."""
+        return self._report
+
+
+class FlowRun:
+    """A model under StepFlow, while it generates and afterwards.
+
+    Attributes:
+        stream: The tokens followed so far.
+    """
+
+    def __init__(self, stream: TokenStream, report: FlowReport) -> None:
+        """A run that reads `stream` and writes to `report`."""
+        self.stream, self._report = stream, report
+
+    def report(self) -> FlowReport:
+        """What has been done so far."""
+        return self._report
+
+
+@dataclass(frozen=True)
+class StepFlow:
+    """The repair of the paper: Odds-Equal Bridge in shallow layers, Step Momentum Injection in deep ones.
+
+    Args:
+        tau_max: Highest floor of the bridge's attention mass; 0 turns the bridge off.
+        alpha: Size of the injections; 0 turns momentum off.
+        shallow: Layers of the bridge; the bottom quarter by default.
+        deep: Layers of momentum; the top quarter by default.
+        granularity: "segment" (the paper) or "step": what the bridge leads from and to, see
+            `interventions.state`.
+        max_bridge_share: Highest part of the movable mass that the bridge may be raised to.
+        window: Momentum averages only the last so many tokens of the step before; None: all of them.
+        boundaries: Which new steps get momentum, see `interventions.momentum`.
+        heads: Heads to act on: all (None), the same ones in every layer, or a mapping from layer to heads
+            (layers that it does not name are left alone).
+        placebo: Which half is replaced by its control: "bridge", "momentum" or "both".
+        seed: Seed of the controls.
+
+    Raises:
+        ValueError: If an argument is out of range; the message says what was expected.
+    """
+
+    tau_max: float | int = 0.15
+    alpha: float | int = 0.06
+    shallow: Sequence[int] | None = None
+    deep: Sequence[int] | None = None
+    granularity: Granularity | str = "segment"
+    max_bridge_share: float | int = 0.9
+    window: int | None = None
+    boundaries: Boundaries | str = "response"
+    heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None
+    placebo: Placebo | str | None = None
+    seed: int = 0
+    _latest: list[FlowReport] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse values without a meaning."""
+        check_bridge(self.tau_max, self.max_bridge_share)
+        if not abs(self.alpha) < float("inf"):
+            raise ValueError(f"alpha is {self.alpha}: expected a finite number")
+        if self.window is not None and self.window < 1:
+            raise ValueError(
+                f"window is {self.window}: expected at least 1 token, or None for the whole step"
+            )
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                choices = ", ".join(map(repr, known))
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {choices}")
+        for name in ("shallow", "deep"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def bands(self, model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Layers of the bridge and of momentum on this `model`.
+
+        Raises:
+            ModelError: If a layer does not exist.
+        """
+        n_layers = int(model.cfg.n_layers)
+        shallow = tuple(shallow_band(n_layers) if self.shallow is None else self.shallow)
+        deep = tuple(deep_band(n_layers) if self.deep is None else self.deep)
+        outside = sorted({layer for layer in shallow + deep if not 0 <= layer < n_layers})
+        if outside:
+            raise ModelError(f"layers {outside} do not exist: the model has layers 0..{n_layers - 1}")
+        return shallow if self.tau_max else (), deep if self.alpha else ()
+
+    def hooks(
+        self,
+        model: Any,
+        trace: ReasoningTrace | Sequence[ReasoningTrace],
+        *,
+        detach_values: bool = False,
+        padding_side: Literal["left", "right"] = "left",
+    ) -> FlowHooks:
+        """Hooks for forward passes over exactly the tokens of `trace`.
+
+        Args:
+            model: A TransformerLens model.
+            trace: One trace, or one a row of the batch, padded to the longest.
+            detach_values: Let the values that momentum carries to later steps pass no gradient back. For
+                `objective="per_token"` this is exact: what a row does reaches its own loss only along its own
+                position, and momentum leads to later positions only.
+            padding_side: Where a batch of traces is padded.
+
+        Returns:
+            `fwd_hooks` for `model.hooks`, `run_with_hooks` and the like, with a `report()`.
+
+        Raises:
+            ModelError: If a layer or hook point is missing or cannot be edited.
+        """
+        traces = [trace] if isinstance(trace, ReasoningTrace) else list(trace)
+        state = FlowState.from_traces(traces, padding_side)
+        report = self._new_report(model)
+        return FlowHooks(self._pairs(model, state, report, detach_values), report)
+
+    @contextmanager
+    def generating(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        format: Any = "auto",
+        splitter: Any = None,
+        summary_splitter: Any = None,
+        question_splitter: Any = None,
+    ) -> Iterator[FlowRun]:
+        """Keep StepFlow on `model` for the time of the context, whatever runs it.
+
+        Works around `generate` of TransformerBridge and HookedTransformer, `hf_generate`, and passes made by
+        hand, with or without a KV cache, for batches, and for several sequences in turn.
+
+        Args:
+            model: A TransformerLens model.
+            tokenizer: The model's own by default.
+            format: Name of the reasoning format, a `ReasoningFormat`, or "auto" for the tokenizer's own.
+            splitter: Cuts thinking into steps; default: paragraphs.
+            summary_splitter: Cuts the summary; default: like thinking.
+            question_splitter: Cuts the question; default: one step.
+
+        Yields:
+            The run, with a `report()`.
+
+        Raises:
+            ModelError: If the model has no tokenizer, or a hook point is missing; inside the context, if
+                passes cannot be followed (beam search, a preallocated cache, a prefix that ran outside).
+            FormatError: If the format is unknown.
+        """
+        from stepflow_tl.trace.formats.detection import resolve_format
+
+        tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+        if tokenizer is None:
+            raise ModelError(
+                "the model has no tokenizer, which StepFlow needs to find steps: pass tokenizer=..."
+            )
+        entry = resolve_format(tokenizer, format)
+        splitters = (splitter, summary_splitter, question_splitter)
+        stream = TokenStream(lambda: TokenTracker(tokenizer, entry, *splitters))
+        report = self._new_report(model)
+        pairs = self._pairs(model, stream.state, report, detach_values=False)
+        if not pairs:
+            yield FlowRun(stream, report)
+            return
+        with following(model, stream), attached(model, last=pairs):
+            yield FlowRun(stream, report)
+
+    def report(self) -> FlowReport:
+        """What was done since the latest call of `hooks` or `generating`.
+
+        Raises:
+            ValueError: If there was none.
+        """
+        if not self._latest:
+            raise ValueError("nothing to report: this StepFlow has made no hooks yet")
+        return self._latest[-1]
+
+    def _new_report(self, model: Any) -> FlowReport:
+        self._latest[:] = [FlowReport(*self.bands(model))]
+        return self._latest[-1]
+
+    def _pairs(
+        self, model: Any, state: FlowState, report: FlowReport, detach_values: bool
+    ) -> list[NamedHook]:
+        resolved = resolve_hooks(model, sorted({*report.shallow, *report.deep})).layers
+        hooks = {layer_hooks.layer: layer_hooks for layer_hooks in resolved}
+        pairs: list[NamedHook] = []
+        for layer in report.shallow:
+            heads = self._heads_of(layer)
+            if heads is None or len(heads):
+                pairs.append(self._bridge(model, hooks[layer], state, report, heads))
+        for layer in report.deep:
+            heads = self._heads_of(layer)
+            if heads is None or len(heads):
+                pairs += self._momentum(model, hooks[layer], state, report, heads, detach_values)
+        return pairs
+
+    def _heads_of(self, layer: int) -> Sequence[int] | None:
+        return self.heads.get(layer, ()) if isinstance(self.heads, Mapping) else self.heads
+
+    def _bridge(
+        self, model: Any, hooks: LayerHooks, state: FlowState, report: FlowReport, heads: Sequence[int] | None
+    ) -> NamedHook:
+        options = dict(
+            state=state,
+            tau_max=self.tau_max,
+            max_bridge_share=self.max_bridge_share,
+            granularity=self.granularity,
+            heads=heads,
+            placebo_seed=self.seed if self.placebo in ("bridge", "both") else None,
+            report=report,
+        )
+        refuse_delegated(model, hooks)
+        if hooks.scores is None:
+            return hooks.pattern, partial(bridge_pattern_hook, **options)
+        return hooks.scores, partial(bridge_hook, sinks=attention_sinks(model, hooks.layer), **options)
+
+    def _momentum(
+        self,
+        model: Any,
+        hooks: LayerHooks,
+        state: FlowState,
+        report: FlowReport,
+        heads: Sequence[int] | None,
+        detach_values: bool,
+    ) -> list[NamedHook]:
+        if hooks.value is None or hooks.z is None:
+            raise ModelError(
+                f"layer {hooks.layer} has no hook point for its values or its z, which momentum needs: leave "
+                "the layer out with deep=[...], or use alpha=0 for the bridge alone"
+            )
+        inject = partial(
+            momentum_hook,
+            state=state,
+            alpha=self.alpha,
+            window=self.window,
+            boundaries=self.boundaries,  # pyright: ignore[reportArgumentType]  # checked when made
+            heads=heads,
+            placebo_seed=self.seed if self.placebo in ("momentum", "both") else None,
+            report=report,
+        )
+        capture = partial(capture_values_hook, state=state, detach=detach_values)
+        pairs = ((hooks.value, capture), (hooks.z, inject))
+        return [(name, by_heads(model, name, function)) for name, function in pairs]
+
+
+_CHOICES = {
+    "granularity": GRANULARITIES,
+    "boundaries": BOUNDARIES,
+    "placebo": (None, "bridge", "momentum", "both"),
+}
+
+
+FwdHooks = Sequence[NamedHook] | Callable[[ReasoningTrace], Sequence[NamedHook]]
+"""Hooks that stay on for a whole measurement: (name, hook) pairs, or a function from the trace to them."""
+
+
+def standing_hooks(
+    model: Any,
+    trace: ReasoningTrace,
+    *,
+    stepflow: StepFlow | None = None,
+    fwd_hooks: FwdHooks = (),
+    detach_values: bool = False,
+) -> list[NamedHook]:
+    """The hooks under which a pass over `trace` is measured: the caller's own, then those of StepFlow.
+
+    Args:
+        model: A TransformerLens model.
+        trace: The trace that the pass runs over.
+        stepflow: A repair to measure under.
+        fwd_hooks: The caller's hooks.
+        detach_values: As in `StepFlow.hooks`.
+
+    Raises:
+        ModelError: As `StepFlow.hooks`.
+    """
+    own = list(fwd_hooks(trace) if callable(fwd_hooks) else fwd_hooks)
+    return own if stepflow is None else own + stepflow.hooks(model, trace, detach_values=detach_values)
+
+
+def refuse_delegated(model: Any, hooks: LayerHooks) -> None:
+    """Refuse a layer whose attention is computed by the wrapped module, where an edit would be discarded.
+
+    Raises:
+        ModelError: If neither scores nor pattern are live.
+    """
+    if hooks.scores is not None and delegates_attention(model, hooks.layer):
+        raise ModelError(
+            f"layer {hooks.layer}: {type(model.blocks[hooks.layer].attn).__name__} leaves attention to the "
+            "wrapped module, so an edit of its scores would be discarded. Leave the layer out with "
+            "shallow=[...], or use tau_max=0 for momentum alone."
+        )

@@ -1,0 +1,260 @@
+"""Building a `ReasoningTrace`: from parts, from a transcript's text, from its tokens.
+
+All three do the same: get token ids and the text piece of each (`decoding`), run the step tracker over the
+pieces (`segmentation.stream`), and lay down what it said. They differ in who knows the segments: for parts,
+the character spans of the parts themselves (their text is never searched for markers); for transcripts, the
+format's markers.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepflow_tl.errors import FormatError, TraceError
+from stepflow_tl.trace.decoding import TextPiece, decode_tokens, encode_text
+from stepflow_tl.trace.formats.detection import chat_template, resolve_format
+from stepflow_tl.trace.formats.prompt import render_parts
+from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
+from stepflow_tl.trace.formats.scanner import FormatScanner, Scanner, SpanScanner
+from stepflow_tl.trace.reasoning_trace import CausalLabels, ReasoningTrace, Step
+from stepflow_tl.trace.splitting.stream import StepTracker
+from stepflow_tl.trace.steps import Segment
+
+Splitters = tuple[Any, Any, Any]  # of thinking, summary, question
+
+
+def build_from_parts(
+    tokenizer: Any,
+    question: str,
+    thinking: str,
+    summary: str,
+    format: Any,
+    splitters: Splitters,
+    system: str | None,
+) -> ReasoningTrace:
+    """Write the parts the way the model would have seen and said them, and cut at the seams.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+        question: The user's text.
+        thinking: The model's thinking; may be empty.
+        summary: The visible answer; empty for thinking that is not finished (no end marker is written then).
+        format: Name, `ReasoningFormat`, or None for the chat template's own; `plain` where there is none.
+        splitters: Splitters of thinking, summary and question; None for the defaults.
+        system: System prompt, or None for the template's own.
+
+    Raises:
+        TraceError: A part is no string, the question is empty, or thinking and summary both are.
+        FormatError: The format is unknown, or the chat template cannot be filled.
+    """
+    for name, part in (("question", question), ("thinking", thinking), ("summary", summary)):
+        if not isinstance(part, str):
+            raise TraceError(f"{name} must be a string, got {type(part).__name__}; pass '' for an empty one.")
+    if not question.strip():
+        raise TraceError("The question is empty; pass the user's text. For text without one use from_text.")
+    if not thinking.strip() and not summary.strip():
+        raise TraceError("thinking and summary are both empty; a trace needs at least one of them.")
+    if format is None and chat_template(tokenizer) is None:
+        format = "plain"  # markers in the vocabulary do not tell how to write a prompt
+    entry = resolve_format(tokenizer, format)
+    text, spans = render_parts(tokenizer, entry, question, thinking, summary, system)
+    ids, pieces = encode_text(tokenizer, text)
+    return _assemble(ids, pieces, "", text, SpanScanner(spans), splitters, entry)
+
+
+def build_from_text(
+    tokenizer: Any, text: str, format: Any, question: str | None, splitters: Splitters
+) -> ReasoningTrace:
+    """Read a full transcript, markers and all, as it would be decoded without hiding special tokens.
+
+    Args:
+        tokenizer: A fast transformers tokenizer; the text is tokenised once, and nothing is added to it.
+        text: The transcript.
+        format: Name, `ReasoningFormat`, or "auto" for the tokenizer's own.
+        question: With `plain` only: the beginning of the text that is the question. Without it all is
+            thinking.
+        splitters: Splitters of thinking, summary and question; None for the defaults.
+
+    Raises:
+        TraceError: The text is empty, or does not begin with the question.
+        FormatError: The format is unknown, or the text has not the markers it demands.
+    """
+    if not isinstance(text, str) or not text:
+        raise TraceError(f"The text of a trace must be a string that is not empty, got {text!r}.")
+    entry = resolve_format(tokenizer, format)
+    scanner: Scanner = FormatScanner(entry)
+    if question is not None:
+        if entry.name != "plain":
+            raise TraceError(
+                f"question= goes with format='plain' only; the markers of {entry.name!r} say where it is."
+            )
+        bos = next((f for f in entry.fillers if text.startswith(f)), "")
+        if not question or not text.startswith(question, len(bos)):
+            raise TraceError(
+                f"The text must begin with the question {question[:40]!r}; it begins with {text[:40]!r}."
+            )
+        end = len(bos) + len(question)
+        scanner = SpanScanner(
+            [(len(bos), Segment.TEMPLATE), (end, Segment.QUESTION), (len(text), Segment.THINKING)]
+        )
+    ids, pieces = encode_text(tokenizer, text)
+    trace = _assemble(ids, pieces, "", text, scanner, splitters, entry)
+    _check_demands(scanner, entry, trace)
+    return trace
+
+
+def build_from_tokens(
+    tokenizer: Any, ids: Tensor | Iterable[int], format: Any, splitters: Splitters
+) -> ReasoningTrace:
+    """Read the token ids of a full transcript, prompt and response together.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        ids: Token ids: any iterable of integers, or a tensor `[token]` or `[1, token]`.
+        format: Name, `ReasoningFormat`, or "auto" for the tokenizer's own.
+        splitters: Splitters of thinking, summary and question; None for the defaults.
+
+    Raises:
+        TraceError: There is no token, or an id is outside the vocabulary.
+        FormatError: The format is unknown, or the text has not the markers it demands.
+    """
+    token_ids = _checked_ids(tokenizer, ids)
+    entry = resolve_format(tokenizer, format)
+    scanner = FormatScanner(entry)
+    pieces, rest = decode_tokens(tokenizer, token_ids)
+    text = "".join(piece.text for piece in pieces) + rest
+    trace = _assemble(token_ids, pieces, rest, text, scanner, splitters, entry)
+    _check_demands(scanner, entry, trace)
+    return trace
+
+
+def _checked_ids(tokenizer: Any, ids: Tensor | Iterable[int]) -> list[int]:
+    if isinstance(ids, Tensor):
+        if ids.ndim == 2 and ids.shape[0] == 1:
+            ids = ids[0]
+        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TraceError(
+                f"Token ids must be an integer tensor [token] or [1, token], got {ids.dtype} of shape "
+                f"{tuple(ids.shape)}; pass one row of a batch at a time."
+            )
+        ids = ids.tolist()
+    ids = list(ids)
+    if not ids:
+        raise TraceError("There are no token ids; a trace needs at least one token.")
+    size = len(tokenizer)
+    if any(
+        isinstance(i, int) and i >= size for i in ids
+    ):  # vocabularies with gaps have ids beyond their size
+        size = max(size, 1 + max(tokenizer.get_vocab().values()))
+    for position, token_id in enumerate(ids):
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise TraceError(f"Token ids must be integers, got {token_id!r} at position {position}.")
+        if not 0 <= token_id < size:
+            raise TraceError(
+                f"Token id {token_id} at position {position} is outside the vocabulary of {size} tokens; "
+                "are the ids from another model's tokenizer?"
+            )
+    return ids
+
+
+def _check_demands(scanner: Scanner, entry: ReasoningFormat, trace: ReasoningTrace) -> None:
+    """Refuse a transcript that has not the markers its format demands."""
+    if not isinstance(scanner, FormatScanner):
+        return
+    start = " or ".join(map(repr, entry.thinking_starts))
+    end = " or ".join(map(repr, entry.thinking_ends or entry.answer_starts))
+    if entry.thinking_required and not scanner.saw_thinking_marker:
+        raise FormatError(
+            f"No thinking marker in the text: format {entry.name!r} demands {start} or {end} in the "
+            "assistant's "
+            "turn. Pass the full transcript with its markers, use ReasoningTrace.from_parts, or pass "
+            "format='plain'."
+        )
+    if scanner.stray_thinking_end:
+        raise FormatError(
+            f"{end} without {start} before it in an assistant's turn of format {entry.name!r}. Put {start} "
+            "where the thinking starts, or pass a format whose turns open as thinking ('qwq', 'deepseek-r1')."
+        )
+    if not trace.steps:
+        turns = ", ".join(map(repr, entry.user_turns + entry.assistant_turns)) or "text"
+        raise FormatError(
+            f"No question, thinking or answer in the text: format {entry.name!r} expects turns that begin "
+            f"with {turns}. Pass the full transcript, or format='plain' for text without markers."
+        )
+
+
+def _assemble(
+    ids: list[int],
+    pieces: list[TextPiece],
+    rest: str,
+    text: str,
+    scanner: Scanner,
+    splitters: Splitters,
+    entry: ReasoningFormat,
+) -> ReasoningTrace:
+    """Run the tracker over the pieces and lay its labels down."""
+    tracker = StepTracker(scanner, *splitters, keep_log=True)
+    segments, steps, provisional, resolved = [], [], [], []
+    for piece in pieces:
+        label = tracker.push(piece)
+        for changed, is_template in ((label.settled, False), (label.relabelled, True)):
+            for token in range(*changed):
+                resolved[token] = label.token
+                if is_template:
+                    segments[token], steps[token] = Segment.TEMPLATE, -1
+        segments.append(label.segment)
+        steps.append(label.step)
+        provisional.append((label.segment, label.step))
+        resolved.append(label.token if label.is_final else len(pieces))
+    tracker.finish(rest)
+    edges = [0]
+    for piece in pieces:
+        edges.append(edges[-1] + len(piece.text))
+    edges[-1] = len(text)
+    return ReasoningTrace(
+        tokens=_as_tensor(ids),
+        text=text,
+        token_char_spans=torch.tensor(list(zip(edges, edges[1:], strict=False)), dtype=torch.int64),
+        segment_ids=_as_tensor(segments),
+        step_ids=_as_tensor(steps),
+        steps=_steps(tracker, steps, text),
+        format=entry.name,
+        causal=CausalLabels(
+            _as_tensor(s for s, _ in provisional), _as_tensor(i for _, i in provisional), _as_tensor(resolved)
+        ),
+    )
+
+
+def _steps(tracker: StepTracker, step_ids: list[int], text: str) -> tuple[Step, ...]:
+    """The steps that own tokens; a step that owns none merges into the step before it, else into TEMPLATE."""
+    assert tracker.log is not None
+    spans: dict[int, list[int]] = {}
+    segments: dict[int, Segment] = {}
+    current: int | None = None
+    ends = [start.char for start in tracker.log[1:]] + [len(text)]
+    for start, end in zip(tracker.log, ends, strict=True):
+        if start.segment == Segment.TEMPLATE:
+            current = None
+        elif start.step is not None:
+            current = start.step
+            spans[current], segments[current] = [start.char, end], start.segment
+        elif current is not None and segments[current] == start.segment:
+            spans[current][1] = end
+    first = {step: token for token, step in reversed(list(enumerate(step_ids)))}
+    last = {step: token for token, step in enumerate(step_ids)}
+    totals = {segment: sum(s == segment for s in segments.values()) for segment in Segment}
+    counts = dict.fromkeys(Segment, 0)
+    steps = []
+    for index in sorted(spans):
+        segment, (a, b) = segments[index], spans[index]
+        counts[segment] += 1
+        is_only_question = segment == Segment.QUESTION and totals[segment] == 1
+        label = segment.name[0] + ("" if is_only_question else str(counts[segment]))
+        steps.append(Step(index, segment, label, first[index], last[index] + 1, a, b, text[a:b]))
+    return tuple(steps)
+
+
+def _as_tensor(values: Iterable[int]) -> Tensor:
+    return torch.tensor([int(value) for value in values], dtype=torch.int64)

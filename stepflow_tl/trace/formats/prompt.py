@@ -1,0 +1,160 @@
+"""Writing a trace's parts as one text: the chat template around the question, markers around the rest.
+
+1. Render the chat template for the user's turn with the generation prompt, once with the question and once
+   with a sentinel in its place. What the renderings share before and after is the frame; what stands between
+   is the question as the template wrote it (some strip it).
+2. If the prompt ends with a thinking-start marker, thinking follows at once; otherwise `thinking_open` comes
+   first. Some templates close thinking in the prompt unless they are told otherwise (DeepSeek-V3.1, Gemma-4):
+   then the prompt is rendered again with thinking switched on, if there is any, and left as it is if not.
+3. Thinking; and, where there is a summary, `thinking_close`, summary and `turn_close`.
+
+The white space with which `thinking_close` begins counts as thinking, as it would to a scanner: white space
+belongs to the step before it.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from stepflow_tl.errors import FormatError
+from stepflow_tl.trace.formats.detection import chat_template
+from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
+from stepflow_tl.trace.steps import WHITE_SPACE, Segment
+
+# Templates have no common name for the switch; one that does not know it ignores it.
+_THINKING_ON = {"enable_thinking": True, "thinking": True}
+_SENTINEL = "stepflowQuestionSlot"
+Spans = list[tuple[int, Segment]]
+
+
+def render_parts(
+    tokenizer: Any, entry: ReasoningFormat, question: str, thinking: str, summary: str, system: str | None
+) -> tuple[str, Spans]:
+    """The whole text, and the (end, segment) spans that tile it.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        entry: The reasoning format.
+        question: The user's text.
+        thinking: May be empty.
+        summary: Empty for thinking that is not finished.
+        system: System prompt, or None.
+
+    Raises:
+        FormatError: The chat template refuses the messages, drops the question, or is missing where the
+            format has markers.
+    """
+    before, asked, after = _prompt(tokenizer, entry, question, system)
+    is_closed = _ends_with(after, entry.thinking_ends)
+    if is_closed and thinking:
+        before, asked, after = _prompt(tokenizer, entry, question, system, _THINKING_ON)
+        if _ends_with(after, entry.thinking_ends):
+            raise FormatError(
+                f"The chat template closes thinking in its prompt (it ends with {after[-30:]!r}), with "
+                "enable_thinking=True and thinking=True as well. Pass thinking='', or the transcript to "
+                "ReasoningTrace.from_text."
+            )
+        is_closed = False
+    parts: list[tuple[str, Segment]] = [
+        (before, Segment.TEMPLATE),
+        (asked, Segment.QUESTION),
+        (after, Segment.TEMPLATE),
+    ]
+    is_open = _ends_with(after, entry.thinking_starts)
+    if is_closed:
+        pass  # the prompt has said that there is no thinking
+    elif thinking or is_open or entry.marks_empty_thinking:
+        close = entry.thinking_close if summary else ""
+        space = close[: len(close) - len(close.lstrip(WHITE_SPACE))]
+        parts += [
+            ("" if is_open else entry.thinking_open, Segment.TEMPLATE),
+            (thinking + space, Segment.THINKING),
+            (close[len(space) :], Segment.TEMPLATE),
+        ]
+    else:
+        parts.append((entry.answer_open, Segment.TEMPLATE))
+    if summary:
+        parts += [(summary, Segment.SUMMARY), (entry.turn_close, Segment.TEMPLATE)]
+    text, spans = "", []
+    for part, segment in parts:
+        text += part
+        spans.append((len(text), segment))
+    return text, spans
+
+
+def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str) -> str:
+    """The prompt that asks a model to think about a question: the chat template, up to where it may begin.
+
+    Thinking is switched on where the template closes it unless told otherwise, as in `render_parts`; a
+    template that closes it all the same is taken as it is.
+
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        entry: The reasoning format.
+        question: The user's text.
+
+    Raises:
+        FormatError: The chat template refuses the message.
+    """
+    rendered = _render(tokenizer, question, None, {})
+    if _ends_with(rendered, entry.thinking_ends):
+        return _render(tokenizer, question, None, _THINKING_ON)
+    return rendered
+
+
+def _ends_with(text: str, markers: tuple[str, ...]) -> bool:
+    """White space apart, in the text and at the end of a marker."""
+    return text.rstrip(WHITE_SPACE).endswith(tuple(m.rstrip(WHITE_SPACE) for m in markers))
+
+
+def _prompt(
+    tokenizer: Any,
+    entry: ReasoningFormat,
+    question: str,
+    system: str | None,
+    switches: Mapping[str, bool] = MappingProxyType({}),
+) -> tuple[str, str, str]:
+    """The prompt before the question, the question as it stands there, and the prompt after it."""
+    if entry.name == "plain" or chat_template(tokenizer) is None:
+        if entry.user_turns:
+            raise FormatError(
+                f"The tokenizer has no chat template, so a prompt of format {entry.name!r} cannot be "
+                "written. Set "
+                "tokenizer.chat_template, pass format='plain', or give the whole transcript to from_text."
+            )
+        bos = getattr(tokenizer, "bos_token", None) or ""
+        return bos + (f"{system}\n\n" if system else ""), question + "\n\n", ""
+    rendered = _render(tokenizer, question, system, switches)
+    frame = _render(tokenizer, _SENTINEL, system, switches)
+    slot = frame.find(_SENTINEL)
+    if slot >= 0:
+        before, after = frame[:slot], frame[slot + len(_SENTINEL) :]
+        if (
+            rendered.startswith(before)
+            and rendered.endswith(after)
+            and len(rendered) > len(before) + len(after)
+        ):
+            return before, rendered[len(before) : len(rendered) - len(after)], after
+    for wanted in (question, question.strip()):  # a template whose frame depends on the question
+        slot = rendered.rfind(wanted)
+        if slot >= 0:
+            return rendered[:slot], wanted, rendered[slot + len(wanted) :]
+    raise FormatError(
+        f"The chat template does not contain the question {question[:40]!r} when rendered, so its place is "
+        "unknown. "
+        "Write the transcript yourself and pass it to ReasoningTrace.from_text."
+    )
+
+
+def _render(tokenizer: Any, question: str, system: str | None, switches: Mapping[str, bool]) -> str:
+    messages = [{"role": "user", "content": question}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
+    except Exception as error:  # a Jinja template may raise anything
+        raise FormatError(
+            f"The chat template refused {'a system and a' if system is not None else 'a'} user message: "
+            f"{error}. "
+            "Leave system= out, or pass the transcript to ReasoningTrace.from_text."
+        ) from error

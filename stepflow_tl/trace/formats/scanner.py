@@ -1,0 +1,303 @@
+"""The marker scanner: characters in, the segment of each character out, as soon as it is certain.
+
+One character at a time:
+
+1. The character joins the held text. Held text is what may still grow into an active marker.
+2. While the held text is no beginning of an active marker, its first character is released as content of the
+   current place, and the rest is looked at again.
+3. Held text that equals a marker is released as TEMPLATE and moves the scanner to the marker's place. If a
+   longer marker begins with this one the scanner keeps watching for it; when it completes, its place wins.
+
+So each character is released exactly once, in order, at most one marker length late, and its segment depends
+on no character after its release. Time per character and memory: O(longest marker). `SpanScanner` is the same
+interface for text whose segments are known beforehand.
+"""
+
+from collections.abc import Iterable
+from copy import copy
+from functools import lru_cache
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from stepflow_tl.errors import TraceError
+from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
+from stepflow_tl.trace.steps import WHITE_SPACE, Segment
+
+
+class Released(NamedTuple):
+    """A character whose segment is now certain. `run` counts the stretches between markers."""
+
+    char: str
+    segment: Segment
+    run: int
+
+
+@runtime_checkable
+class Scanner(Protocol):
+    """What the step tracker asks of a scanner."""
+
+    def feed(self, char: str) -> list[Released]:
+        """Take one character; return the characters released by it, in text order."""
+        ...
+
+    def feed_fragment(self) -> list[Released]:
+        """Learn that the next character is not ASCII; return the characters this releases."""
+        ...
+
+    def finish(self) -> list[Released]:
+        """Learn that the text ends here; return whatever is still held."""
+        ...
+
+    @property
+    def held(self) -> str:
+        """The characters taken but not released."""
+        ...
+
+    @property
+    def place(self) -> tuple[Segment, int]:
+        """Segment and run that the next character has unless it turns out to be a marker's."""
+        ...
+
+    def clone(self) -> "Scanner":
+        """An independent copy."""
+        ...
+
+
+_USER, _ASSISTANT, _OTHER, _END, _THINK, _ANSWER, _CONTENT, _FILLER = range(8)
+
+
+@lru_cache(maxsize=64)
+def _actions(entry: ReasoningFormat) -> tuple[tuple[str, int], ...]:
+    groups = (
+        (entry.user_turns, _USER),
+        (entry.assistant_turns, _ASSISTANT),
+        (entry.other_turns, _OTHER),
+        (entry.turn_ends, _END),
+        (entry.thinking_starts, _THINK),
+        (entry.thinking_ends + entry.answer_starts, _ANSWER),
+        ((entry.content_start,) if entry.content_start else (), _CONTENT),
+        (entry.fillers, _FILLER),
+    )
+    actions: dict[str, int] = {}
+    for markers, action in groups:
+        for marker in markers:
+            actions.setdefault(marker, action)
+    return tuple(actions.items())
+
+
+@lru_cache(maxsize=64)
+def _first_characters(entry: ReasoningFormat) -> frozenset[str]:
+    return frozenset(marker[0] for marker in entry.markers)
+
+
+class FormatScanner:
+    """Finite-state machine over the markers of one `ReasoningFormat`.
+
+    Args:
+        entry: The format to follow.
+    """
+
+    def __init__(self, entry: ReasoningFormat) -> None:
+        """Start before any turn."""
+        self.entry = entry
+        self._segment = Segment.TEMPLATE
+        self._run = 0
+        self._held = ""
+        self._spent = 0  # leading characters of the held text that were released with a shorter marker
+        self._at_start = True  # only fillers and white space so far
+        self._in_assistant = False
+        self._in_header = False  # a turn is announced, its content has not opened (gpt-oss)
+        self._announced = Segment.TEMPLATE
+        self._run_is_empty = True  # no content in this run yet, white space apart
+        self._turn_has_answer = False  # thinking was closed in this turn
+        #: Facts about the whole text, for the check that a format's demands are met.
+        self.saw_assistant = False
+        self.saw_thinking_marker = False
+        self.stray_thinking_end = False
+        if not entry.assistant_turns:  # a format without turns is one long response
+            self._in_assistant = self.saw_assistant = True
+            self._segment = entry.opens_as
+
+    @property
+    def held(self) -> str:
+        """The characters taken but not released."""
+        return self._held[self._spent :]
+
+    @property
+    def place(self) -> tuple[Segment, int]:
+        """Segment and run that the next character has unless it turns out to be a marker's."""
+        return self._segment, self._run
+
+    def clone(self) -> "FormatScanner":
+        """An independent copy; all state is immutable values."""
+        return copy(self)
+
+    def feed(self, char: str) -> list[Released]:
+        """Take one character; return the characters released by it, in text order."""
+        if not self._held and char not in _first_characters(self.entry):  # the common case, made fast
+            if char not in WHITE_SPACE:
+                self._run_is_empty = self._at_start = False
+            return [Released(char, self._segment, self._run)]
+        released: list[Released] = []
+        self._held += char
+        while self._held:
+            if self._continues(self._held):
+                action = self._complete(self._held)
+                if action is not None:
+                    released += [Released(c, Segment.TEMPLATE, self._run) for c in self.held]
+                    self._apply(action)
+                    self._spent = len(self._held)
+                    if not self._continues(self._held, longer=True):
+                        self._held, self._spent = "", 0
+                break
+            self._drop_first(released)
+        return released
+
+    def feed_fragment(self) -> list[Released]:
+        """Learn that the next character is not ASCII; return the characters this releases."""
+        released: list[Released] = []
+        while self._held and not any(
+            marker.startswith(self._held) and ord(marker[len(self._held)]) > 127
+            for marker, action in _actions(self.entry)
+            if len(marker) > len(self._held) and self._is_active(action)
+        ):
+            self._drop_first(released)
+        return released
+
+    def finish(self) -> list[Released]:
+        """Learn that the text ends here; return whatever is still held."""
+        released: list[Released] = []
+        while self._held:
+            self._drop_first(released)
+        return released
+
+    def _drop_first(self, released: list[Released]) -> None:
+        if self._spent:  # a shorter marker was taken already; what follows it starts afresh
+            self._held, self._spent = self._held[self._spent :], 0
+            return
+        char, self._held = self._held[0], self._held[1:]
+        if char not in WHITE_SPACE:
+            self._run_is_empty = self._at_start = False
+        released.append(Released(char, self._segment, self._run))
+
+    def _continues(self, text: str, longer: bool = False) -> bool:
+        # After a shorter marker was applied only its longer forms may follow, all of them turn markers or
+        # fillers.
+        return any(
+            marker.startswith(text) and (not longer or len(marker) > len(text)) and self._is_active(action)
+            for marker, action in _actions(self.entry)
+        )
+
+    def _complete(self, text: str) -> int | None:
+        for marker, action in _actions(self.entry):
+            if marker == text and len(text) > self._spent and self._is_active(action):
+                return action
+        return None
+
+    def _is_active(self, action: int) -> bool:
+        if action == _CONTENT:
+            return self._in_header
+        if action == _THINK:
+            if self._at_start:
+                return True
+            if self.entry.content_start:
+                return self._in_header and self._in_assistant
+            # In thinking that has begun, or in an answer after thinking, "<think>" is only talked about.
+            in_first_answer = self._segment == Segment.SUMMARY and not self._turn_has_answer
+            return self._in_assistant and (self._run_is_empty or in_first_answer)
+        if action == _ANSWER:
+            if self.entry.content_start:
+                return self._at_start or (self._in_header and self._in_assistant)
+            # In an answer after thinking "</think>" is only talked about; in one without, it is out of place.
+            is_expected = self._segment == Segment.THINKING or self._run_is_empty
+            return self._in_assistant and (is_expected or not self._turn_has_answer)
+        return True
+
+    def _apply(self, action: int) -> None:
+        entry = self.entry
+        if action == _FILLER:
+            self._move(self._segment)
+            return
+        self._at_start = False
+        if action == _CONTENT:
+            self._in_header = False
+            self._move(self._announced)
+        elif action in (_USER, _ASSISTANT, _OTHER):
+            self._in_assistant = action == _ASSISTANT
+            self._turn_has_answer = False
+            self.saw_assistant |= self._in_assistant
+            opens = {_USER: Segment.QUESTION, _ASSISTANT: entry.opens_as, _OTHER: Segment.TEMPLATE}[action]
+            self._open(opens)
+        elif action == _END:
+            self._in_assistant = self._in_header = False
+            self._move(Segment.TEMPLATE)
+        elif action == _THINK:
+            self.saw_thinking_marker = self._in_assistant = self.saw_assistant = True
+            self._open(Segment.THINKING)
+        else:
+            is_expected = self._segment == Segment.THINKING or self._run_is_empty or entry.content_start
+            self.stray_thinking_end |= not is_expected
+            self.saw_thinking_marker = self._turn_has_answer = self._in_assistant = self.saw_assistant = True
+            self._open(Segment.SUMMARY)
+
+    def _open(self, segment: Segment) -> None:
+        if self.entry.content_start:
+            self._announced, self._in_header = segment, True
+            self._move(Segment.TEMPLATE)
+        else:
+            self._move(segment)
+
+    def _move(self, segment: Segment) -> None:
+        self._segment = segment
+        self._run += 1
+        self._run_is_empty = True
+
+
+class SpanScanner:
+    """Segments known beforehand: character spans instead of markers, so hostile text is never parsed.
+
+    Args:
+        spans: (end, segment) pairs in text order, tiling the text; characters past the last span are
+        TEMPLATE.
+
+    Raises:
+        TraceError: The ends decrease.
+    """
+
+    def __init__(self, spans: Iterable[tuple[int, Segment]]) -> None:
+        """Start at the first character."""
+        self.spans = tuple((end, segment) for end, segment in spans)
+        if any(a[0] > b[0] for a, b in zip(self.spans, self.spans[1:], strict=False)):
+            raise TraceError(f"The ends of segment spans must not decrease, got {self.spans}.")
+        self._position = 0
+        self._run = 0
+
+    @property
+    def held(self) -> str:
+        """Nothing is ever held."""
+        return ""
+
+    @property
+    def place(self) -> tuple[Segment, int]:
+        """Segment and run of the next character."""
+        while self._run < len(self.spans) and self.spans[self._run][0] <= self._position:
+            self._run += 1
+        segment = self.spans[self._run][1] if self._run < len(self.spans) else Segment.TEMPLATE
+        return segment, self._run
+
+    def feed(self, char: str) -> list[Released]:
+        """Release the character at once."""
+        segment, run = self.place
+        self._position += 1
+        return [Released(char, segment, run)]
+
+    def feed_fragment(self) -> list[Released]:
+        """Nothing is held, so nothing is released."""
+        return []
+
+    def finish(self) -> list[Released]:
+        """Nothing is held, so nothing is released."""
+        return []
+
+    def clone(self) -> "SpanScanner":
+        """An independent copy."""
+        return copy(self)

@@ -1,0 +1,221 @@
+"""Step splitters: where one reasoning step ends and the next begins, decided without looking ahead.
+
+A splitter is a recipe; `stream()` gives a fresh streaming twin that is fed the characters of one segment and
+says of each whether it begins a new step. The answer uses that character and earlier ones only. `split(text)`
+runs the same twin over a finished text, so the two can never disagree.
+
+Rules that hold for every splitter:
+
+1. White space (`segment.WHITE_SPACE`) belongs to the step before it: a step never begins with white space.
+   White space before the first step of a text stays with that first step in `split`, and with what precedes
+   it in a trace.
+2. `"".join(splitter.split(text)) == text`, always.
+3. The first character that is not white space begins the first step.
+"""
+
+import re
+from collections.abc import Callable
+from copy import copy
+from typing import Protocol, runtime_checkable
+
+from stepflow_tl.errors import TraceError
+from stepflow_tl.trace.steps import WHITE_SPACE
+
+
+@runtime_checkable
+class StepStream(Protocol):
+    """The streaming twin of a splitter."""
+
+    def feed(self, char: str) -> bool:
+        """Take the next character; say whether it begins a new step. White space never does."""
+        ...
+
+    def clone(self) -> "StepStream":
+        """An independent copy (beams and batches fork)."""
+        ...
+
+
+@runtime_checkable
+class StepSplitter(Protocol):
+    """A recipe for cutting a segment into steps."""
+
+    def stream(self) -> StepStream:
+        """A fresh streaming twin."""
+        ...
+
+    def split(self, text: str) -> list[str]:
+        """Cut a finished text; the pieces join to it."""
+        ...
+
+
+class Splitter:
+    """Base of the splitters here: `split` runs the streaming twin."""
+
+    def stream(self) -> StepStream:
+        """A fresh streaming twin."""
+        raise NotImplementedError
+
+    def split(self, text: str) -> list[str]:
+        """Cut a finished text into steps.
+
+        Args:
+            text: Any text.
+
+        Returns:
+            The steps; they join to `text`. An empty text has none.
+        """
+        if not text:
+            return []
+        stream, starts = self.stream(), [0]
+        first = len(text) - len(text.lstrip(WHITE_SPACE))
+        for position in range(first, len(text)):
+            if stream.feed(text[position]) and position > first:
+                starts.append(position)
+        return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+
+
+class CopyableStream:
+    """A streaming twin whose state is immutable values, so that a shallow copy is a clone."""
+
+    def clone(self):
+        """An independent copy."""
+        return copy(self)
+
+
+class _WholeStream(CopyableStream):
+    def feed(self, char: str) -> bool:
+        return False
+
+
+class WholeSplitter(Splitter):
+    """Everything is one step; the default for questions."""
+
+    def stream(self) -> StepStream:
+        """A twin that never begins a second step."""
+        return _WholeStream()
+
+
+class _NewlineStream(CopyableStream):
+    def __init__(self, newlines: int) -> None:
+        self.needed, self.seen = newlines, 0
+
+    def feed(self, char: str) -> bool:
+        if char in WHITE_SPACE:
+            self.seen += char == "\n"
+            return False
+        begins, self.seen = self.seen >= self.needed, 0
+        return begins
+
+
+class ParagraphSplitter(Splitter):
+    r"""A blank line separates steps. It may hold white space, and lines may end in `\r\n`."""
+
+    def stream(self) -> StepStream:
+        """A twin that counts the newlines of the white space it is in."""
+        return _NewlineStream(2)
+
+
+class LineSplitter(Splitter):
+    """Every line that is not blank is a step."""
+
+    def stream(self) -> StepStream:
+        """A twin that counts the newlines of the white space it is in."""
+        return _NewlineStream(1)
+
+
+class _RegexStream(CopyableStream):
+    def __init__(self, ends: "re.Pattern[str]", window: int) -> None:
+        self.ends, self.window = ends, window
+        self.text, self.ended = "", False
+
+    def feed(self, char: str) -> bool:
+        begins = self.ended and char not in WHITE_SPACE
+        self.text = char if begins else (self.text + char)[-self.window :]
+        self.ended = (self.ended and not begins) or self.ends.search(self.text) is not None
+        return begins
+
+
+class RegexSplitter(Splitter):
+    r"""A step ends wherever the pattern matches a stretch that ends there.
+
+    After each character the text of the current step so far is searched for a match that ends exactly with
+    it. If there is one, the step is over: white space still belongs to it, and the next other character
+    begins a new step. So the pattern marks the *end* of a step (`r"[.;]\s"`, `r"\n---\n"`, `r"Wait,"`), a
+    match may not reach back into the step before, and of two matches that begin at the same place the shorter
+    one ends the step.
+
+    Args:
+        pattern: A regular expression (string or compiled). Look-ahead is refused: the characters it asks for
+            are not there yet. `$` and `\b` see the text end after each character.
+        max_match: Longest stretch, in characters, in which a match is looked for. Cost per character is of
+            this order.
+
+    Raises:
+        TraceError: The pattern does not compile, looks ahead, or matches the empty string.
+    """
+
+    def __init__(self, pattern: "str | re.Pattern[str]", max_match: int = 128) -> None:
+        """Compile the pattern and refuse what cannot be followed causally."""
+        source = pattern if isinstance(pattern, str) else pattern.pattern
+        flags = 0 if isinstance(pattern, str) else pattern.flags
+        try:
+            # A greedy match must be able to give way, so that "ends here" is asked of every way to match.
+            self.ends = re.compile(rf"(?:{source})\Z", flags)
+            is_empty = re.compile(source, flags).fullmatch("") is not None
+        except re.error as error:
+            raise TraceError(
+                f"The splitter pattern {source!r} is not a regular expression: {error}."
+            ) from error
+        if re.search(r"(?<!\\)(?:\\\\)*\(\?[=!]", source):
+            raise TraceError(
+                f"The splitter pattern {source!r} looks ahead, which a causal splitter cannot; "
+                "match the end of a step instead, for example r'[.;]\\s'."
+            )
+        if is_empty:
+            raise TraceError(
+                f"The splitter pattern {source!r} matches the empty string, so every character would begin "
+                "a step; "
+                "use + instead of *."
+            )
+        if max_match < 1:
+            raise TraceError(f"max_match must be at least 1, got {max_match}.")
+        self.max_match = max_match
+
+    def stream(self) -> StepStream:
+        """A twin that searches the last `max_match` characters of the current step."""
+        return _RegexStream(self.ends, self.max_match)
+
+
+class _CallableStream(CopyableStream):
+    def __init__(self, begins_step: Callable[[str], bool]) -> None:
+        self.begins_step, self.text, self.due = begins_step, "", False
+
+    def feed(self, char: str) -> bool:
+        due = self.due or bool(self.text and self.begins_step(self.text + char))
+        begins = due and char not in WHITE_SPACE
+        self.text, self.due = (char if begins else self.text + char), due and not begins
+        return begins
+
+
+class CallableSplitter(Splitter):
+    """A function decides.
+
+    Args:
+        begins_step: Gets the text of the current step so far, its last character being the new one; returns
+            whether that character begins a new step. A yes on white space is kept for the next other
+            character. It must be a pure function. It is called once a character, so a step of n characters
+            costs n calls on texts up to n.
+
+    Raises:
+        TraceError: `begins_step` is not callable.
+    """
+
+    def __init__(self, begins_step: Callable[[str], bool]) -> None:
+        """Refuse what cannot be called."""
+        if not callable(begins_step):
+            raise TraceError(f"CallableSplitter needs a function from str to bool, got {begins_step!r}.")
+        self.begins_step = begins_step
+
+    def stream(self) -> StepStream:
+        """A twin that remembers the current step's text."""
+        return _CallableStream(self.begins_step)
