@@ -1,16 +1,17 @@
 """Matching: from two groups, the pairs of members that are alike in what must not differ.
 
-Shares of a map depend on how many steps and tokens a trace has, and right answers tend to be shorter. Comparing
-all right traces with all wrong ones then compares lengths as well. Matched pairs do not:
+Shares of a map depend on how many steps and tokens a trace has, and right answers tend to be shorter.
+Comparing all right traces with all wrong ones then compares lengths as well. Matched pairs do not:
 
 1. Two members may be paired if they differ by no more than the caliper in every covariate.
-2. Of all ways to form such pairs, one with the most pairs is taken, and among those one with the smallest sum of
-   squared differences, each in units of its caliper (an assignment problem, solved exactly by scipy).
+2. Of all ways to form such pairs, one with the most pairs is taken, and among those one with the smallest sum
+   of squared differences, each in units of its caliper (an assignment problem, solved exactly by scipy).
 3. Balance is stated before and after: per covariate, the difference of the means over the pooled standard
-   deviation (the standardised mean difference; below 0.1 counts as balanced).
+   deviation (the standardised mean difference). What is left is at most the caliper, and can all point one
+   way: a narrower caliper leaves less and drops more.
 
-Matching on what is measured balances nothing that is not: difficulty above all. Answers to one question, right
-and wrong, are the comparison that rules difficulty out.
+Matching on what is measured balances nothing that is not: difficulty above all. Answers to one question,
+right and wrong, are the comparison that rules difficulty out.
 
 Cost: O(n m) memory and, in the worst case, O(n m min(n, m)) time; a second for two groups of a thousand.
 """
@@ -62,8 +63,8 @@ def match_groups(
         calipers: Largest difference allowed in each covariate, in its own unit.
 
     Raises:
-        ValueError: If covariates and calipers differ in number, a caliper is not positive, a group is empty, or
-            a covariate is not finite.
+        ValueError: If covariates and calipers differ in number, a caliper is not positive, a group is empty,
+            or a covariate is not finite.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -79,7 +80,7 @@ def match_groups(
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         raise ValueError("a covariate is not finite: leave such members out")
     gaps = np.abs(first[:, None, :] - second[None, :, :]) / widths
-    allowed = (gaps <= 1 + 1e-12).all(axis=2)  # a difference of exactly the caliper counts as inside
+    allowed = np.all(gaps <= 1 + 1e-12, axis=2)  # a difference of exactly the caliper counts as inside
     cost = (gaps**2).sum(axis=2)
     # More than all allowed pairs together can cost: so one more pair is always worth it.
     forbidden = len(widths) * (min(allowed.shape) + 1.0)

@@ -46,12 +46,13 @@ def test_no_other_pairing_has_more_pairs_or_closer_ones(first, second):
     assert found.n_dropped == (len(first) - n_pairs, len(second) - n_pairs)
 
 
-def test_a_difference_in_length_is_gone_after_matching():
+def test_a_difference_in_length_is_at_most_the_caliper_after_matching():
     rng = np.random.default_rng(0)
     tokens = [np.log(rng.normal(mean, 40, 300).clip(50)) for mean in (200, 240)]
-    found = match_groups(*(column[:, None] for column in tokens), [np.log(1.05)])
-    assert found.imbalance_before[0] < -0.8 and abs(found.imbalance[0]) < 0.1
-    assert 100 < len(found.pairs) < 300
+    wide, narrow = (match_groups(*(c[:, None] for c in tokens), [np.log(ratio)]) for ratio in (1.05, 1.005))
+    assert wide.imbalance_before[0] < -0.8
+    assert abs(narrow.imbalance[0]) < 0.05 < abs(wide.imbalance[0]) < 0.4
+    assert 100 < len(narrow.pairs) < len(wide.pairs) < 300
 
 
 def test_groups_without_anything_in_common_give_no_pair():
