@@ -6,7 +6,8 @@ from trace_material import TEMPLATES, family_tokenizer
 
 from stepflow_tl.errors import FormatError, TraceError
 from stepflow_tl.trace import ReasoningTrace, Segment
-from stepflow_tl.trace.formats import get_format
+from stepflow_tl.trace.formats import get_format, resolve_format
+from stepflow_tl.trace.formats.chat_template import question_prompt
 from stepflow_tl.trace.splitting import RegexSplitter
 
 FAMILIES = list(TEMPLATES)
@@ -78,9 +79,6 @@ def test_thinking_that_the_prompt_closes_is_switched_on():
 )
 def test_a_model_is_asked_to_think(family, end):
     """What is generated from begins where thinking may begin, whatever the template's default."""
-    from stepflow_tl.trace.formats.detection import resolve_format
-    from stepflow_tl.trace.formats.prompt import question_prompt
-
     tokenizer = family_tokenizer(family)
     prompt = question_prompt(tokenizer, resolve_format(tokenizer, "auto"), "Hi")
     assert "Hi" in prompt and prompt.endswith(end)

@@ -110,11 +110,10 @@ class FormatScanner:
         self._run_is_empty = True  # no content in this run yet, white space apart
         self._turn_has_answer = False  # thinking was closed in this turn
         #: Facts about the whole text, for the check that a format's demands are met.
-        self.saw_assistant = False
         self.saw_thinking_marker = False
         self.stray_thinking_end = False
         if not entry.assistant_turns:  # a format without turns is one long response
-            self._in_assistant = self.saw_assistant = True
+            self._in_assistant = True
             self._segment = entry.opens_as
 
     @property
@@ -224,19 +223,18 @@ class FormatScanner:
         elif action in (_USER, _ASSISTANT, _OTHER):
             self._in_assistant = action == _ASSISTANT
             self._turn_has_answer = False
-            self.saw_assistant |= self._in_assistant
             opens = {_USER: Segment.QUESTION, _ASSISTANT: entry.opens_as, _OTHER: Segment.TEMPLATE}[action]
             self._open(opens)
         elif action == _END:
             self._in_assistant = self._in_header = False
             self._move(Segment.TEMPLATE)
         elif action == _THINK:
-            self.saw_thinking_marker = self._in_assistant = self.saw_assistant = True
+            self.saw_thinking_marker = self._in_assistant = True
             self._open(Segment.THINKING)
         else:
             is_expected = self._segment == Segment.THINKING or self._run_is_empty or entry.content_start
             self.stray_thinking_end |= not is_expected
-            self.saw_thinking_marker = self._turn_has_answer = self._in_assistant = self.saw_assistant = True
+            self.saw_thinking_marker = self._turn_has_answer = self._in_assistant = True
             self._open(Segment.SUMMARY)
 
     def _open(self, segment: Segment) -> None:
@@ -256,8 +254,7 @@ class SpanScanner:
     """Segments known beforehand: character spans instead of markers, so hostile text is never parsed.
 
     Args:
-        spans: (end, segment) pairs in text order, tiling the text; characters past the last span are
-        TEMPLATE.
+        spans: (end, segment) in text order, tiling the text; characters past the last span are TEMPLATE.
 
     Raises:
         TraceError: The ends decrease.

@@ -6,7 +6,7 @@ runs the same twin over a finished text, so the two can never disagree.
 
 Rules that hold for every splitter:
 
-1. White space (`segment.WHITE_SPACE`) belongs to the step before it: a step never begins with white space.
+1. White space (`steps.WHITE_SPACE`) belongs to the step before it: a step never begins with white space.
    White space before the first step of a text stays with that first step in `split`, and with what precedes
    it in a trace.
 2. `"".join(splitter.split(text)) == text`, always.
@@ -16,9 +16,10 @@ Rules that hold for every splitter:
 import re
 from collections.abc import Callable
 from copy import copy
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from stepflow_tl.errors import TraceError
+from stepflow_tl.trace.splitting.sentences import SentenceStream
 from stepflow_tl.trace.steps import WHITE_SPACE
 
 
@@ -123,6 +124,17 @@ class LineSplitter(Splitter):
         return _NewlineStream(1)
 
 
+class SentenceSplitter(Splitter):
+    """A sentence is a step; never cut inside a decimal, an abbreviation, LaTeX or code.
+
+    The rules are in `stepflow_tl.trace.splitting.sentences`.
+    """
+
+    def stream(self) -> StepStream:
+        """A twin whose state is a few dozen characters."""
+        return SentenceStream()
+
+
 class _RegexStream(CopyableStream):
     def __init__(self, ends: "re.Pattern[str]", window: int) -> None:
         self.ends, self.window = ends, window
@@ -174,8 +186,7 @@ class RegexSplitter(Splitter):
         if is_empty:
             raise TraceError(
                 f"The splitter pattern {source!r} matches the empty string, so every character would begin "
-                "a step; "
-                "use + instead of *."
+                "a step; use + instead of *."
             )
         if max_match < 1:
             raise TraceError(f"max_match must be at least 1, got {max_match}.")
@@ -219,3 +230,80 @@ class CallableSplitter(Splitter):
     def stream(self) -> StepStream:
         """A twin that remembers the current step's text."""
         return _CallableStream(self.begins_step)
+
+
+class _MinimumLengthStream(CopyableStream):
+    def __init__(self, stream: StepStream, min_chars: int) -> None:
+        self.inner, self.min_chars, self.length = stream, min_chars, 0
+
+    def feed(self, char: str) -> bool:
+        begins = self.inner.feed(char) and self.length >= self.min_chars
+        self.length = 1 if begins else self.length + 1
+        return begins
+
+    def clone(self) -> "_MinimumLengthStream":
+        twin = copy(self)
+        twin.inner = self.inner.clone()
+        return twin
+
+
+class MinimumLength(Splitter):
+    """Merge a short piece into the step that follows it.
+
+    A boundary is passed over while the current step has fewer than `min_chars` characters, its trailing white
+    space included. A short last piece stays a step: when it began, nobody could know that it would be short.
+
+    Args:
+        splitter: The splitter whose boundaries are thinned, or its name.
+        min_chars: Fewest characters of a step, the last one excepted.
+
+    Raises:
+        TraceError: `min_chars` is below 1, or the splitter is unknown.
+    """
+
+    def __init__(self, splitter: "StepSplitter | str", min_chars: int) -> None:
+        """Refuse a minimum that could change nothing."""
+        if min_chars < 1:
+            raise TraceError(
+                f"min_chars must be at least 1, got {min_chars}; leave the wrapper out for no minimum."
+            )
+        self.splitter, self.min_chars = resolve_splitter(splitter), min_chars
+
+    def stream(self) -> StepStream:
+        """A twin that counts the current step's characters around the inner twin."""
+        return _MinimumLengthStream(self.splitter.stream(), self.min_chars)
+
+
+_NAMED = {
+    "paragraph": ParagraphSplitter,
+    "line": LineSplitter,
+    "sentence": SentenceSplitter,
+    "whole": WholeSplitter,
+}
+
+
+def resolve_splitter(splitter: Any, default: str = "paragraph") -> StepSplitter:
+    """The splitter meant by a name, a splitter or None.
+
+    Args:
+        splitter: "paragraph", "line", "sentence", "whole", any `StepSplitter`, or None.
+        default: What None stands for.
+
+    Raises:
+        TraceError: Neither a known name nor a splitter.
+    """
+    if splitter is None:
+        splitter = default
+    if isinstance(splitter, str):
+        if splitter not in _NAMED:
+            raise TraceError(
+                f"Unknown splitter {splitter!r}; known names are {', '.join(_NAMED)}. Pass one of them or a "
+                "splitter such as RegexSplitter(r'[.;]\\s')."
+            )
+        return _NAMED[splitter]()
+    if isinstance(splitter, type) or not isinstance(splitter, StepSplitter):
+        raise TraceError(
+            f"A splitter must be a name ({', '.join(_NAMED)}) or an object with stream() and split(), "
+            f"got {splitter!r}. Wrap a function in CallableSplitter."
+        )
+    return splitter
