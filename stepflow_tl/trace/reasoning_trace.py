@@ -268,8 +268,8 @@ class ReasoningTrace:
     ) -> "ReasoningTrace":
         """A trace from the token ids of a full transcript, prompt and response together.
 
-        `ids` is any iterable of integers, or a tensor `[token]` or `[1, token]`. Other arguments as in
-        `from_text`; the tokenizer need not be a fast one.
+        `ids` is any iterable of integers, or a tensor `[token]` or `[1, token]`. The tokenizer need not be a
+        fast one, and format "auto" is its own. Other arguments as in `from_parts`.
 
         Raises:
             TraceError: There is no token, an id is outside the vocabulary, or a splitter is unknown.

@@ -6,8 +6,7 @@ from trace_material import TEMPLATES, family_tokenizer
 
 from stepflow_tl.errors import FormatError, TraceError
 from stepflow_tl.trace import ReasoningTrace, Segment
-from stepflow_tl.trace.formats import get_format, resolve_format
-from stepflow_tl.trace.formats.chat_template import question_prompt
+from stepflow_tl.trace.formats import get_format
 from stepflow_tl.trace.splitting import RegexSplitter
 
 FAMILIES = list(TEMPLATES)
@@ -72,16 +71,6 @@ def test_thinking_that_the_prompt_closes_is_switched_on():
     silent = ReasoningTrace.from_parts(tokenizer, "Hi", "", "Yo")
     assert silent.text.endswith("<|turn>model\n<|channel>thought\n<channel|>Yo<turn|>")
     assert contents(silent) == [("Q", "Hi"), ("S1", "Yo")]
-
-
-@pytest.mark.parametrize(
-    ("family", "end"), [("gemma-4", "<|turn>model\n"), ("qwen3", "<|im_start|>assistant\n")]
-)
-def test_a_model_is_asked_to_think(family, end):
-    """What is generated from begins where thinking may begin, whatever the template's default."""
-    tokenizer = family_tokenizer(family)
-    prompt = question_prompt(tokenizer, resolve_format(tokenizer, "auto"), "Hi")
-    assert "Hi" in prompt and prompt.endswith(end)
 
 
 def test_thinking_that_cannot_be_switched_on_is_refused():

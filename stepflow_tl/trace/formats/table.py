@@ -294,6 +294,5 @@ def register_format(entry: ReasoningFormat) -> ReasoningFormat:
 
 def formats_by_priority() -> tuple[ReasoningFormat, ...]:
     """All formats in the order detection tries them: the user's latest first, then the built-in ones."""
-    built_in = [entry for entry in BUILT_IN if _TABLE.get(entry.name) is entry]
-    added = [entry for entry in _TABLE.values() if entry not in built_in]
-    return tuple(reversed(added)) + tuple(built_in)
+    added = list(_TABLE.values())[len(BUILT_IN) :]
+    return (*reversed(added), *BUILT_IN)

@@ -32,8 +32,8 @@ class StepStream(Protocol):
         ...
 
     def clone(self) -> "StepStream":
-        """An independent copy (beams and batches fork)."""
-        ...
+        """An independent copy (beams and batches fork); a shallow one, so state must be immutable values."""
+        return copy(self)
 
 
 @runtime_checkable
@@ -45,19 +45,7 @@ class StepSplitter(Protocol):
         ...
 
     def split(self, text: str) -> list[str]:
-        """Cut a finished text; the pieces join to it."""
-        ...
-
-
-class Splitter:
-    """Base of the splitters here: `split` runs the streaming twin."""
-
-    def stream(self) -> StepStream:
-        """A fresh streaming twin."""
-        raise NotImplementedError
-
-    def split(self, text: str) -> list[str]:
-        """Cut a finished text into steps.
+        """Cut a finished text into steps, by the streaming twin.
 
         Args:
             text: Any text.
@@ -75,20 +63,12 @@ class Splitter:
         return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
-class CopyableStream:
-    """A streaming twin whose state is immutable values, so that a shallow copy is a clone."""
-
-    def clone(self):
-        """An independent copy."""
-        return copy(self)
-
-
-class _WholeStream(CopyableStream):
+class _WholeStream(StepStream):
     def feed(self, char: str) -> bool:
         return False
 
 
-class WholeSplitter(Splitter):
+class WholeSplitter(StepSplitter):
     """Everything is one step; the default for questions."""
 
     def stream(self) -> StepStream:
@@ -96,7 +76,7 @@ class WholeSplitter(Splitter):
         return _WholeStream()
 
 
-class _NewlineStream(CopyableStream):
+class _NewlineStream(StepStream):
     def __init__(self, newlines: int) -> None:
         self.needed, self.seen = newlines, 0
 
@@ -108,7 +88,7 @@ class _NewlineStream(CopyableStream):
         return begins
 
 
-class ParagraphSplitter(Splitter):
+class ParagraphSplitter(StepSplitter):
     r"""A blank line separates steps. It may hold white space, and lines may end in `\r\n`."""
 
     def stream(self) -> StepStream:
@@ -116,7 +96,7 @@ class ParagraphSplitter(Splitter):
         return _NewlineStream(2)
 
 
-class LineSplitter(Splitter):
+class LineSplitter(StepSplitter):
     """Every line that is not blank is a step."""
 
     def stream(self) -> StepStream:
@@ -124,7 +104,7 @@ class LineSplitter(Splitter):
         return _NewlineStream(1)
 
 
-class SentenceSplitter(Splitter):
+class SentenceSplitter(StepSplitter):
     """A sentence is a step; never cut inside a decimal, an abbreviation, LaTeX or code.
 
     The rules are in `stepflow_tl.trace.splitting.sentences`.
@@ -135,7 +115,7 @@ class SentenceSplitter(Splitter):
         return SentenceStream()
 
 
-class _RegexStream(CopyableStream):
+class _RegexStream(StepStream):
     def __init__(self, ends: "re.Pattern[str]", window: int) -> None:
         self.ends, self.window = ends, window
         self.text, self.ended = "", False
@@ -147,7 +127,7 @@ class _RegexStream(CopyableStream):
         return begins
 
 
-class RegexSplitter(Splitter):
+class RegexSplitter(StepSplitter):
     r"""A step ends wherever the pattern matches a stretch that ends there.
 
     After each character the text of the current step so far is searched for a match that ends exactly with
@@ -197,7 +177,7 @@ class RegexSplitter(Splitter):
         return _RegexStream(self.ends, self.max_match)
 
 
-class _CallableStream(CopyableStream):
+class _CallableStream(StepStream):
     def __init__(self, begins_step: Callable[[str], bool]) -> None:
         self.begins_step, self.text, self.due = begins_step, "", False
 
@@ -208,13 +188,13 @@ class _CallableStream(CopyableStream):
         return begins
 
 
-class CallableSplitter(Splitter):
+class CallableSplitter(StepSplitter):
     """A function decides.
 
     Args:
         begins_step: Gets the text of the current step so far, its last character being the new one; returns
             whether that character begins a new step. A yes on white space is kept for the next other
-            character. It must be a pure function. It is called once a character, so a step of n characters
+            character. It must be a pure function. It is called once per character, so a step of n characters
             costs n calls on texts up to n.
 
     Raises:
@@ -232,7 +212,7 @@ class CallableSplitter(Splitter):
         return _CallableStream(self.begins_step)
 
 
-class _MinimumLengthStream(CopyableStream):
+class _MinimumLengthStream(StepStream):
     def __init__(self, stream: StepStream, min_chars: int) -> None:
         self.inner, self.min_chars, self.length = stream, min_chars, 0
 
@@ -247,7 +227,7 @@ class _MinimumLengthStream(CopyableStream):
         return twin
 
 
-class MinimumLength(Splitter):
+class MinimumLength(StepSplitter):
     """Merge a short piece into the step that follows it.
 
     A boundary is passed over while the current step has fewer than `min_chars` characters, its trailing white

@@ -16,7 +16,7 @@ token:
    token that settled it.
 
 So a label depends on no later token, except that rule 4 says TEMPLATE late; `TokenLabel` reports both
-moments. State is O(1) (one marker length of waiting tokens); time is amortised O(marker length) a character.
+moments. State is O(1) (one marker length of waiting tokens), time O(marker length) per character, amortised.
 """
 
 from copy import copy
@@ -121,7 +121,7 @@ class StepTracker:
         """Take the text of the next token; say what is known of that token now.
 
         Args:
-            piece: What the decoder gave for the token. A plain string is a token that is no fragment.
+            piece: What the decoder gave for the token. A plain string is a token that is not a fragment.
         """
         text, is_fragment = (piece, False) if isinstance(piece, str) else piece
         token, self.n_tokens = self.n_tokens, self.n_tokens + 1
