@@ -10,8 +10,10 @@ coverage of some.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import random
@@ -20,8 +22,19 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+import torch
+from run_folders import failed, make_run, result
+from tiny_gguf import write_tiny_gguf
+from tiny_models import build_tiny_tokenizer
+
+from stepflow_tl import ReasoningTrace, StepKnockout, StepSaliency, diagnose, summarize
+from stepflow_tl.errors import StepflowError
+from stepflow_tl.trace.formats import FormatScanner, get_format, known_formats
+from stepflow_tl.trace.splitting import MinimumLength, TokenTracker, resolve_splitter
+from stepflow_tl.trace.steps import WHITE_SPACE
 
 MODEL_TEXT = (
     "<|im_start|>user\nWhat is 2+3*4?<|im_end|>\n<|im_start|>assistant\n<think>\n3*4 is 12. That is "
@@ -58,7 +71,6 @@ class Target:
 @contextlib.contextmanager
 def own_errors() -> Iterator[None]:
     """Turns the package's own errors into `Refused`."""
-    from stepflow_tl.errors import StepflowError
 
     try:
         yield
@@ -70,7 +82,6 @@ def own_errors() -> Iterator[None]:
 @functools.cache
 def scratch() -> Path:
     """A folder for files, in memory where the machine has such a place; it is removed at the end."""
-    import atexit
 
     shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="stepflow-fuzz-", dir=shared if shared.is_dir() else None))
@@ -80,8 +91,6 @@ def scratch() -> Path:
 
 @functools.cache
 def tokenizer() -> Any:
-    from tiny_models import build_tiny_tokenizer
-
     return build_tiny_tokenizer()
 
 
@@ -100,9 +109,6 @@ def _file(data: bytes, name: str) -> Path:
 
 
 def run_scanner(data: bytes) -> None:
-    from stepflow_tl.trace.formats.scanner import FormatScanner
-    from stepflow_tl.trace.formats.table import get_format, known_formats
-
     names = known_formats()
     text = text_of(data[1:])
     scanner = FormatScanner(get_format(names[data[0] % len(names)] if data else "plain"))
@@ -113,10 +119,6 @@ def run_scanner(data: bytes) -> None:
 
 
 def run_splitters(data: bytes) -> None:
-    from stepflow_tl.trace.splitting import MinimumLength
-    from stepflow_tl.trace.splitting.named import resolve_splitter
-    from stepflow_tl.trace.steps import WHITE_SPACE
-
     text = text_of(data[1:])
     for name in ("paragraph", "line", "sentence", "whole"):
         splitter = resolve_splitter(name)
@@ -129,8 +131,6 @@ def run_splitters(data: bytes) -> None:
 
 def run_streaming(data: bytes) -> None:
     """The streaming tracker over pieces of any cut gives the trace's own labels."""
-    from stepflow_tl import ReasoningTrace
-    from stepflow_tl.trace.splitting.token_stream import TokenTracker
 
     text, format_name = text_of(data[1:]), _format_name(data)
     with own_errors():
@@ -143,8 +143,6 @@ def run_streaming(data: bytes) -> None:
 
 
 def run_from_text(data: bytes) -> None:
-    from stepflow_tl import ReasoningTrace
-
     with own_errors():
         trace = ReasoningTrace.from_text(tokenizer(), text_of(data[1:]), format=_format_name(data))
     assert "".join(piece.text for piece in trace.pieces) == trace.text
@@ -152,8 +150,6 @@ def run_from_text(data: bytes) -> None:
 
 
 def run_from_parts(data: bytes) -> None:
-    from stepflow_tl import ReasoningTrace
-
     parts = (text_of(data).split("\x1e") + ["", "", ""])[:3]
     with own_errors():
         trace = ReasoningTrace.from_parts(tokenizer(), *parts)
@@ -161,8 +157,6 @@ def run_from_parts(data: bytes) -> None:
 
 
 def run_from_tokens(data: bytes) -> None:
-    from stepflow_tl import ReasoningTrace
-
     ids = [int.from_bytes(data[i : i + 2], "little", signed=True) for i in range(0, len(data), 2)]
     with own_errors():
         trace = ReasoningTrace.from_tokens(tokenizer(), ids, format="plain")
@@ -170,15 +164,11 @@ def run_from_tokens(data: bytes) -> None:
 
 
 def _format_name(data: bytes) -> str:
-    from stepflow_tl.trace.formats.table import known_formats
-
     names = [*known_formats(), "auto"]
     return names[data[0] % len(names)] if data else "plain"
 
 
 def text_seeds() -> list[bytes]:
-    from stepflow_tl.trace.formats.table import known_formats
-
     names = known_formats()
     chosen = [
         ("chatml", MODEL_TEXT),
@@ -205,8 +195,6 @@ def token_seeds() -> list[bytes]:
 
 
 def run_trace_json(data: bytes) -> None:
-    from stepflow_tl import ReasoningTrace
-
     document = _json(data)
     with own_errors():
         trace = ReasoningTrace.from_json(document)
@@ -265,7 +253,6 @@ def run_manifest(data: bytes) -> None:
 
 def run_folder(data: bytes) -> None:
     """A whole run folder with this manifest, summarised into a table."""
-    from stepflow_tl import summarize
 
     folder = _folder_with_results()
     (folder / "manifest.jsonl").write_bytes(data)
@@ -276,8 +263,6 @@ def run_folder(data: bytes) -> None:
 
 
 def run_file_names(data: bytes) -> None:
-    from pathlib import PurePosixPath, PureWindowsPath
-
     from stepflow_tl.runs.file_names import FileNames
     from stepflow_tl.runs.inventory import inside
 
@@ -331,17 +316,11 @@ def _json(data: bytes) -> Any:
 
 
 def trace_json_seeds() -> list[bytes]:
-    from stepflow_tl import ReasoningTrace
-
     trace = ReasoningTrace.from_text(tokenizer(), MODEL_TEXT)
     return [json.dumps(trace.to_json()).encode()]
 
 
 def diagnosis_seeds() -> list[bytes]:
-    from run_folders import result
-
-    from stepflow_tl import diagnose
-
     return [json.dumps(diagnose(result(0)).to_json()).encode()]
 
 
@@ -363,8 +342,6 @@ def question_seeds() -> list[bytes]:
 
 @functools.cache
 def _folder_with_results() -> Path:
-    from run_folders import make_run
-
     folder = scratch() / "run"
     folder.mkdir()
     make_run(folder, 4)
@@ -372,8 +349,6 @@ def _folder_with_results() -> Path:
 
 
 def manifest_seeds() -> list[bytes]:
-    from run_folders import failed
-
     with_failure = (_seed_manifest() + json.dumps(failed("x")) + "\n").encode()
     return [_seed_manifest().encode(), with_failure]
 
@@ -403,7 +378,6 @@ def argument_seeds() -> list[bytes]:
 
 
 def run_saliency_file(data: bytes) -> None:
-    from stepflow_tl import StepSaliency, diagnose
     from stepflow_tl.saliency.files import read_facts
 
     path = _file(data, "map.safetensors")
@@ -417,8 +391,6 @@ def run_saliency_file(data: bytes) -> None:
 
 
 def run_knockout_file(data: bytes) -> None:
-    from stepflow_tl import StepKnockout
-
     with own_errors():
         knockout = StepKnockout.load(_file(data, "knockout.safetensors"))
     StepKnockout.load(knockout.save(scratch() / "again"))
@@ -435,17 +407,10 @@ def run_patching_file(data: bytes) -> None:
 
 
 def saliency_seeds() -> list[bytes]:
-    from run_folders import result
-
     return [result(0).save(scratch() / "seed").read_bytes()]
 
 
 def knockout_seeds() -> list[bytes]:
-    import torch
-    from run_folders import result
-
-    from stepflow_tl import StepKnockout
-
     saliency = result(0)
     measured = torch.ones(7, 7, dtype=torch.bool).tril(-1)
     knockout = StepKnockout(
@@ -463,9 +428,6 @@ def knockout_seeds() -> list[bytes]:
 
 
 def patching_seeds() -> list[bytes]:
-    import torch
-    from run_folders import result
-
     from stepflow_tl.causal.alignment import StepMatch
     from stepflow_tl.causal.patching_result import StepPatching
 
@@ -490,8 +452,6 @@ def patching_seeds() -> list[bytes]:
 
 
 def run_gguf(data: bytes) -> None:
-    import torch
-
     from stepflow_tl.models.gguf import GgufCheckpoint
 
     with own_errors():
@@ -504,8 +464,6 @@ def run_gguf(data: bytes) -> None:
 
 @functools.cache
 def _gguf() -> bytes:
-    from tiny_gguf import write_tiny_gguf
-
     return write_tiny_gguf(scratch() / "seed.gguf").read_bytes()
 
 
@@ -529,8 +487,6 @@ def run_checksums(data: bytes) -> None:
 
 
 def checksum_seeds() -> list[bytes]:
-    import hashlib
-
     return [json.dumps(dict.fromkeys(_TESTBED_FILES, hashlib.sha256(b"card").hexdigest())).encode()]
 
 

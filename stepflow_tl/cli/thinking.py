@@ -17,8 +17,7 @@ from typing import Any, Literal
 import torch
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.trace.assembly import resolve_format
-from stepflow_tl.trace.formats.prompt import question_prompt
+from stepflow_tl.trace.formats.chat_template import question_prompt, resolve_format
 from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
 
 Ended = Literal["by its end marker", "with its turn", "by the budget"]

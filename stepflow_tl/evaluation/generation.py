@@ -24,8 +24,8 @@ from torch import Tensor
 
 from stepflow_tl.errors import FormatError, ModelError
 from stepflow_tl.stepflow.flow import StepFlow
-from stepflow_tl.trace.assembly import build_from_tokens, resolve_format
-from stepflow_tl.trace.formats.prompt import question_prompt
+from stepflow_tl.trace import ReasoningTrace
+from stepflow_tl.trace.formats.chat_template import question_prompt, resolve_format
 from stepflow_tl.trace.steps import Segment
 
 
@@ -170,7 +170,7 @@ def _answer(tokenizer: Any, entry: Any, prompt: list[int], new: list[int]) -> An
     tokens = [*prompt, *new]
     thinking = summary = ""
     try:
-        trace = build_from_tokens(tokenizer, tokens, entry, (None, None, None))
+        trace = ReasoningTrace.from_tokens(tokenizer, tokens, format=entry)
         thinking, summary = (
             "".join(step.text for step in trace.steps if step.segment == segment)
             for segment in (Segment.THINKING, Segment.SUMMARY)

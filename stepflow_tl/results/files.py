@@ -32,6 +32,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
 from torch import Tensor
 
 from stepflow_tl.errors import DiskFullError, ResultFileError, StepflowError
+from stepflow_tl.trace.steps import whole_numbers as whole_numbers
 
 Result = TypeVar("Result")
 
@@ -259,14 +260,3 @@ def _read_document(metadata: dict[str, str], source: Path, schema: Schema) -> di
             "upgrade stepflow-tl to read it"
         )
     return document
-
-
-def whole_numbers(values: Any) -> tuple[int, ...]:
-    """The values of a JSON list of whole numbers; a float or a boolean is none.
-
-    Raises:
-        TypeError: If it is no such list.
-    """
-    if not isinstance(values, list) or any(type(value) is not int for value in values):
-        raise TypeError(f"expected a list of whole numbers, found {str(values)[:60]}")
-    return tuple(values)

@@ -35,7 +35,7 @@ from stepflow_tl.stepflow.report import FlowReport
 from stepflow_tl.stepflow.state import BOUNDARIES, GRANULARITIES, Boundaries, FlowState, Granularity
 from stepflow_tl.stepflow.streaming import TokenStream, following
 from stepflow_tl.trace import ReasoningTrace
-from stepflow_tl.trace.splitting.token_stream import TokenTracker
+from stepflow_tl.trace.splitting import TokenTracker
 
 Placebo = Literal["bridge", "momentum", "both"]
 
@@ -197,7 +197,7 @@ class StepFlow:
                 passes cannot be followed (beam search, a preallocated cache, a prefix that ran outside).
             FormatError: If the format is unknown.
         """
-        from stepflow_tl.trace.formats.detection import resolve_format
+        from stepflow_tl.trace.formats.chat_template import resolve_format
 
         tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
         if tokenizer is None:

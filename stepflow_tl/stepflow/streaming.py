@@ -32,7 +32,7 @@ from torch import Tensor
 from stepflow_tl.errors import ModelError
 from stepflow_tl.stepflow.labels import NEVER, LabelTable
 from stepflow_tl.stepflow.state import FlowState, Pass
-from stepflow_tl.trace.splitting.token_stream import TokenTracker
+from stepflow_tl.trace.splitting import TokenTracker
 from stepflow_tl.trace.steps import Segment
 
 _CHECKPOINT_EVERY = 64

@@ -1,31 +1,35 @@
-"""Building a `ReasoningTrace`: from parts, from a transcript's text, from its tokens.
+"""The fields of a `ReasoningTrace`: read from parts, from a transcript's text, from its tokens.
 
-All three do the same: get token ids and the text piece of each (`decoding`), run the step tracker over the
-pieces (`segmentation.stream`), and lay down what it said. They differ in who knows the segments: for parts,
-the character spans of the parts themselves (their text is never searched for markers); for transcripts, the
-format's markers.
+1. Get token ids and the text piece of each (`decoding`).
+2. Run the step tracker over the pieces (`splitting.tracker`). The three readers differ in who knows the
+   segments: for parts, the character spans of the parts themselves; for transcripts, the format's markers.
+3. Lay down what the tracker said of each token, when it became certain, and where each step stands.
+
+Time: O(characters), decoding and scanning apart. `ReasoningTrace.from_parts`, `from_text` and `from_tokens`
+describe the arguments and make the trace, whose own check the fields then pass.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from stepflow_tl.errors import FormatError, TraceError
 from stepflow_tl.trace.decoding import TextPiece, decode_tokens, encode_text
-from stepflow_tl.trace.formats.detection import chat_template, resolve_format
-from stepflow_tl.trace.formats.prompt import render_parts
+from stepflow_tl.trace.formats.chat_template import chat_template, render_parts, resolve_format
 from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
 from stepflow_tl.trace.formats.scanner import FormatScanner, Scanner, SpanScanner
-from stepflow_tl.trace.reasoning_trace import CausalLabels, ReasoningTrace, Step
-from stepflow_tl.trace.splitting.stream import StepTracker
-from stepflow_tl.trace.steps import Segment
+from stepflow_tl.trace.splitting.tracker import StepTracker
+from stepflow_tl.trace.steps import CausalLabels, Segment, Step
 
-Splitters = tuple[Any, Any, Any]  # of thinking, summary, question
+Fields = dict[str, Any]  # the arguments of a ReasoningTrace, by name
+Splitters = tuple[Any, Any, Any]  # of thinking, summary, question; None for the defaults
 
 
-def build_from_parts(
+def read_parts(
     tokenizer: Any,
     question: str,
     thinking: str,
@@ -33,20 +37,11 @@ def build_from_parts(
     format: Any,
     splitters: Splitters,
     system: str | None,
-) -> ReasoningTrace:
+) -> Fields:
     """Write the parts the way the model would have seen and said them, and cut at the seams.
 
-    Args:
-        tokenizer: A fast transformers tokenizer.
-        question: The user's text.
-        thinking: The model's thinking; may be empty.
-        summary: The visible answer; empty for thinking that is not finished (no end marker is written then).
-        format: Name, `ReasoningFormat`, or None for the chat template's own; `plain` where there is none.
-        splitters: Splitters of thinking, summary and question; None for the defaults.
-        system: System prompt, or None for the template's own.
-
     Raises:
-        TraceError: A part is no string, the question is empty, or thinking and summary both are.
+        TraceError: A part is not a string, the question is empty, or thinking and summary both are.
         FormatError: The format is unknown, or the chat template cannot be filled.
     """
     for name, part in (("question", question), ("thinking", thinking), ("summary", summary)):
@@ -64,73 +59,59 @@ def build_from_parts(
     return _assemble(ids, pieces, "", text, SpanScanner(spans), splitters, entry)
 
 
-def build_from_text(
-    tokenizer: Any, text: str, format: Any, question: str | None, splitters: Splitters
-) -> ReasoningTrace:
+def read_text(tokenizer: Any, text: str, format: Any, question: str | None, splitters: Splitters) -> Fields:
     """Read a full transcript, markers and all, as it would be decoded without hiding special tokens.
-
-    Args:
-        tokenizer: A fast transformers tokenizer; the text is tokenised once, and nothing is added to it.
-        text: The transcript.
-        format: Name, `ReasoningFormat`, or "auto" for the tokenizer's own.
-        question: With `plain` only: the beginning of the text that is the question. Without it all is
-            thinking.
-        splitters: Splitters of thinking, summary and question; None for the defaults.
 
     Raises:
         TraceError: The text is empty, or does not begin with the question.
-        FormatError: The format is unknown, or the text has not the markers it demands.
+        FormatError: The format is unknown, or the text lacks the markers it demands.
     """
     if not isinstance(text, str) or not text:
         raise TraceError(f"The text of a trace must be a string that is not empty, got {text!r}.")
     entry = resolve_format(tokenizer, format)
-    scanner: Scanner = FormatScanner(entry)
-    if question is not None:
-        if entry.name != "plain":
-            raise TraceError(
-                f"question= goes with format='plain' only; the markers of {entry.name!r} say where it is."
-            )
-        bos = next((f for f in entry.fillers if text.startswith(f)), "")
-        if not question or not text.startswith(question, len(bos)):
-            raise TraceError(
-                f"The text must begin with the question {question[:40]!r}; it begins with {text[:40]!r}."
-            )
-        end = len(bos) + len(question)
-        scanner = SpanScanner(
-            [(len(bos), Segment.TEMPLATE), (end, Segment.QUESTION), (len(text), Segment.THINKING)]
-        )
+    scanner = FormatScanner(entry) if question is None else _question_first(text, question, entry)
     ids, pieces = encode_text(tokenizer, text)
-    trace = _assemble(ids, pieces, "", text, scanner, splitters, entry)
-    _check_demands(scanner, entry, trace)
-    return trace
+    fields = _assemble(ids, pieces, "", text, scanner, splitters, entry)
+    if isinstance(scanner, FormatScanner):
+        _check_demands(scanner, entry, fields["steps"])
+    return fields
 
 
-def build_from_tokens(
-    tokenizer: Any, ids: Tensor | Iterable[int], format: Any, splitters: Splitters
-) -> ReasoningTrace:
+def read_tokens(
+    tokenizer: Any, ids: Int[Tensor, "..."] | Iterable[int], format: Any, splitters: Splitters
+) -> Fields:
     """Read the token ids of a full transcript, prompt and response together.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        ids: Token ids: any iterable of integers, or a tensor `[token]` or `[1, token]`.
-        format: Name, `ReasoningFormat`, or "auto" for the tokenizer's own.
-        splitters: Splitters of thinking, summary and question; None for the defaults.
 
     Raises:
         TraceError: There is no token, or an id is outside the vocabulary.
-        FormatError: The format is unknown, or the text has not the markers it demands.
+        FormatError: The format is unknown, or the text lacks the markers it demands.
     """
     token_ids = _checked_ids(tokenizer, ids)
     entry = resolve_format(tokenizer, format)
     scanner = FormatScanner(entry)
     pieces, rest = decode_tokens(tokenizer, token_ids)
     text = "".join(piece.text for piece in pieces) + rest
-    trace = _assemble(token_ids, pieces, rest, text, scanner, splitters, entry)
-    _check_demands(scanner, entry, trace)
-    return trace
+    fields = _assemble(token_ids, pieces, rest, text, scanner, splitters, entry)
+    _check_demands(scanner, entry, fields["steps"])
+    return fields
 
 
-def _checked_ids(tokenizer: Any, ids: Tensor | Iterable[int]) -> list[int]:
+def _question_first(text: str, question: str, entry: ReasoningFormat) -> SpanScanner:
+    """The spans of a plain text that begins with its question; a BOS before that is TEMPLATE."""
+    if entry.name != "plain":
+        raise TraceError(
+            f"question= goes with format='plain' only; the markers of {entry.name!r} say where it is."
+        )
+    bos = next((filler for filler in entry.fillers if text.startswith(filler)), "")
+    if not question or not text.startswith(question, len(bos)):
+        raise TraceError(
+            f"The text must begin with the question {question[:40]!r}; it begins with {text[:40]!r}."
+        )
+    end = len(bos) + len(question)
+    return SpanScanner([(len(bos), Segment.TEMPLATE), (end, Segment.QUESTION), (len(text), Segment.THINKING)])
+
+
+def _checked_ids(tokenizer: Any, ids: Int[Tensor, "..."] | Iterable[int]) -> list[int]:
     if isinstance(ids, Tensor):
         if ids.ndim == 2 and ids.shape[0] == 1:
             ids = ids[0]
@@ -144,9 +125,8 @@ def _checked_ids(tokenizer: Any, ids: Tensor | Iterable[int]) -> list[int]:
     if not ids:
         raise TraceError("There are no token ids; a trace needs at least one token.")
     size = len(tokenizer)
-    if any(
-        isinstance(i, int) and i >= size for i in ids
-    ):  # vocabularies with gaps have ids beyond their size
+    if any(isinstance(i, int) and i >= size for i in ids):
+        # A vocabulary with gaps has ids beyond its size.
         size = max(size, 1 + max(tokenizer.get_vocab().values()))
     for position, token_id in enumerate(ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int):
@@ -159,25 +139,22 @@ def _checked_ids(tokenizer: Any, ids: Tensor | Iterable[int]) -> list[int]:
     return ids
 
 
-def _check_demands(scanner: Scanner, entry: ReasoningFormat, trace: ReasoningTrace) -> None:
-    """Refuse a transcript that has not the markers its format demands."""
-    if not isinstance(scanner, FormatScanner):
-        return
+def _check_demands(scanner: FormatScanner, entry: ReasoningFormat, steps: tuple[Step, ...]) -> None:
+    """Refuse a transcript that lacks the markers its format demands."""
     start = " or ".join(map(repr, entry.thinking_starts))
     end = " or ".join(map(repr, entry.thinking_ends or entry.answer_starts))
     if entry.thinking_required and not scanner.saw_thinking_marker:
         raise FormatError(
             f"No thinking marker in the text: format {entry.name!r} demands {start} or {end} in the "
-            "assistant's "
-            "turn. Pass the full transcript with its markers, use ReasoningTrace.from_parts, or pass "
-            "format='plain'."
+            "assistant's turn. Pass the full transcript with its markers, use ReasoningTrace.from_parts, or "
+            "pass format='plain'."
         )
     if scanner.stray_thinking_end:
         raise FormatError(
             f"{end} without {start} before it in an assistant's turn of format {entry.name!r}. Put {start} "
             "where the thinking starts, or pass a format whose turns open as thinking ('qwq', 'deepseek-r1')."
         )
-    if not trace.steps:
+    if not steps:
         turns = ", ".join(map(repr, entry.user_turns + entry.assistant_turns)) or "text"
         raise FormatError(
             f"No question, thinking or answer in the text: format {entry.name!r} expects turns that begin "
@@ -193,38 +170,37 @@ def _assemble(
     scanner: Scanner,
     splitters: Splitters,
     entry: ReasoningFormat,
-) -> ReasoningTrace:
+) -> Fields:
     """Run the tracker over the pieces and lay its labels down."""
     tracker = StepTracker(scanner, *splitters, keep_log=True)
-    segments, steps, provisional, resolved = [], [], [], []
+    segments: list[int] = []
+    step_ids: list[int] = []
+    known: list[tuple[int, int]] = []  # segment and step when the token arrived
+    resolved_at: list[int] = []
     for piece in pieces:
         label = tracker.push(piece)
-        for changed, is_template in ((label.settled, False), (label.relabelled, True)):
-            for token in range(*changed):
-                resolved[token] = label.token
-                if is_template:
-                    segments[token], steps[token] = Segment.TEMPLATE, -1
+        for token in range(*label.settled):
+            resolved_at[token] = label.token
+        for token in range(*label.relabelled):
+            resolved_at[token], segments[token], step_ids[token] = label.token, Segment.TEMPLATE, -1
         segments.append(label.segment)
-        steps.append(label.step)
-        provisional.append((label.segment, label.step))
-        resolved.append(label.token if label.is_final else len(pieces))
+        step_ids.append(label.step)
+        known.append((label.segment, label.step))
+        resolved_at.append(label.token if label.is_final else len(pieces))
     tracker.finish(rest)
-    edges = [0]
-    for piece in pieces:
-        edges.append(edges[-1] + len(piece.text))
+    edges = [0, *accumulate(len(piece.text) for piece in pieces)]
     edges[-1] = len(text)
-    return ReasoningTrace(
-        tokens=_as_tensor(ids),
-        text=text,
-        token_char_spans=torch.tensor(list(zip(edges, edges[1:], strict=False)), dtype=torch.int64),
-        segment_ids=_as_tensor(segments),
-        step_ids=_as_tensor(steps),
-        steps=_steps(tracker, steps, text),
-        format=entry.name,
-        causal=CausalLabels(
-            _as_tensor(s for s, _ in provisional), _as_tensor(i for _, i in provisional), _as_tensor(resolved)
-        ),
-    )
+    known_segments, known_steps = zip(*known, strict=True)
+    return {
+        "tokens": _tensor(ids),
+        "text": text,
+        "token_char_spans": torch.tensor(list(pairwise(edges)), dtype=torch.int64),
+        "segment_ids": _tensor(segments),
+        "step_ids": _tensor(step_ids),
+        "steps": _steps(tracker, step_ids, text),
+        "format": entry.name,
+        "causal": CausalLabels(_tensor(known_segments), _tensor(known_steps), _tensor(resolved_at)),
+    }
 
 
 def _steps(tracker: StepTracker, step_ids: list[int], text: str) -> tuple[Step, ...]:
@@ -256,5 +232,5 @@ def _steps(tracker: StepTracker, step_ids: list[int], text: str) -> tuple[Step, 
     return tuple(steps)
 
 
-def _as_tensor(values: Iterable[int]) -> Tensor:
-    return torch.tensor([int(value) for value in values], dtype=torch.int64)
+def _tensor(values: Sequence[int]) -> Int[Tensor, "token"]:
+    return torch.tensor(list(map(int, values)), dtype=torch.int64)

@@ -8,8 +8,8 @@
 3. For text that is given, the tokenizer's character offsets say the same: `encode_text` turns them into
    pieces that tile the text, each character owned by the last token whose span holds it.
 
-Pieces always tile the text they make: joined, they are the text. Time and memory are O(1) a token; nothing is
-ever decoded twice. Special tokens are text like any other.
+Pieces always tile the text they make: joined, they are the text. Time and memory are O(1) per token; nothing
+is ever decoded twice. Special tokens are text like any other.
 """
 
 import codecs
@@ -130,8 +130,8 @@ def decode_tokens(tokenizer: Any, token_ids: Iterable[int]) -> tuple[list[TextPi
         token_ids: Valid token ids.
 
     Returns:
-        One piece a token, and the rest (nothing, or U+FFFD), which belongs to the last token. Pieces and rest
-        join to the text.
+        One piece per token, and the rest (nothing, or U+FFFD), which belongs to the last token. Pieces and
+        rest join to the text.
     """
     decoder = TokenDecoder(tokenizer)
     pieces = [decoder.push(token_id) for token_id in token_ids]

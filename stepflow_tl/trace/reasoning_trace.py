@@ -2,7 +2,7 @@
 
 `tokens` and `text` are the same sequence twice. Two partitions describe it, both half-open and exact:
 
-- **characters**: `token_char_spans` tile the text, one span a token (empty for a token that completes no
+- **characters**: `token_char_spans` tile the text, one span per token (empty for a token that completes no
   character); the steps' spans and the TEMPLATE gaps between them tile it too, so `pieces` join to `text`.
 - **tokens**: every token has one step or is TEMPLATE (`step_ids` -1); a step's tokens are contiguous.
 
@@ -20,27 +20,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from stepflow_tl.errors import TraceError
-from stepflow_tl.trace.steps import Segment as Segment
-from stepflow_tl.trace.steps import Step as Step
-from stepflow_tl.trace.steps import refuse_half_characters
+from stepflow_tl.trace.assembly import read_parts, read_text, read_tokens
+from stepflow_tl.trace.steps import CausalLabels, Segment, Step, refuse_half_characters, whole_numbers
 
 JSON_VERSION = 1
-
-
-@dataclass(frozen=True)
-class CausalLabels:
-    """What was known of each token when it arrived.
-
-    Attributes:
-        segment_ids: Segment as known when the token arrived.
-        step_ids: Step as known then; -1 on TEMPLATE.
-        resolved_at: Index of the token whose arrival made the label final; the token itself, as a rule. A
-            token still undecided at the end of the trace has the number of tokens there, and keeps its label.
-    """
-
-    segment_ids: Int[Tensor, "token"]
-    step_ids: Int[Tensor, "token"]
-    resolved_at: Int[Tensor, "token"]
+_TENSORS = ("tokens", "token_char_spans", "segment_ids", "step_ids")
+_CAUSAL_TENSORS = ("segment_ids", "step_ids", "resolved_at")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,13 +57,13 @@ class ReasoningTrace:
 
     def __post_init__(self) -> None:
         """Take copies, so that nobody else's write reaches this trace, and refuse contradictions."""
-        for name in ("tokens", "token_char_spans", "segment_ids", "step_ids"):
+        for name in _TENSORS:
             object.__setattr__(self, name, _own(getattr(self, name)))
         causal = self.causal
         if causal is None:  # the default
             causal = CausalLabels(self.segment_ids, self.step_ids, torch.arange(len(self.tokens)))
-        fields = (_own(causal.segment_ids), _own(causal.step_ids), _own(causal.resolved_at))
-        object.__setattr__(self, "causal", CausalLabels(*fields))
+        causal = CausalLabels(*(_own(getattr(causal, name)) for name in _CAUSAL_TENSORS))
+        object.__setattr__(self, "causal", causal)
         object.__setattr__(self, "steps", tuple(self.steps))
         _validate(self)
 
@@ -121,9 +106,9 @@ class ReasoningTrace:
             if which == step or which == step.label or (type(which) is int and which == step.index):
                 return step
         asked = which.label if isinstance(which, Step) else which
-        labels = ", ".join(step.label for step in self.steps) or "none"
-        last = len(self.steps) - 1
-        raise TraceError(f"the trace has no step {asked!r}: its steps are {labels} (0..{last})")
+        labels = ", ".join(step.label for step in self.steps)
+        known = f"its steps are {labels} (0..{len(self.steps) - 1})" if self.steps else "it has no steps"
+        raise TraceError(f"the trace has no step {asked!r}: {known}")
 
     @property
     def pieces(self) -> tuple[Step, ...]:
@@ -141,35 +126,35 @@ class ReasoningTrace:
         return tuple(pieces)
 
     def table(self, width: int = 48) -> str:
-        """The pieces as text, one a line: label, segment, spans, and the first `width` characters."""
+        """One line per piece: label, segment, spans, and the first `width` characters of its text."""
         rows = [["label", "segment", "tokens", "chars", "text"]]
         for piece in self.pieces:
             start = piece.text if len(piece.text) <= width else piece.text[: width - 1] + "…"
             spans = (f"{a}:{b}" for a, b in (piece.token_span, piece.char_span))
             rows.append([piece.label, piece.segment.name.lower(), *spans, repr(start)])
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        widths = [*(max(len(row[column]) for row in rows) for column in range(4)), 0]
         return "\n".join(
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows
+            "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)) for row in rows
         )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `json` can write and `from_json` reads back exactly."""
-        data: dict[str, Any] = {"version": JSON_VERSION, "format": self.format, "text": self.text}
-        for name in ("tokens", "token_char_spans", "segment_ids", "step_ids"):
-            data[name] = getattr(self, name).tolist()
-        data["causal"] = {
-            k: getattr(self.causal, k).tolist() for k in ("segment_ids", "step_ids", "resolved_at")
+        return {
+            "version": JSON_VERSION,
+            "format": self.format,
+            "text": self.text,
+            **{name: getattr(self, name).tolist() for name in _TENSORS},
+            "causal": {name: getattr(self.causal, name).tolist() for name in _CAUSAL_TENSORS},
+            "steps": [
+                {
+                    "segment": int(step.segment),
+                    "label": step.label,
+                    "tokens": list(step.token_span),
+                    "chars": list(step.char_span),
+                }
+                for step in self.steps
+            ],
         }
-        data["steps"] = [
-            {
-                "segment": int(s.segment),
-                "label": s.label,
-                "tokens": list(s.token_span),
-                "chars": list(s.char_span),
-            }
-            for s in self.steps
-        ]
-        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ReasoningTrace":
@@ -190,14 +175,14 @@ class ReasoningTrace:
                 raise TypeError("text and format must be strings")
             steps = tuple(_step_from_json(index, step, text) for index, step in enumerate(data["steps"]))
             return cls(
-                tokens=_ints(data["tokens"]),
+                tokens=_tensor(data["tokens"]),
                 text=text,
-                token_char_spans=_int_pairs(data["token_char_spans"]),
-                segment_ids=_ints(data["segment_ids"]),
-                step_ids=_ints(data["step_ids"]),
+                token_char_spans=_pairs(data["token_char_spans"]),
+                segment_ids=_tensor(data["segment_ids"]),
+                step_ids=_tensor(data["step_ids"]),
                 steps=steps,
                 format=data["format"],
-                causal=CausalLabels(*(_ints(causal[k]) for k in ("segment_ids", "step_ids", "resolved_at"))),
+                causal=CausalLabels(*(_tensor(causal[name]) for name in _CAUSAL_TENSORS)),
             )
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             if isinstance(error, TraceError):
@@ -220,25 +205,30 @@ class ReasoningTrace:
         question_splitter: Any = None,
         system: str | None = None,
     ) -> "ReasoningTrace":
-        """A trace from its parts, the chat template applied around them.
+        """A trace from its parts, written the way the model would have seen and said them.
 
-        See `trace_building.build_from_parts`.
+        The chat template stands around the question and the format's markers between the parts, whose own
+        text is never searched for markers.
 
         Args:
-            tokenizer: The model's own.
+            tokenizer: The model's own; a fast transformers tokenizer.
             question: The user's text.
-            thinking: The text between the thinking markers.
-            summary: The visible answer after them; none by default.
+            thinking: The text between the thinking markers; may be empty.
+            summary: The visible answer after them; empty for thinking that has not ended (no end marker is
+                written then).
             format: Name, or a `ReasoningFormat`; default: the chat template's own, "plain" without one.
             splitter: Cuts thinking into steps: a name or a splitter; default "paragraph".
             summary_splitter: Cuts the summary; default: like thinking.
             question_splitter: Cuts the question; default: one step.
             system: System prompt; default: the template's own.
-        """
-        from stepflow_tl.trace.assembly import build_from_parts
 
+        Raises:
+            TraceError: A part is not a string, the question is empty, thinking and summary are both empty, or
+                a splitter is unknown.
+            FormatError: The format is unknown, or the chat template cannot be filled.
+        """
         splitters = (splitter, summary_splitter, question_splitter)
-        return build_from_parts(tokenizer, question, thinking, summary, format, splitters, system)
+        return cls(**read_parts(tokenizer, question, thinking, summary, format, splitters, system))
 
     @classmethod
     def from_text(
@@ -254,14 +244,16 @@ class ReasoningTrace:
     ) -> "ReasoningTrace":
         """A trace from a full transcript, markers and all: `text` as it is decoded, nothing hidden.
 
-        With format "plain", the text up to the end of `question` is the question; without it all is thinking.
-        Other arguments as in `from_parts`; see `trace_building.build_from_text`.
-        """
-        from stepflow_tl.trace.assembly import build_from_text
+        The text is tokenised once, and nothing is added to it. With format "plain", `question` is the
+        beginning of the text that is the question; without it all is thinking. Format "auto" is the
+        tokenizer's own; other arguments as in `from_parts`.
 
-        return build_from_text(
-            tokenizer, text, format, question, (splitter, summary_splitter, question_splitter)
-        )
+        Raises:
+            TraceError: The text is empty, or does not begin with the question; or a splitter is unknown.
+            FormatError: The format is unknown, or the text lacks the markers it demands.
+        """
+        splitters = (splitter, summary_splitter, question_splitter)
+        return cls(**read_text(tokenizer, text, format, question, splitters))
 
     @classmethod
     def from_tokens(
@@ -274,41 +266,35 @@ class ReasoningTrace:
         summary_splitter: Any = None,
         question_splitter: Any = None,
     ) -> "ReasoningTrace":
-        """A trace from the token ids of a full transcript.
+        """A trace from the token ids of a full transcript, prompt and response together.
 
-        `ids` is any iterable of integers, or a tensor `[token]` or `[1, token]`. Other arguments as in
-        `from_parts`; see `trace_building.build_from_tokens`.
+        `ids` is any iterable of integers, or a tensor `[token]` or `[1, token]`. The tokenizer need not be a
+        fast one, and format "auto" is its own. Other arguments as in `from_parts`.
+
+        Raises:
+            TraceError: There is no token, an id is outside the vocabulary, or a splitter is unknown.
+            FormatError: The format is unknown, or the text lacks the markers it demands.
         """
-        from stepflow_tl.trace.assembly import build_from_tokens
-
-        return build_from_tokens(tokenizer, ids, format, (splitter, summary_splitter, question_splitter))
-
-
-def causal_labels(trace: ReasoningTrace) -> CausalLabels:
-    """What was known of each token of the trace when it arrived."""
-    return trace.causal
+        splitters = (splitter, summary_splitter, question_splitter)
+        return cls(**read_tokens(tokenizer, ids, format, splitters))
 
 
 def _step_from_json(index: int, data: dict[str, Any], text: str) -> Step:
-    (token_start, token_end), (char_start, char_end) = data["tokens"], data["chars"]
-    _ints([token_start, token_end, char_start, char_end])
+    (token_start, token_end), (char_start, char_end) = map(whole_numbers, (data["tokens"], data["chars"]))
     if not isinstance(data["label"], str):
         raise TypeError("a step's label must be a string")
     segment, piece = Segment(data["segment"]), text[char_start:char_end]
     return Step(index, segment, data["label"], token_start, token_end, char_start, char_end, piece)
 
 
-def _ints(values: list) -> Tensor:
-    # torch would cut 1.5 to 1 and take True for 1.
-    if any(type(value) is not int for value in values):
-        raise TypeError("expected whole numbers only")
-    return torch.tensor(values, dtype=torch.int64)
+def _tensor(values: list) -> Int[Tensor, "value"]:
+    return torch.tensor(whole_numbers(values), dtype=torch.int64)
 
 
-def _int_pairs(pairs: list) -> Tensor:
+def _pairs(pairs: list) -> Int[Tensor, "pair 2"]:
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError("expected pairs")
-    return _ints([value for pair in pairs for value in pair]).reshape(-1, 2)
+    return _tensor([value for pair in pairs for value in pair]).reshape(-1, 2)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -321,15 +307,10 @@ def _validate(trace: ReasoningTrace) -> None:
     refuse_half_characters(trace.text)
     if n_tokens == 0:
         raise TraceError("A trace needs at least one token, got none.")
-    shapes = {
-        "token_char_spans": (trace.token_char_spans, (n_tokens, 2)),
-        "segment_ids": (trace.segment_ids, (n_tokens,)),
-        "step_ids": (trace.step_ids, (n_tokens,)),
-        "causal.segment_ids": (trace.causal.segment_ids, (n_tokens,)),
-        "causal.step_ids": (trace.causal.step_ids, (n_tokens,)),
-        "causal.resolved_at": (trace.causal.resolved_at, (n_tokens,)),
-    }
-    for name, (tensor, shape) in shapes.items():
+    fields = {name: getattr(trace, name) for name in _TENSORS}
+    fields |= {f"causal.{name}": getattr(trace.causal, name) for name in _CAUSAL_TENSORS}
+    for name, tensor in fields.items():
+        shape = (n_tokens, 2) if name == "token_char_spans" else (n_tokens,)
         if tuple(tensor.shape) != shape:
             raise TraceError(
                 f"{name} must have shape {shape} for {n_tokens} tokens, got {tuple(tensor.shape)}."

@@ -1,11 +1,16 @@
-"""The stretches of a reasoning trace: segments (template, question, thinking, summary) and steps.
+"""The words of a reasoning trace: segments, steps, and what was known of a token when it arrived.
 
-Kept apart from `trace` because the formats and the segmentation need the word and the trace needs both of
-them. White space is defined here too, once for the whole package, because where a step begins hangs on it.
+Formats, splitting and the trace itself all speak of these, so they stand below all three. White space is
+defined here too, once for the whole package, because it decides where a step begins; and so are the two
+refusals that every reader of text and numbers from outside shares.
 """
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
 
 from stepflow_tl.errors import TraceError
 
@@ -28,6 +33,17 @@ def refuse_half_characters(text: str) -> None:
             f"The text holds half a character ({text[error.start]!r} at {error.start}), which no file or "
             "tokenizer takes."
         ) from error
+
+
+def whole_numbers(values: Any) -> tuple[int, ...]:
+    """The values of a JSON list of whole numbers; 1.5 is not cut to 1, and True is not taken for 1.
+
+    Raises:
+        TypeError: The value is not a list, or one of its items is not a whole number.
+    """
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise TypeError(f"expected a list of whole numbers, found {str(values)[:60]}")
+    return tuple(values)
 
 
 class Segment(IntEnum):
@@ -81,3 +97,19 @@ class Step:
     def n_tokens(self) -> int:
         """Number of tokens."""
         return self.token_end - self.token_start
+
+
+@dataclass(frozen=True)
+class CausalLabels:
+    """What was known of each token when it arrived.
+
+    Attributes:
+        segment_ids: Segment as known when the token arrived.
+        step_ids: Step as known then; -1 on TEMPLATE.
+        resolved_at: Index of the token whose arrival made the label final; the token itself, as a rule. A
+            token still undecided at the end of the trace has the number of tokens there, and keeps its label.
+    """
+
+    segment_ids: Int[Tensor, "token"]
+    step_ids: Int[Tensor, "token"]
+    resolved_at: Int[Tensor, "token"]

@@ -79,7 +79,7 @@ def test_written_tokens_are_cut_by_the_formats_markers(model):
     from stepflow_tl.evaluation.generation import _answer
     from stepflow_tl.testbed import ProblemSpec, make_problems
     from stepflow_tl.testbed.train import prompt_of
-    from stepflow_tl.trace.formats.detection import detect_format
+    from stepflow_tl.trace.formats.chat_template import detect_format
 
     (problem,) = make_problems(ProblemSpec(n_steps=3), 1, seed=0)
     tokenizer = model.tokenizer

@@ -24,8 +24,8 @@ def test_half_a_character_in_a_part_is_a_trace_error(tiny_tokenizer, parts):
     [
         ({"text": ["a", "b"]}, "text and format must be strings"),
         ({"format": ["plain"]}, "text and format must be strings"),
-        ({"tokens": [True]}, "expected whole numbers"),
-        ({"tokens": [1.5]}, "expected whole numbers"),
+        ({"tokens": [True]}, "expected a list of whole numbers"),
+        ({"tokens": [1.5]}, "expected a list of whole numbers"),
         ({"tokens": [2**70]}, "Not a trace"),
         ({"steps": 3}, "Not a trace"),
         ({"causal": []}, "Not a trace"),

@@ -27,7 +27,7 @@ def test_text_comes_back_and_every_symbol_is_one_token(tokenizer, n_steps):
 def test_traces_are_cut_into_premises_and_steps(tokenizer):
     from stepflow_tl import ReasoningTrace, Segment
     from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.trace.formats.detection import detect_format
+    from stepflow_tl.trace.formats.chat_template import detect_format
 
     assert detect_format(tokenizer).name == "deepseek-r1"
     (problem,) = make_problems(ProblemSpec(n_steps=5), 1, seed=0)

@@ -73,19 +73,6 @@ def test_thinking_that_the_prompt_closes_is_switched_on():
     assert contents(silent) == [("Q", "Hi"), ("S1", "Yo")]
 
 
-@pytest.mark.parametrize(
-    ("family", "end"), [("gemma-4", "<|turn>model\n"), ("qwen3", "<|im_start|>assistant\n")]
-)
-def test_a_model_is_asked_to_think(family, end):
-    """What is generated from begins where thinking may begin, whatever the template's default."""
-    from stepflow_tl.trace.formats.detection import resolve_format
-    from stepflow_tl.trace.formats.prompt import question_prompt
-
-    tokenizer = family_tokenizer(family)
-    prompt = question_prompt(tokenizer, resolve_format(tokenizer, "auto"), "Hi")
-    assert "Hi" in prompt and prompt.endswith(end)
-
-
 def test_thinking_that_cannot_be_switched_on_is_refused():
     tokenizer = family_tokenizer.__wrapped__("gemma-4")
     tokenizer.chat_template = tokenizer.chat_template.replace("if not enable_thinking", "if true")

@@ -10,7 +10,7 @@ from trace_material import family_tokenizer
 
 from stepflow_tl.errors import TraceError
 from stepflow_tl.trace import ReasoningTrace, Segment, Step
-from stepflow_tl.trace.reasoning_trace import CausalLabels, causal_labels
+from stepflow_tl.trace.steps import CausalLabels
 
 
 def small(**changes) -> ReasoningTrace:
@@ -49,7 +49,44 @@ def test_counts_spans_and_segments_are_at_hand():
     )
 
 
-def test_the_table_shows_one_piece_a_line_and_shortens_long_ones():
+def test_a_step_is_found_by_its_label_its_index_or_itself():
+    trace = small()
+    for index, label in enumerate(["Q", "T1", "T2"]):
+        step = trace.steps[index]
+        assert trace.step(label) is trace.step(index) is trace.step(step) is step
+    assert trace.step(replace(STEP)) is trace.steps[1]  # an equal step is the same step
+
+
+@pytest.mark.parametrize(
+    ("which", "asked"),
+    [
+        ("T9", "'T9'"),
+        ("t1", "'t1'"),
+        (3, "3"),
+        (-1, "-1"),
+        (True, "True"),  # a bool is not an index
+        (1.0, "1.0"),
+    ],
+)
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(which, asked):
+    # `__wrapped__`: the signature check of the tests would refuse 1.0 first.
+    look_up = getattr(ReasoningTrace.step, "__wrapped__", ReasoningTrace.step)
+    with pytest.raises(TraceError, match=rf"no step {asked}: its steps are Q, T1, T2 \(0\.\.2\)"):
+        look_up(small(), which)
+
+
+def test_a_step_of_another_trace_is_refused_by_its_label():
+    with pytest.raises(TraceError, match=r"no step 'T1': its steps are Q, T1, T2 \(0\.\.2\)"):
+        small().step(replace(STEP, token_end=4))
+
+
+def test_a_trace_without_steps_says_so():
+    trace = small(steps=(), segment_ids=torch.zeros(4, dtype=torch.int64), step_ids=torch.full((4,), -1))
+    with pytest.raises(TraceError, match="the trace has no step 'Q': it has no steps"):
+        trace.step("Q")
+
+
+def test_the_table_shows_one_piece_per_line_and_shortens_long_ones():
     lines = small().table(width=2).splitlines()
     assert lines[0].split() == ["label", "segment", "tokens", "chars", "text"]
     assert lines[1].split() == ["template", "template", "0:1", "0:3", "'<…'"]
@@ -65,7 +102,7 @@ def test_a_trace_keeps_its_own_copy_of_every_tensor():
 
 
 def test_by_default_every_label_was_final_at_once():
-    labels = causal_labels(small())
+    labels = small().causal
     assert labels.resolved_at.tolist() == [0, 1, 2, 3]
     assert labels.step_ids.tolist() == [-1, 0, 1, 2]
 

@@ -1,7 +1,7 @@
 """Where thinking starts and ends, for each model family: the table, its detection and the scanner."""
 
-from stepflow_tl.trace.formats.detection import detect_format as detect_format
-from stepflow_tl.trace.formats.detection import resolve_format as resolve_format
+from stepflow_tl.trace.formats.chat_template import detect_format as detect_format
+from stepflow_tl.trace.formats.chat_template import resolve_format as resolve_format
 from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat as ReasoningFormat
 from stepflow_tl.trace.formats.scanner import FormatScanner as FormatScanner
 from stepflow_tl.trace.formats.scanner import Scanner as Scanner

@@ -52,8 +52,8 @@ class ReasoningFormat:
         not_with: Strings of which none may occur.
 
     Raises:
-        FormatError: A marker is empty or begins with white space or outside ASCII, or `opens_as` is no
-            response segment.
+        FormatError: A marker is empty or begins with white space or outside ASCII, or `opens_as` is not a
+            segment of the response.
     """
 
     name: str
@@ -94,8 +94,7 @@ class ReasoningFormat:
             if not marker or marker[0] in WHITE_SPACE or ord(marker[0]) > 127:
                 raise FormatError(
                     f"Marker {marker!r} of format {self.name!r} must begin with an ASCII character that is "
-                    "not white "
-                    "space; leave white space out of it (white space after a marker is TEMPLATE anyway)."
+                    "not white space; leave white space out of it (after a marker it is TEMPLATE anyway)."
                 )
         if self.opens_as not in (Segment.THINKING, Segment.SUMMARY):
             raise FormatError(

@@ -3,7 +3,7 @@
 One character at a time:
 
 1. The character joins the held text. Held text is what may still grow into an active marker.
-2. While the held text is no beginning of an active marker, its first character is released as content of the
+2. While no active marker begins with the held text, its first character is released as content of the
    current place, and the rest is looked at again.
 3. Held text that equals a marker is released as TEMPLATE and moves the scanner to the marker's place. If a
    longer marker begins with this one the scanner keeps watching for it; when it completes, its place wins.
@@ -33,7 +33,7 @@ class Released(NamedTuple):
 
 @runtime_checkable
 class Scanner(Protocol):
-    """What the step tracker asks of a scanner."""
+    """What the step tracker asks of a scanner; as it stands here, one that never holds a character back."""
 
     def feed(self, char: str) -> list[Released]:
         """Take one character; return the characters released by it, in text order."""
@@ -41,16 +41,16 @@ class Scanner(Protocol):
 
     def feed_fragment(self) -> list[Released]:
         """Learn that the next character is not ASCII; return the characters this releases."""
-        ...
+        return []
 
     def finish(self) -> list[Released]:
         """Learn that the text ends here; return whatever is still held."""
-        ...
+        return []
 
     @property
     def held(self) -> str:
         """The characters taken but not released."""
-        ...
+        return ""
 
     @property
     def place(self) -> tuple[Segment, int]:
@@ -58,8 +58,8 @@ class Scanner(Protocol):
         ...
 
     def clone(self) -> "Scanner":
-        """An independent copy."""
-        ...
+        """An independent copy; a shallow one, so all state must be immutable values."""
+        return copy(self)
 
 
 _USER, _ASSISTANT, _OTHER, _END, _THINK, _ANSWER, _CONTENT, _FILLER = range(8)
@@ -89,7 +89,7 @@ def _first_characters(entry: ReasoningFormat) -> frozenset[str]:
     return frozenset(marker[0] for marker in entry.markers)
 
 
-class FormatScanner:
+class FormatScanner(Scanner):
     """Finite-state machine over the markers of one `ReasoningFormat`.
 
     Args:
@@ -110,11 +110,10 @@ class FormatScanner:
         self._run_is_empty = True  # no content in this run yet, white space apart
         self._turn_has_answer = False  # thinking was closed in this turn
         #: Facts about the whole text, for the check that a format's demands are met.
-        self.saw_assistant = False
         self.saw_thinking_marker = False
         self.stray_thinking_end = False
         if not entry.assistant_turns:  # a format without turns is one long response
-            self._in_assistant = self.saw_assistant = True
+            self._in_assistant = True
             self._segment = entry.opens_as
 
     @property
@@ -126,10 +125,6 @@ class FormatScanner:
     def place(self) -> tuple[Segment, int]:
         """Segment and run that the next character has unless it turns out to be a marker's."""
         return self._segment, self._run
-
-    def clone(self) -> "FormatScanner":
-        """An independent copy; all state is immutable values."""
-        return copy(self)
 
     def feed(self, char: str) -> list[Released]:
         """Take one character; return the characters released by it, in text order."""
@@ -224,19 +219,18 @@ class FormatScanner:
         elif action in (_USER, _ASSISTANT, _OTHER):
             self._in_assistant = action == _ASSISTANT
             self._turn_has_answer = False
-            self.saw_assistant |= self._in_assistant
             opens = {_USER: Segment.QUESTION, _ASSISTANT: entry.opens_as, _OTHER: Segment.TEMPLATE}[action]
             self._open(opens)
         elif action == _END:
             self._in_assistant = self._in_header = False
             self._move(Segment.TEMPLATE)
         elif action == _THINK:
-            self.saw_thinking_marker = self._in_assistant = self.saw_assistant = True
+            self.saw_thinking_marker = self._in_assistant = True
             self._open(Segment.THINKING)
         else:
             is_expected = self._segment == Segment.THINKING or self._run_is_empty or entry.content_start
             self.stray_thinking_end |= not is_expected
-            self.saw_thinking_marker = self._turn_has_answer = self._in_assistant = self.saw_assistant = True
+            self.saw_thinking_marker = self._turn_has_answer = self._in_assistant = True
             self._open(Segment.SUMMARY)
 
     def _open(self, segment: Segment) -> None:
@@ -252,12 +246,11 @@ class FormatScanner:
         self._run_is_empty = True
 
 
-class SpanScanner:
+class SpanScanner(Scanner):
     """Segments known beforehand: character spans instead of markers, so hostile text is never parsed.
 
     Args:
-        spans: (end, segment) pairs in text order, tiling the text; characters past the last span are
-        TEMPLATE.
+        spans: (end, segment) in text order, tiling the text; characters past the last span are TEMPLATE.
 
     Raises:
         TraceError: The ends decrease.
@@ -272,11 +265,6 @@ class SpanScanner:
         self._run = 0
 
     @property
-    def held(self) -> str:
-        """Nothing is ever held."""
-        return ""
-
-    @property
     def place(self) -> tuple[Segment, int]:
         """Segment and run of the next character."""
         while self._run < len(self.spans) and self.spans[self._run][0] <= self._position:
@@ -289,15 +277,3 @@ class SpanScanner:
         segment, run = self.place
         self._position += 1
         return [Released(char, segment, run)]
-
-    def feed_fragment(self) -> list[Released]:
-        """Nothing is held, so nothing is released."""
-        return []
-
-    def finish(self) -> list[Released]:
-        """Nothing is held, so nothing is released."""
-        return []
-
-    def clone(self) -> "SpanScanner":
-        """An independent copy."""
-        return copy(self)

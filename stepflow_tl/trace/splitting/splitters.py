@@ -6,7 +6,7 @@ runs the same twin over a finished text, so the two can never disagree.
 
 Rules that hold for every splitter:
 
-1. White space (`segment.WHITE_SPACE`) belongs to the step before it: a step never begins with white space.
+1. White space (`steps.WHITE_SPACE`) belongs to the step before it: a step never begins with white space.
    White space before the first step of a text stays with that first step in `split`, and with what precedes
    it in a trace.
 2. `"".join(splitter.split(text)) == text`, always.
@@ -16,9 +16,10 @@ Rules that hold for every splitter:
 import re
 from collections.abc import Callable
 from copy import copy
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from stepflow_tl.errors import TraceError
+from stepflow_tl.trace.splitting.sentences import SentenceStream
 from stepflow_tl.trace.steps import WHITE_SPACE
 
 
@@ -31,8 +32,8 @@ class StepStream(Protocol):
         ...
 
     def clone(self) -> "StepStream":
-        """An independent copy (beams and batches fork)."""
-        ...
+        """An independent copy (beams and batches fork); a shallow one, so state must be immutable values."""
+        return copy(self)
 
 
 @runtime_checkable
@@ -44,19 +45,7 @@ class StepSplitter(Protocol):
         ...
 
     def split(self, text: str) -> list[str]:
-        """Cut a finished text; the pieces join to it."""
-        ...
-
-
-class Splitter:
-    """Base of the splitters here: `split` runs the streaming twin."""
-
-    def stream(self) -> StepStream:
-        """A fresh streaming twin."""
-        raise NotImplementedError
-
-    def split(self, text: str) -> list[str]:
-        """Cut a finished text into steps.
+        """Cut a finished text into steps, by the streaming twin.
 
         Args:
             text: Any text.
@@ -74,20 +63,12 @@ class Splitter:
         return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
-class CopyableStream:
-    """A streaming twin whose state is immutable values, so that a shallow copy is a clone."""
-
-    def clone(self):
-        """An independent copy."""
-        return copy(self)
-
-
-class _WholeStream(CopyableStream):
+class _WholeStream(StepStream):
     def feed(self, char: str) -> bool:
         return False
 
 
-class WholeSplitter(Splitter):
+class WholeSplitter(StepSplitter):
     """Everything is one step; the default for questions."""
 
     def stream(self) -> StepStream:
@@ -95,7 +76,7 @@ class WholeSplitter(Splitter):
         return _WholeStream()
 
 
-class _NewlineStream(CopyableStream):
+class _NewlineStream(StepStream):
     def __init__(self, newlines: int) -> None:
         self.needed, self.seen = newlines, 0
 
@@ -107,7 +88,7 @@ class _NewlineStream(CopyableStream):
         return begins
 
 
-class ParagraphSplitter(Splitter):
+class ParagraphSplitter(StepSplitter):
     r"""A blank line separates steps. It may hold white space, and lines may end in `\r\n`."""
 
     def stream(self) -> StepStream:
@@ -115,7 +96,7 @@ class ParagraphSplitter(Splitter):
         return _NewlineStream(2)
 
 
-class LineSplitter(Splitter):
+class LineSplitter(StepSplitter):
     """Every line that is not blank is a step."""
 
     def stream(self) -> StepStream:
@@ -123,7 +104,18 @@ class LineSplitter(Splitter):
         return _NewlineStream(1)
 
 
-class _RegexStream(CopyableStream):
+class SentenceSplitter(StepSplitter):
+    """A sentence is a step; never cut inside a decimal, an abbreviation, LaTeX or code.
+
+    The rules are in `stepflow_tl.trace.splitting.sentences`.
+    """
+
+    def stream(self) -> StepStream:
+        """A twin whose state is a few dozen characters."""
+        return SentenceStream()
+
+
+class _RegexStream(StepStream):
     def __init__(self, ends: "re.Pattern[str]", window: int) -> None:
         self.ends, self.window = ends, window
         self.text, self.ended = "", False
@@ -135,7 +127,7 @@ class _RegexStream(CopyableStream):
         return begins
 
 
-class RegexSplitter(Splitter):
+class RegexSplitter(StepSplitter):
     r"""A step ends wherever the pattern matches a stretch that ends there.
 
     After each character the text of the current step so far is searched for a match that ends exactly with
@@ -174,8 +166,7 @@ class RegexSplitter(Splitter):
         if is_empty:
             raise TraceError(
                 f"The splitter pattern {source!r} matches the empty string, so every character would begin "
-                "a step; "
-                "use + instead of *."
+                "a step; use + instead of *."
             )
         if max_match < 1:
             raise TraceError(f"max_match must be at least 1, got {max_match}.")
@@ -186,7 +177,7 @@ class RegexSplitter(Splitter):
         return _RegexStream(self.ends, self.max_match)
 
 
-class _CallableStream(CopyableStream):
+class _CallableStream(StepStream):
     def __init__(self, begins_step: Callable[[str], bool]) -> None:
         self.begins_step, self.text, self.due = begins_step, "", False
 
@@ -197,13 +188,13 @@ class _CallableStream(CopyableStream):
         return begins
 
 
-class CallableSplitter(Splitter):
+class CallableSplitter(StepSplitter):
     """A function decides.
 
     Args:
         begins_step: Gets the text of the current step so far, its last character being the new one; returns
             whether that character begins a new step. A yes on white space is kept for the next other
-            character. It must be a pure function. It is called once a character, so a step of n characters
+            character. It must be a pure function. It is called once per character, so a step of n characters
             costs n calls on texts up to n.
 
     Raises:
@@ -219,3 +210,80 @@ class CallableSplitter(Splitter):
     def stream(self) -> StepStream:
         """A twin that remembers the current step's text."""
         return _CallableStream(self.begins_step)
+
+
+class _MinimumLengthStream(StepStream):
+    def __init__(self, stream: StepStream, min_chars: int) -> None:
+        self.inner, self.min_chars, self.length = stream, min_chars, 0
+
+    def feed(self, char: str) -> bool:
+        begins = self.inner.feed(char) and self.length >= self.min_chars
+        self.length = 1 if begins else self.length + 1
+        return begins
+
+    def clone(self) -> "_MinimumLengthStream":
+        twin = copy(self)
+        twin.inner = self.inner.clone()
+        return twin
+
+
+class MinimumLength(StepSplitter):
+    """Merge a short piece into the step that follows it.
+
+    A boundary is passed over while the current step has fewer than `min_chars` characters, its trailing white
+    space included. A short last piece stays a step: when it began, nobody could know that it would be short.
+
+    Args:
+        splitter: The splitter whose boundaries are thinned, or its name.
+        min_chars: Fewest characters of a step, the last one excepted.
+
+    Raises:
+        TraceError: `min_chars` is below 1, or the splitter is unknown.
+    """
+
+    def __init__(self, splitter: "StepSplitter | str", min_chars: int) -> None:
+        """Refuse a minimum that could change nothing."""
+        if min_chars < 1:
+            raise TraceError(
+                f"min_chars must be at least 1, got {min_chars}; leave the wrapper out for no minimum."
+            )
+        self.splitter, self.min_chars = resolve_splitter(splitter), min_chars
+
+    def stream(self) -> StepStream:
+        """A twin that counts the current step's characters around the inner twin."""
+        return _MinimumLengthStream(self.splitter.stream(), self.min_chars)
+
+
+_NAMED = {
+    "paragraph": ParagraphSplitter,
+    "line": LineSplitter,
+    "sentence": SentenceSplitter,
+    "whole": WholeSplitter,
+}
+
+
+def resolve_splitter(splitter: Any, default: str = "paragraph") -> StepSplitter:
+    """The splitter meant by a name, a splitter or None.
+
+    Args:
+        splitter: "paragraph", "line", "sentence", "whole", any `StepSplitter`, or None.
+        default: What None stands for.
+
+    Raises:
+        TraceError: Neither a known name nor a splitter.
+    """
+    if splitter is None:
+        splitter = default
+    if isinstance(splitter, str):
+        if splitter not in _NAMED:
+            raise TraceError(
+                f"Unknown splitter {splitter!r}; known names are {', '.join(_NAMED)}. Pass one of them or a "
+                "splitter such as RegexSplitter(r'[.;]\\s')."
+            )
+        return _NAMED[splitter]()
+    if isinstance(splitter, type) or not isinstance(splitter, StepSplitter):
+        raise TraceError(
+            f"A splitter must be a name ({', '.join(_NAMED)}) or an object with stream() and split(), "
+            f"got {splitter!r}. Wrap a function in CallableSplitter."
+        )
+    return splitter

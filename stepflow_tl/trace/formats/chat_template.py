@@ -1,4 +1,15 @@
-"""Writing a trace's parts as one text: the chat template around the question, markers around the rest.
+r"""What a tokenizer's chat template says: which format it speaks, and how a trace's parts become one text.
+
+Detection:
+
+1. Render a one-turn prompt. The template's source and the rendered prompt are the evidence: the source shows
+   switches (`enable_thinking`), the rendering shows what the template puts together
+   (`<|im_start|>assistant\n<think>`).
+2. The first format whose `detected_by` strings all occur there, and whose `not_with` strings do not, is the
+   answer; formats registered by the user are tried first.
+3. Without a chat template the added tokens are the evidence; where they say nothing, the format is `plain`.
+
+Writing:
 
 1. Render the chat template for the user's turn with the generation prompt, once with the question and once
    with a sentinel in its place. What the renderings share before and after is the frame; what stands between
@@ -13,23 +24,84 @@ belongs to the step before it.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from stepflow_tl.errors import FormatError
-from stepflow_tl.trace.formats.detection import chat_template
 from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
+from stepflow_tl.trace.formats.table import formats_by_priority, get_format, known_formats
 from stepflow_tl.trace.steps import WHITE_SPACE, Segment
 
 # Templates have no common name for the switch; one that does not know it ignores it.
 _THINKING_ON = {"enable_thinking": True, "thinking": True}
 _SENTINEL = "stepflowQuestionSlot"
-Spans = list[tuple[int, Segment]]
+
+
+def detect_format(tokenizer: Any) -> ReasoningFormat:
+    """The reasoning format of a tokenizer.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Raises:
+        FormatError: The chat template belongs to no known format.
+    """
+    template = chat_template(tokenizer)
+    if template is None:
+        evidence = "\n".join(str(token) for token in getattr(tokenizer, "get_added_vocab", dict)())
+    else:
+        try:
+            rendered = _render(tokenizer, "question", None)
+        except FormatError:  # the source alone must do then
+            rendered = ""
+        evidence = f"{template}\n{rendered}"
+    for entry in formats_by_priority():
+        wanted = entry.detected_by
+        if wanted and all(s in evidence for s in wanted) and not any(s in evidence for s in entry.not_with):
+            return entry
+    if template is None:
+        return get_format("plain")
+    raise FormatError(
+        f"The chat template of {type(tokenizer).__name__} matches no known reasoning format "
+        f"({', '.join(known_formats())}). Pass format='plain' for text without markers, or describe the "
+        "template with stepflow_tl.trace.formats.register_format."
+    )
+
+
+def chat_template(tokenizer: Any) -> str | None:
+    """Source of the tokenizer's default chat template; None where it has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), None)
+    return template or None
+
+
+def resolve_format(tokenizer: Any, format: Any) -> ReasoningFormat:
+    """The format meant by a name, a `ReasoningFormat`, or "auto" / None (read from the tokenizer).
+
+    The `plain` format takes the tokenizer's BOS, EOS and padding tokens as TEMPLATE; the others name theirs.
+
+    Raises:
+        FormatError: Unknown name, wrong kind, or nothing detected.
+    """
+    if isinstance(format, ReasoningFormat):
+        entry = format
+    elif format is None or format == "auto":
+        entry = detect_format(tokenizer)
+    elif isinstance(format, str):
+        entry = get_format(format)
+    else:
+        raise FormatError(f"format must be a name, a ReasoningFormat or 'auto', got {format!r}.")
+    if entry.name == "plain" and not entry.fillers:
+        special = [getattr(tokenizer, f"{kind}_token", None) for kind in ("bos", "eos", "pad")]
+        entry = replace(entry, fillers=tuple(dict.fromkeys(s for s in special if s and s[0].isascii())))
+    return entry
 
 
 def render_parts(
     tokenizer: Any, entry: ReasoningFormat, question: str, thinking: str, summary: str, system: str | None
-) -> tuple[str, Spans]:
+) -> tuple[str, list[tuple[int, Segment]]]:
     """The whole text, and the (end, segment) spans that tile it.
 
     Args:
@@ -96,7 +168,7 @@ def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str) -> st
     Raises:
         FormatError: The chat template refuses the message.
     """
-    rendered = _render(tokenizer, question, None, {})
+    rendered = _render(tokenizer, question, None)
     if _ends_with(rendered, entry.thinking_ends):
         return _render(tokenizer, question, None, _THINKING_ON)
     return rendered
@@ -119,8 +191,8 @@ def _prompt(
         if entry.user_turns:
             raise FormatError(
                 f"The tokenizer has no chat template, so a prompt of format {entry.name!r} cannot be "
-                "written. Set "
-                "tokenizer.chat_template, pass format='plain', or give the whole transcript to from_text."
+                "written. Set tokenizer.chat_template, pass format='plain', or give the whole transcript to "
+                "from_text."
             )
         bos = getattr(tokenizer, "bos_token", None) or ""
         return bos + (f"{system}\n\n" if system else ""), question + "\n\n", ""
@@ -141,12 +213,13 @@ def _prompt(
             return rendered[:slot], wanted, rendered[slot + len(wanted) :]
     raise FormatError(
         f"The chat template does not contain the question {question[:40]!r} when rendered, so its place is "
-        "unknown. "
-        "Write the transcript yourself and pass it to ReasoningTrace.from_text."
+        "unknown. Write the transcript yourself and pass it to ReasoningTrace.from_text."
     )
 
 
-def _render(tokenizer: Any, question: str, system: str | None, switches: Mapping[str, bool]) -> str:
+def _render(
+    tokenizer: Any, question: str, system: str | None, switches: Mapping[str, bool] = MappingProxyType({})
+) -> str:
     messages = [{"role": "user", "content": question}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -155,6 +228,5 @@ def _render(tokenizer: Any, question: str, system: str | None, switches: Mapping
     except Exception as error:  # a Jinja template may raise anything
         raise FormatError(
             f"The chat template refused {'a system and a' if system is not None else 'a'} user message: "
-            f"{error}. "
-            "Leave system= out, or pass the transcript to ReasoningTrace.from_text."
+            f"{error}. Leave system= out, or pass the transcript to ReasoningTrace.from_text."
         ) from error

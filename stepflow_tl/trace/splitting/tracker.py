@@ -16,16 +16,16 @@ token:
    token that settled it.
 
 So a label depends on no later token, except that rule 4 says TEMPLATE late; `TokenLabel` reports both
-moments. State is O(1) (one marker length of waiting tokens); time is amortised O(marker length) a character.
+moments. State is O(1) (one marker length of waiting tokens), time O(marker length) per character, amortised.
 """
 
 from copy import copy
 from typing import Any, NamedTuple
 
-from stepflow_tl.trace.decoding import TextPiece
-from stepflow_tl.trace.formats.scanner import Released, Scanner
-from stepflow_tl.trace.splitting.named import resolve_splitter
-from stepflow_tl.trace.splitting.splitters import StepSplitter, StepStream
+from stepflow_tl.trace.decoding import TextPiece, TokenDecoder
+from stepflow_tl.trace.formats.chat_template import resolve_format
+from stepflow_tl.trace.formats.scanner import FormatScanner, Released, Scanner
+from stepflow_tl.trace.splitting.splitters import StepSplitter, StepStream, resolve_splitter
 from stepflow_tl.trace.steps import WHITE_SPACE, Segment
 
 
@@ -121,7 +121,7 @@ class StepTracker:
         """Take the text of the next token; say what is known of that token now.
 
         Args:
-            piece: What the decoder gave for the token. A plain string is a token that is no fragment.
+            piece: What the decoder gave for the token. A plain string is a token that is not a fragment.
         """
         text, is_fragment = (piece, False) if isinstance(piece, str) else piece
         token, self.n_tokens = self.n_tokens, self.n_tokens + 1
@@ -248,3 +248,49 @@ class StepTracker:
     def _range(self, kind: str) -> tuple[int, int]:
         tokens: list[Any] = self._changed[kind]
         return (tokens[0], tokens[-1] + 1) if tokens else (0, 0)
+
+
+class TokenTracker:
+    """Segment and step of each token id of one stream: decoder, scanner and splitters behind one `push`.
+
+    This is what a generation loop holds: one tracker per row, fed each id as it enters the model. It gives,
+    token by token, what `ReasoningTrace.from_tokens` says of the whole sequence afterwards.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        format: Name, `ReasoningFormat`, or "auto" for the tokenizer's own.
+        splitter: Cuts thinking, and the summary unless that has its own.
+        summary_splitter: Cuts the summary; default: like thinking.
+        question_splitter: Cuts the question; default: one step.
+
+    Raises:
+        FormatError: The format is unknown.
+        TraceError: A splitter is unknown.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        format: Any = "auto",
+        splitter: StepSplitter | str | None = None,
+        summary_splitter: StepSplitter | str | None = None,
+        question_splitter: StepSplitter | str | None = None,
+    ) -> None:
+        """Start at the beginning of a stream."""
+        scanner = FormatScanner(resolve_format(tokenizer, format))
+        self.decoder = TokenDecoder(tokenizer)
+        self.steps = StepTracker(scanner, splitter, summary_splitter, question_splitter)
+
+    def push(self, token_id: int) -> TokenLabel:
+        """Take the next token id; say what is known of that token now."""
+        return self.steps.push(self.decoder.push(token_id))
+
+    def finish(self) -> tuple[int, int]:
+        """Learn that the stream ends; return the tokens whose provisional label is final with this."""
+        return self.steps.finish(self.decoder.finish())
+
+    def clone(self) -> "TokenTracker":
+        """An independent copy, O(1)."""
+        twin = copy(self)
+        twin.decoder, twin.steps = self.decoder.clone(), self.steps.clone()
+        return twin
