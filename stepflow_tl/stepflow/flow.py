@@ -28,7 +28,7 @@ from stepflow_tl.models.hook_names import (
     by_heads,
     resolve_hooks,
 )
-from stepflow_tl.models.hooking import NamedHook, attached
+from stepflow_tl.models.passes import NamedHook, attached
 from stepflow_tl.stepflow.bridge import bridge_hook, bridge_pattern_hook, check_bridge
 from stepflow_tl.stepflow.momentum import capture_values_hook, momentum_hook
 from stepflow_tl.stepflow.report import FlowReport
