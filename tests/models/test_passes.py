@@ -1,5 +1,7 @@
 """Running a model and leaving it as it was; passes from a shared prefix."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import TINY_MODEL_KINDS
@@ -62,8 +64,6 @@ def test_a_replaced_forward_is_put_back_even_over_another_replacement():
 
 
 def test_the_device_is_that_of_the_weights_or_of_the_configuration(tiny_model):
-    from types import SimpleNamespace
-
     assert model_device(tiny_model()) == torch.device("cpu")
     empty = SimpleNamespace(parameters=lambda: iter(()), cfg=SimpleNamespace(device="meta"))
     assert model_device(empty) == torch.device("meta")

@@ -5,17 +5,18 @@ import random
 import pytest
 import torch
 
+from stepflow_tl import ReasoningTrace
+from stepflow_tl.testbed import ProblemSpec
+from stepflow_tl.testbed import train as module
+from stepflow_tl.testbed.train import _rate, batch_of
+from stepflow_tl.testbed.vocabulary import build_tokenizer
+
 SETTINGS = dict(
     tokens=60_000, batch_tokens=600, rate=2e-3, steps_from=2, steps_to=3, mastered=0.1, seed=0, graded=2
 )
 
 
 def test_a_batch_holds_whole_texts_of_one_kind():
-    from stepflow_tl import ReasoningTrace
-    from stepflow_tl.testbed import ProblemSpec
-    from stepflow_tl.testbed.train import batch_of
-    from stepflow_tl.testbed.vocabulary import build_tokenizer
-
     tokenizer = build_tokenizer()
     tokens, n_prompt = batch_of(ProblemSpec(n_steps=4), random.Random(0), tokenizer, 2000)
     assert tokens.numel() <= 2000 < tokens.numel() + tokens.shape[1]
@@ -28,8 +29,6 @@ def test_a_batch_holds_whole_texts_of_one_kind():
 
 @pytest.mark.slow
 def test_it_learns_and_equal_seeds_give_equal_weights(capsys, monkeypatch):
-    from stepflow_tl.testbed import train as module
-
     monkeypatch.setattr(module, "REPORT_TOKENS", 30_000)
     train = module.train
     first, again = train(SETTINGS), train(SETTINGS)
@@ -42,7 +41,5 @@ def test_it_learns_and_equal_seeds_give_equal_weights(capsys, monkeypatch):
 
 
 def test_the_rate_warms_up_and_falls():
-    from stepflow_tl.testbed.train import _rate
-
     assert _rate(0, 0.0) == pytest.approx(0.01) and _rate(99, 0.0) == pytest.approx(1.0)
     assert _rate(10_000, 1.0) == pytest.approx(0.1)
