@@ -6,7 +6,7 @@ from stepflow_tl import load_testbed_model
 from stepflow_tl.evaluation import Decoding, evaluate, questions_of, write_answers
 from stepflow_tl.models.facts import model_facts
 from stepflow_tl.testbed import ProblemSpec, grade, make_problems
-from stepflow_tl.testbed.weights import SHIPPED, check_files
+from stepflow_tl.testbed.model import SHIPPED, check_files
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ import pytest
 
 from stepflow_tl import ReasoningTrace, Segment
 from stepflow_tl.testbed import ProblemSpec, make_problems
-from stepflow_tl.testbed.train import prompt_of
-from stepflow_tl.testbed.vocabulary import build_tokenizer
+from stepflow_tl.testbed.vocabulary import build_tokenizer, prompt_of
 from stepflow_tl.trace.formats.detection import detect_format
 
 

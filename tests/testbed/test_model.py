@@ -10,16 +10,16 @@ from tiny_models import TL_GENERATION
 
 from stepflow_tl.errors import ModelError
 from stepflow_tl.testbed import load_testbed_model
+from stepflow_tl.testbed.model import check_files, new_model, read_weights
 from stepflow_tl.testbed.vocabulary import build_tokenizer
-from stepflow_tl.testbed.weights import check_files, new_model, read_weights, save_weights
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, training):
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     for _ in range(2):  # the second replaces the first
-        save_weights(
+        training.save_weights(
             new_model(len(tokenizer)).eval(),
             tokenizer,
             tmp_path / "model",
@@ -43,10 +43,10 @@ def test_what_is_written_is_read_back(folder):
     )
     card = (folder / "card.md").read_text()
     for said in (
-        "train --tokens 2e+06 --seed 3",
+        "scripts/train_testbed.py --tokens 2e+06 --seed 3",
         "in 12 minutes",
         "| 16 | 0.625 |",
-        "40 fresh problems a row",
+        "40 fresh problems per row",
     ):
         assert said in card
 
@@ -56,7 +56,7 @@ def test_what_is_written_is_read_back(folder):
     [
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda f: (f / "config.json").write_text("{}"), "config.json is not the file that was written"),
-        (lambda f: (f / "checksums.json").unlink(), "checksums.json is missing.*testbed.train --out"),
+        (lambda f: (f / "checksums.json").unlink(), "checksums.json is missing.*train_testbed.py --out"),
     ],
 )
 def test_files_that_do_not_belong_together_are_refused(folder, damage, message):
@@ -135,5 +135,5 @@ def test_a_list_of_checksums_that_is_none_is_refused(folder, text, message):
 def test_checksums_name_files_of_their_folder_only(folder, name):
     listed = json.loads((folder / "checksums.json").read_text())
     (folder / "checksums.json").write_text(json.dumps({name: "0" * 64, **listed}))
-    with pytest.raises(ModelError, match="which is no file of its folder"):
+    with pytest.raises(ModelError, match="which is not a file of its folder"):
         check_files(folder)
