@@ -12,7 +12,7 @@
 Nothing here knows an architecture: masks, ALiBi, rotary tables and shortformer's position embeddings come
 back as the model itself made them. What cannot be served is refused: blocks that hand each other more than
 the residual (shared keys and values), and blocks that run more than once in a forward pass.
-A KV cache has no use in a pass over the whole trace and would grow in the second run; it is left out.
+A KV cache has no use in a pass over the whole trace and would grow in the second pass; it is left out.
 """
 
 from __future__ import annotations

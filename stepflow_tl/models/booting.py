@@ -1,7 +1,9 @@
-"""Put a TransformerBridge around a transformers model that exists only in memory, offline."""
+"""TransformerLens around a transformers model that exists only in memory, offline."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,26 +16,34 @@ else:
 
 
 def boot_bridge(hf_model: Any, tokenizer: Any, name: str, dtype: torch.dtype) -> TransformerBridge:
-    """The bridge, in eval mode if the model is.
-
-    TransformerLens reloads a tokenizer from its name unless the tokenizer says that it adds BOS by itself.
-    This one exists only in memory. It says so while the bridge is built, and goes on encoding as it did
-    before: whether a prompt begins with BOS is its chat template's business.
+    """A TransformerBridge around `hf_model`, in eval mode if that is.
 
     Args:
         hf_model: A transformers causal LM on its device.
-        tokenizer: Its tokenizer, as it was before on return.
+        tokenizer: Its tokenizer, which comes back as it was.
         name: The model's name in results; it need not exist on the hub.
         dtype: Of the parameters.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    before = dict(tokenizer.init_kwargs)
-    tokenizer.init_kwargs.update(add_bos_token=True, name_or_path=name)
-    try:
+    with tokenizer_in_memory(tokenizer, name):
         return TransformerBridge.boot_transformers(
             name, hf_model=hf_model, tokenizer=tokenizer, device=hf_model.device, dtype=dtype
         )
+
+
+@contextmanager
+def tokenizer_in_memory(tokenizer: Any, name: str) -> Iterator[None]:
+    """Let TransformerLens take `tokenizer` as it is while it builds a model inside the block.
+
+    It reloads a tokenizer from its name unless the tokenizer says that it adds BOS by itself. One in memory
+    has no name to be found under, so it says so inside the block, and goes on encoding as it did: whether a
+    prompt begins with BOS is its chat template's business.
+    """
+    before = dict(tokenizer.init_kwargs)
+    tokenizer.init_kwargs.update(add_bos_token=True, name_or_path=name)
+    try:
+        yield
     finally:
         tokenizer.init_kwargs.clear()
         tokenizer.init_kwargs.update(before)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,12 +24,6 @@ from torch import Tensor
 
 from stepflow_tl.errors import ModelError
 from stepflow_tl.models.facts import is_bridge, wrapped_model
-
-if TYPE_CHECKING:
-    from transformers.cache_utils import DynamicLayer
-else:
-    # The run-time type check must not import transformers, which takes seconds.
-    DynamicLayer = Any
 
 
 class PrefixCacheRefusal(ModelError):
@@ -69,7 +63,7 @@ def fill_prefix(
 
 
 @cache
-def _shared_layer_class() -> type[DynamicLayer]:
+def _shared_layer_class() -> type:
     """The class of one layer's prefix, made when first needed: its base comes from transformers."""
     from transformers.cache_utils import DynamicLayer
 

@@ -206,17 +206,16 @@ class StepFlow:
     def _pairs(
         self, model: Any, state: FlowState, report: FlowReport, detach_values: bool
     ) -> list[NamedHook]:
-        resolved = resolve_hooks(model, sorted({*report.shallow, *report.deep})).layers
-        hooks = {layer_hooks.layer: layer_hooks for layer_hooks in resolved}
         pairs: list[NamedHook] = []
-        for layer in report.shallow:
-            heads = self._heads_of(model, layer)
-            if heads != ():
-                pairs.append(self._bridge(model, hooks[layer], state, report, heads))
-        for layer in report.deep:
-            heads = self._heads_of(model, layer)
-            if heads != ():
-                pairs += self._momentum(model, hooks[layer], state, report, heads, detach_values)
+        for hooks in resolve_hooks(model, sorted({*report.shallow, *report.deep})).layers:
+            heads = self._heads_of(model, hooks.layer)
+            if heads == ():
+                continue
+            shared = dict(state=state, heads=heads, report=report)
+            if hooks.layer in report.shallow:
+                pairs.append(self._bridge(model, hooks, shared))
+            if hooks.layer in report.deep:
+                pairs += self._momentum(model, hooks, shared, detach_values)
         return pairs
 
     def _heads_of(self, model: Any, layer: int) -> tuple[int, ...] | None:
@@ -224,54 +223,37 @@ class StepFlow:
         heads = self.heads.get(layer, ()) if isinstance(self.heads, Mapping) else self.heads
         return () if heads is not None and not len(heads) else check_heads(model, heads)
 
-    def _bridge(
-        self,
-        model: Any,
-        hooks: LayerHooks,
-        state: FlowState,
-        report: FlowReport,
-        heads: tuple[int, ...] | None,
-    ) -> NamedHook:
+    def _bridge(self, model: Any, hooks: LayerHooks, shared: dict[str, Any]) -> NamedHook:
+        advice = "Leave the layer out with shallow=[...], or use tau_max=0 for momentum alone."
+        refuse_delegated(model, hooks, advice)
         options = dict(
-            state=state,
             tau_max=self.tau_max,
             max_bridge_share=self.max_bridge_share,
             granularity=self.granularity,
-            heads=heads,
             placebo_seed=self.seed if self.placebo in ("bridge", "both") else None,
-            report=report,
+            **shared,
         )
-        advice = "Leave the layer out with shallow=[...], or use tau_max=0 for momentum alone."
-        refuse_delegated(model, hooks, advice)
         if hooks.scores is None:
             return hooks.pattern, partial(bridge_pattern_hook, **options)
         return hooks.scores, partial(bridge_hook, sinks=attention_sinks(model, hooks.layer), **options)
 
     def _momentum(
-        self,
-        model: Any,
-        hooks: LayerHooks,
-        state: FlowState,
-        report: FlowReport,
-        heads: tuple[int, ...] | None,
-        detach_values: bool,
+        self, model: Any, hooks: LayerHooks, shared: dict[str, Any], detach_values: bool
     ) -> list[NamedHook]:
         if hooks.value is None or hooks.z is None:
             raise ModelError(
                 f"layer {hooks.layer} has no hook point for its values or its z, which momentum needs: leave "
                 "the layer out with deep=[...], or use alpha=0 for the bridge alone"
             )
+        capture = partial(capture_values_hook, state=shared["state"], detach=detach_values)
         inject = partial(
             momentum_hook,
-            state=state,
             alpha=self.alpha,
             window=self.window,
             boundaries=self.boundaries,  # pyright: ignore[reportArgumentType]  # checked when made
-            heads=heads,
             placebo_seed=self.seed if self.placebo in ("momentum", "both") else None,
-            report=report,
+            **shared,
         )
-        capture = partial(capture_values_hook, state=state, detach=detach_values)
         pairs = ((hooks.value, capture), (hooks.z, inject))
         return [(name, by_heads(model, name, function)) for name, function in pairs]
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.models.booting import boot_bridge
+from stepflow_tl.models.booting import boot_bridge, tokenizer_in_memory
 from stepflow_tl.results.files import file_digest
 
 NAME = "stepflow-testbed"
@@ -190,7 +190,8 @@ def _hooked(hf_model: Any, tokenizer: Any, device: str | torch.device, dtype: to
         dtype=dtype,
         default_prepend_bos=False,
     )
-    model = build(hooked, tokenizer=tokenizer)
+    with tokenizer_in_memory(tokenizer, NAME):
+        model = build(hooked, tokenizer=tokenizer)
     model.load_and_process_state_dict(
         conversions.convert_qwen2_weights(hf_model, hooked),
         fold_ln=False,
