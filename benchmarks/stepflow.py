@@ -71,12 +71,13 @@ def measure(task, run, model, flow, repeats, goal):
         for name in seconds:
             context = flow.generating(model) if name == "stepflow" else contextlib.nullcontext()
             start = time.perf_counter()
-            with context:
+            with context as following:
                 run()
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
+            if following is not None:
+                report = following.report()
     ratios = [b / a for a, b in zip(seconds["plain"], seconds["stepflow"], strict=True)]
-    report = flow.report()
     return dict(
         task=task,
         plain_s=statistics.median(seconds["plain"]),

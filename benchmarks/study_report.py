@@ -13,7 +13,7 @@ from stepflow_tl.rendering import comparison_figure, save_figure
 from stepflow_tl.statistics.paired import paired_difference
 from stepflow_tl.testbed import grade
 from stepflow_tl.testbed.grading import ERROR_KINDS, FLOW_ERRORS
-from stepflow_tl.testbed.weights import CONFIG
+from stepflow_tl.testbed.model import CONFIG
 
 N_LAYERS = CONFIG["num_hidden_layers"]
 

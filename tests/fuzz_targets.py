@@ -475,7 +475,7 @@ _TESTBED_FILES = ("model.safetensors", "config.json", "tokenizer.json", "card.md
 
 
 def run_checksums(data: bytes) -> None:
-    from stepflow_tl.testbed.weights import check_files
+    from stepflow_tl.testbed.model import check_files
 
     folder = scratch() / "testbed"
     folder.mkdir(exist_ok=True)

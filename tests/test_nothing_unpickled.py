@@ -54,7 +54,7 @@ def test_everything_that_can_be_read_is_read_without_unpickling(no_unpickling, t
     from tiny_gguf import write_tiny_gguf
 
     from stepflow_tl.models.gguf import GgufCheckpoint
-    from stepflow_tl.testbed.weights import read_weights
+    from stepflow_tl.testbed.model import read_weights
 
     for target in TARGETS:
         for data in target.seeds():

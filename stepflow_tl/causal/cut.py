@@ -23,9 +23,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.models.facts import delegates_attention
-from stepflow_tl.models.hook_names import resolve_hooks
-from stepflow_tl.models.hooking import NamedHook
+from stepflow_tl.models.hook_names import refuse_delegated, resolve_hooks
+from stepflow_tl.models.passes import NamedHook
 
 Span = tuple[int, int]
 
@@ -73,12 +72,7 @@ class EdgeCut:
         self.hooks: list[NamedHook] = []
         for hooks in resolve_hooks(model, layers).layers:
             layer, name, function = hooks.layer, hooks.scores, self._cut_scores
-            if name is not None and delegates_attention(model, layer):
-                raise ModelError(
-                    f"layer {layer}: {type(model.blocks[layer].attn).__name__} leaves attention to the "
-                    "wrapped module, so a cut of its scores would be discarded: leave the layer out with "
-                    "layers=[...]"
-                )
+            refuse_delegated(model, hooks, "Leave the layer out with layers=[...].")
             if name is None:
                 name, function = hooks.pattern, self._cut_pattern
             self.hooks.append((name, partial(function, layer=layer)))

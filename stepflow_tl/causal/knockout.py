@@ -39,8 +39,8 @@ from stepflow_tl.errors import KnockoutError
 from stepflow_tl.models.bands import named_layers
 from stepflow_tl.models.facts import ModelFacts, check_fit, check_layers, model_facts
 from stepflow_tl.models.hook_names import hook_counts, resolve_hooks
-from stepflow_tl.models.hooking import attached
-from stepflow_tl.models.passes import frozen, model_device, whole_pass
+from stepflow_tl.models.passes import attached, frozen, model_device, whole_pass
+from stepflow_tl.models.prefix_cache import PrefixCacheRefusal, fill_prefix
 from stepflow_tl.results.provenance import Provenance, package_versions
 from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective, token_nll
 from stepflow_tl.trace import ReasoningTrace, Step
@@ -224,8 +224,6 @@ class _Run:
         if method == "auto" and hook_counts(self.model):
             notes["not_cached"] = "hooks are attached, which may know the positions of a whole pass"
         elif method != "full":
-            from stepflow_tl.models.prefix_cache import PrefixCacheRefusal  # it imports transformers
-
             try:
                 effects, deviation = self._cached(readings)
                 return effects, "cached", {"self_check": f"mean NLL off by at most {deviation:.1e} nats"}
@@ -236,8 +234,6 @@ class _Run:
         return self._full(readings), "full", notes
 
     def _cached(self, readings: list[_Reading]) -> tuple[Effects, float]:
-        from stepflow_tl.models.prefix_cache import PrefixCacheRefusal, fill_prefix
-
         tokens = self.tokens
         plain = token_nll(whole_pass(self.model, tokens)[:-1], tokens[1:])
         prefix, _ = fill_prefix(self.model, tokens)

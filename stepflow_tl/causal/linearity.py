@@ -32,8 +32,7 @@ from stepflow_tl.causal.alignment import StepPair, causal_pair
 from stepflow_tl.errors import AlignmentError, ModelError
 from stepflow_tl.models.facts import check_layers, model_facts
 from stepflow_tl.models.hook_names import resolve_hooks
-from stepflow_tl.models.hooking import NamedHook, attached
-from stepflow_tl.models.passes import frozen, model_device
+from stepflow_tl.models.passes import NamedHook, attached, frozen, model_device
 from stepflow_tl.saliency.objectives import Objective, ObjectiveLike, resolve_objective
 from stepflow_tl.saliency.signed import signed_step_saliency
 from stepflow_tl.trace import ReasoningTrace, Step

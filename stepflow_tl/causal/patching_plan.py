@@ -24,8 +24,7 @@ from stepflow_tl.causal.patching_result import StepPatching
 from stepflow_tl.errors import ModelError, ObjectiveError
 from stepflow_tl.models.facts import ModelFacts, check_fit, check_layers, model_facts
 from stepflow_tl.models.hook_names import component_hook
-from stepflow_tl.models.hooking import NamedHook, attached
-from stepflow_tl.models.passes import model_device
+from stepflow_tl.models.passes import NamedHook, attached, model_device
 from stepflow_tl.results.provenance import Provenance, package_versions
 from stepflow_tl.saliency.objectives import Objective, resolve_objective
 from stepflow_tl.trace import ReasoningTrace, Step

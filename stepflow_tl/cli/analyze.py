@@ -14,8 +14,8 @@ import torch
 
 from stepflow_tl.cli.console import Progress, say
 from stepflow_tl.cli.device import present_device
-from stepflow_tl.errors import ModelError
 from stepflow_tl.models import loading as models
+from stepflow_tl.models.facts import tokenizer_of
 from stepflow_tl.runs.entries import RunSettings
 from stepflow_tl.runs.report import DatasetReport
 from stepflow_tl.runs.run import analyze_dataset
@@ -92,8 +92,7 @@ def load(name: str, device: str, dtype: str, device_map: str | None) -> Any:
     where = present_device(device)
     place = {} if device_map is None else {"device_map": device_map}
     model = models.load_model(name, device=where, dtype=getattr(torch, dtype), **place)
-    if getattr(model, "tokenizer", None) is None:
-        raise ModelError(f"model {name!r} comes without a tokenizer, which the traces need")
+    tokenizer_of(model)  # refuses a model without one
     return model
 
 

@@ -197,7 +197,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     add(
         "--model",
         metavar="NAME_OR_PATH",
-        help="as for analyze, or a folder of stepflow_tl.testbed.train",
+        help="as for analyze, or a folder that scripts/train_testbed.py wrote",
     )
     add("--out", type=Path, metavar="FILE.json", help="write every score and difference")
     add("--conditions", nargs="+", metavar="NAME", help="which conditions (all)")

@@ -12,13 +12,13 @@
 Nothing here knows an architecture: masks, ALiBi, rotary tables and shortformer's position embeddings come
 back as the model itself made them. What cannot be served is refused: blocks that hand each other more than
 the residual (shared keys and values), and blocks that run more than once in a forward pass.
-A KV cache has no use in a pass over the whole trace and would grow in the second run; it is left out.
+A KV cache has no use in a pass over the whole trace and would grow in the second pass; it is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.models.passes import replaced_forward
 
 
 @dataclass(frozen=True)
@@ -236,17 +237,9 @@ def _passed_over(
         return forward
 
     blocks = list(model.blocks)
-    # Into the instance's own dictionary: a bridge component hands attributes on to the module it wraps.
-    before = [block.__dict__.get("forward") for block in blocks]
-    handle = blocks[-1].register_forward_hook(lambda *_: shaped(residual.clone(), sizes[-1]))
-    try:
+    with ExitStack() as stack:
         for block, size in zip(blocks, sizes, strict=True):
-            block.__dict__["forward"] = passing(size)
+            stack.enter_context(replaced_forward(block, passing(size)))
+        handle = blocks[-1].register_forward_hook(lambda *_: shaped(residual.clone(), sizes[-1]))
+        stack.callback(handle.remove)
         yield
-    finally:
-        handle.remove()
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.__dict__["forward"] = forward

@@ -1,14 +1,21 @@
-"""What a trace must fit into: layers, vocabulary, context, dtype and device of a model.
+"""What the package asks of a model, each question answered once.
 
-Read from `cfg` of a TransformerLens model, or from `config` of a plain transformers causal LM, which only the
-fused backend serves. Nothing is imported to find out which of the two it is.
+1. Which kind it is: a TransformerBridge (TransformerLens 4), a HookedTransformer (3.9), or a plain
+   transformers causal LM, which only the fused backend serves. No class is imported to find out.
+2. What a trace must fit into: layers, vocabulary, context; read from `cfg` of a TransformerLens model, else
+   from the transformers `config`.
+3. How one layer's attention is computed: the module that does it, its heads, its sinks, its score function.
+   Names of hook points are `hook_names`' business.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
@@ -44,6 +51,26 @@ def is_transformerlens(model: Any) -> bool:
 def is_bridge(model: Any) -> bool:
     """Whether `model` is a TransformerBridge: hook points around a transformers model."""
     return hasattr(model, "original_model")
+
+
+def wrapped_model(model: Any) -> Any:
+    """What computes a forward pass: the transformers model that a bridge wraps, else `model` itself."""
+    return model.original_model if is_bridge(model) else model
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer that the model carries.
+
+    Raises:
+        ModelError: If it carries none.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ModelError(
+            f"model {model_facts(model).name!r} comes without a tokenizer, which is needed to cut text into "
+            "steps: set `model.tokenizer`, or pass tokenizer=... where there is such an argument"
+        )
+    return tokenizer
 
 
 def model_facts(model: Any) -> ModelFacts:
@@ -125,6 +152,20 @@ def check_heads(model: Any, heads: Sequence[int] | None) -> tuple[int, ...] | No
     return chosen
 
 
+def head_mask(heads: Sequence[int], n_heads: int, device: torch.device) -> Bool[Tensor, "head 1"]:
+    """True in the rows of the chosen query heads.
+
+    Raises:
+        ModelError: If a head does not exist.
+    """
+    outside = [head for head in heads if not 0 <= head < n_heads]
+    if outside:
+        raise ModelError(f"heads {outside} do not exist: the layer has query heads 0..{n_heads - 1}")
+    mask = torch.zeros(n_heads, 1, dtype=torch.bool, device=device)
+    mask[list(heads)] = True
+    return mask
+
+
 def expand_heads(tensor: Tensor, n_heads: int, *, dim: int) -> Tensor:
     """Give each query head its KV head's vector (GQA: consecutive query heads share one).
 
@@ -148,6 +189,19 @@ def original_attention(model: Any, layer: int) -> Any:
     return getattr(attention, "original_component", None) or attention
 
 
+def class_names(component: Any) -> list[str]:
+    """Names of a component's class and its bases: TransformerLens' classes are told by name, not imported."""
+    return [kind.__name__ for kind in type(component).__mro__]
+
+
+def computes_pattern_inside(attention: Any) -> bool:
+    """Whether an attention module forms its pattern itself, out of reach of a hook on the scores.
+
+    TransformerLens' own models (its native source) do; there the pattern can be edited instead.
+    """
+    return bool(getattr(attention, "accepts_pattern_fn", False))
+
+
 def delegates_attention(model: Any, layer: int) -> bool:
     """Whether a layer leaves attention to the wrapped module, so that edited scores would be discarded."""
     if not is_bridge(model):
@@ -157,29 +211,36 @@ def delegates_attention(model: Any, layer: int) -> bool:
     return type(model.blocks[layer].attn).forward is AttentionBridge.forward
 
 
-def attention_sinks(model: Any, layer: int) -> Any:
-    """The learned logits that join the softmax beside the keys (gpt-oss), `[head]`, or None."""
-    sinks = getattr(original_attention(model, layer), "sinks", None)
+def attention_sinks(model: Any, layer: int) -> Float[Tensor, " head"] | None:
+    """The learned logits that join the softmax beside the keys (gpt-oss); None where there are none."""
     if not is_bridge(model) and not getattr(model.cfg, "use_attention_sinks", False):
         return None
-    return sinks
+    return getattr(original_attention(model, layer), "sinks", None)
 
 
-def score_function(model: Any, layer: int) -> Any:
+def score_function(model: Any, layer: int) -> Callable[[Tensor], Tensor]:
     """The map from `q . k` to the pre-softmax score: scale and soft-cap, read off the attention module."""
-    attention = model.blocks[layer].attn
-    inner = original_attention(model, layer)
-    if getattr(inner, "scaling", None) is not None:
-        scale = float(inner.scaling)
-    elif getattr(inner, "accepts_pattern_fn", False):
-        scale = 1 / float(inner.scale)
-    elif getattr(attention, "attn_scale", None) is not None:
-        scale = 1 / float(attention.attn_scale)
-    else:
-        scale = float(model.cfg.d_head) ** -0.5
-    cap = getattr(inner, "attn_logit_softcapping", None)
-    if cap is None and float(getattr(model.cfg, "attn_scores_soft_cap", -1.0) or -1.0) > 0:
-        cap = float(model.cfg.attn_scores_soft_cap)
+    scale, cap = _score_scale(model, layer), _score_cap(model, layer)
     if cap is None:
         return lambda products: products * scale
     return lambda products: cap * torch.tanh(products * scale / cap)
+
+
+def _score_scale(model: Any, layer: int) -> float:
+    component, attention = model.blocks[layer].attn, original_attention(model, layer)
+    if getattr(attention, "scaling", None) is not None:
+        return float(attention.scaling)
+    if computes_pattern_inside(attention):
+        return 1 / float(attention.scale)
+    if getattr(component, "attn_scale", None) is not None:
+        return 1 / float(component.attn_scale)
+    return float(model.cfg.d_head) ** -0.5
+
+
+def _score_cap(model: Any, layer: int) -> float | None:
+    cap = getattr(original_attention(model, layer), "attn_logit_softcapping", None)
+    if cap is not None:
+        return float(cap)
+    # TransformerLens writes "no cap" as -1 (3.9) or leaves the entry out.
+    configured = float(getattr(model.cfg, "attn_scores_soft_cap", -1.0) or -1.0)
+    return configured if configured > 0 else None

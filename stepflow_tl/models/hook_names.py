@@ -33,9 +33,14 @@ from functools import wraps
 from typing import Any
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.models.facts import original_attention
+from stepflow_tl.models.facts import (
+    class_names,
+    computes_pattern_inside,
+    delegates_attention,
+    original_attention,
+)
 
-#: Activations of one layer that can be exchanged between two runs, by TransformerLens' own short names.
+#: Activations of one layer that two forward passes can exchange, by TransformerLens' own short names.
 COMPONENTS = {
     "resid_pre": "blocks.{layer}.hook_resid_pre",
     "resid_post": "blocks.{layer}.hook_resid_post",
@@ -134,7 +139,7 @@ def by_heads(model: Any, name: str, function: Callable[..., Any]) -> Callable[..
         return transposed
     layer = layer_of(name)
     own_z = getattr(model.hook_dict.get(f"blocks.{layer}.attn.hook_z"), "name", None)
-    if name != own_z or "MLAAttentionBridge" not in _kinds(model.blocks[layer].attn):
+    if name != own_z or "MLAAttentionBridge" not in class_names(model.blocks[layer].attn):
         return function
 
     @wraps(function)
@@ -168,6 +173,24 @@ def component_hook(model: Any, component: str, layer: int) -> str:
     return model.hook_dict[name].name or name
 
 
+def refuse_delegated(model: Any, hooks: LayerHooks, advice: str) -> None:
+    """Refuse a layer whose attention is computed by the wrapped module, where an edit would be discarded.
+
+    Args:
+        model: A TransformerLens model.
+        hooks: The layer.
+        advice: The end of the message: what the caller cannot do there, and what to do instead.
+
+    Raises:
+        ModelError: If the layer has a hook point for its scores that fires after the fact.
+    """
+    if hooks.scores is not None and delegates_attention(model, hooks.layer):
+        raise ModelError(
+            f"layer {hooks.layer}: {type(model.blocks[hooks.layer].attn).__name__} leaves attention to the "
+            f"wrapped module, so an edit of its scores would be discarded. {advice}"
+        )
+
+
 def hook_counts(model: Any) -> dict[str, int]:
     """Number of hooks attached at each hook point that has any: what must be equal before and after."""
     counts = {}
@@ -199,8 +222,8 @@ def _resolve_layer(model: Any, names: dict[str, str], layer: int) -> LayerHooks:
     pattern = names.get(prefix + "hook_pattern")
     if pattern is None:
         raise ModelError(_no_pattern(model, names, layer))
-    kinds = _kinds(model.blocks[layer].attn)
-    computed_inside = bool(getattr(original_attention(model, layer), "accepts_pattern_fn", False))
+    kinds = class_names(model.blocks[layer].attn)
+    computed_inside = computes_pattern_inside(original_attention(model, layer))
     whole_unrotated = any(kind.startswith("JointQKV") or kind == "MLAAttentionBridge" for kind in kinds)
     rotated = prefix + "hook_rot_k" in names and not computed_inside and not whole_unrotated
     query, key = ("hook_rot_q", "hook_rot_k") if rotated else ("hook_q", "hook_k")
@@ -217,15 +240,11 @@ def _resolve_layer(model: Any, names: dict[str, str], layer: int) -> LayerHooks:
     )
 
 
-def _kinds(component: Any) -> list[str]:
-    return [kind.__name__ for kind in type(component).__mro__]
-
-
 def _no_pattern(model: Any, names: dict[str, str], layer: int) -> str:
     """Why a layer cannot be served, and which layers can."""
     parts = getattr(model.blocks[layer], "_modules", {})
     mixers = [f"`{name}`" for name in parts if not name.startswith(_LOCAL_PARTS)]
-    what = f"it mixes positions with {', '.join(mixers)}" if mixers else "it is no attention layer"
+    what = f"it mixes positions with {', '.join(mixers)}" if mixers else "it is not an attention layer"
     others = [n for n in range(int(model.cfg.n_layers)) if f"blocks.{n}.attn.hook_pattern" in names]
     advice = (
         f"Layers {', '.join(map(str, others))} have one: choose among them with layers=[...] (shallow=[...] "

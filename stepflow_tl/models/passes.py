@@ -1,12 +1,17 @@
-"""Running a model without leaving a trace on it.
+"""Run a model and leave it as it was.
 
-`frozen` and `replaced_forward` restore what they change, also after an exception; `whole_pass` is one plain
-forward pass over a finished sequence.
+`attached`, `frozen` and `replaced_forward` restore what they change, also after an exception; `whole_pass` is
+one plain forward pass over a finished sequence.
+
+The order of hooks matters, and `model.hooks(fwd_hooks=...)` always appends. What restores the path of a score
+must run *before* a user's hook edits that score (autograd then carries the edit), what reads a finished
+pattern must run *after*. So `attached` prepends the hooks in `first` and appends those in `last`; on exit it
+removes each handle that it added and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +21,9 @@ from torch import Tensor, nn
 
 from stepflow_tl.models.facts import is_bridge
 
+NamedHook = tuple[str, Callable[..., Any]]
+"""Name of a hook point and a hook `(tensor, hook) -> tensor or None`, as `fwd_hooks` of TransformerLens."""
+
 _MISSING = object()
 
 
@@ -23,6 +31,34 @@ def model_device(model: Any) -> torch.device:
     """Device where token ids enter the model."""
     parameter = next(iter(model.parameters()), None)
     return torch.device(model.cfg.device or "cpu") if parameter is None else parameter.device
+
+
+@contextmanager
+def attached(
+    model: Any, *, first: Sequence[NamedHook] = (), last: Sequence[NamedHook] = ()
+) -> Iterator[None]:
+    """Attach forward hooks `(name, fn(tensor, hook))` for the time of the context.
+
+    Args:
+        model: A TransformerLens model.
+        first: Run before all hooks now attached at their point.
+        last: Run after them.
+
+    Raises:
+        KeyError: If a name is not in `model.hook_dict`.
+    """
+    added: list[tuple[Any, Any]] = []
+    try:
+        for named_hooks, prepend in ((first, True), (last, False)):
+            for name, function in named_hooks:
+                point = model.hook_dict[name]
+                point.add_hook(function, dir="fwd", prepend=prepend)
+                added.append((point, point.fwd_hooks[0 if prepend else -1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
 
 
 @contextmanager
@@ -44,7 +80,11 @@ def frozen(model: Any) -> Iterator[None]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let calls of `module` run `forward` inside the block."""
+    """Let calls of `module` run `forward` inside the block.
+
+    The replacement goes into the instance's own dictionary, since a bridge component hands attributes on to
+    the module that it wraps.
+    """
     before = module.__dict__.get("forward", _MISSING)
     module.__dict__["forward"] = forward
     try:

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.models.facts import is_bridge, wrapped_model
 
 
 class PrefixCacheRefusal(ModelError):
@@ -56,42 +57,52 @@ def fill_prefix(
     Raises:
         PrefixCacheRefusal: If the model takes no such cache, or does not fill it.
     """
-    shared = _TransformersPrefix if hasattr(model, "original_model") else _HookedPrefix
+    shared = _TransformersPrefix if is_bridge(model) else _HookedPrefix
     prefix = shared(model, tokens)
     return prefix, prefix.fill()
 
 
-class _SharedLayer(DynamicLayer):
-    """A layer's prefix that answers with prefix and new tokens, and keeps only the prefix."""
+@cache
+def _shared_layer_class() -> type:
+    """The class of one layer's prefix, made when first needed: its base comes from transformers."""
+    from transformers.cache_utils import DynamicLayer
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
+    class SharedLayer(DynamicLayer):
+        """A prefix that answers with prefix and new tokens, and keeps only the prefix."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        def __init__(self, keys: Tensor, values: Tensor) -> None:
+            super().__init__()
+            self.keys, self.values = keys, values
+            self.dtype, self.device = keys.dtype, keys.device
+            self.is_initialized = True
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            assert self.keys is not None and self.values is not None
+            return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+    return SharedLayer
 
 
 class _TransformersPrefix(SharedPrefix):
     """Behind a TransformerBridge: a transformers cache whose layers never drop a key."""
 
     def __init__(self, model: Any, tokens: Tensor) -> None:
-        parameters = inspect.signature(model.original_model.forward).parameters
+        inner = wrapped_model(model)
+        parameters = inspect.signature(inner.forward).parameters
         if "past_key_values" not in parameters or not getattr(model.adapter, "supports_kv_cache", True):
-            raise PrefixCacheRefusal(f"{type(model.original_model).__name__} takes no key-value cache")
+            raise PrefixCacheRefusal(f"{type(inner).__name__} takes no key-value cache")
         _refuse_other_state(model)
         self._model, self._tokens = model, tokens
         self._layers: list[tuple[Tensor, Tensor]] = []
 
     def fill(self) -> Tensor:
-        cache = Cache(layer_class_to_replicate=DynamicLayer)
-        logits = self._forward(self._tokens[None], cache)
-        for layer in cache.layers:
+        from transformers.cache_utils import Cache, DynamicLayer
+
+        filled = Cache(layer_class_to_replicate=DynamicLayer)
+        logits = self._forward(self._tokens[None], filled)
+        for layer in filled.layers:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if keys is None or values is None or keys.shape[-2] != len(self._tokens):
                 break
@@ -102,14 +113,16 @@ class _TransformersPrefix(SharedPrefix):
         return logits[0]
 
     def run(self, start: int, end: int, n_rows: int) -> Tensor:
+        from transformers.cache_utils import Cache
+
         shared: list[Any] = [
-            _SharedLayer(*(held[:, :, :start].expand(n_rows, -1, -1, -1) for held in layer))
+            _shared_layer_class()(*(held[:, :, :start].expand(n_rows, -1, -1, -1) for held in layer))
             for layer in self._layers
         ]
         return self._forward(self._tokens[start:end].expand(n_rows, -1), Cache(layers=shared))
 
-    def _forward(self, tokens: Tensor, cache: Cache) -> Tensor:
-        return self._model(tokens, return_type="logits", past_key_values=cache, use_cache=True)
+    def _forward(self, tokens: Tensor, past: Any) -> Tensor:
+        return self._model(tokens, return_type="logits", past_key_values=past, use_cache=True)
 
 
 def _refuse_other_state(model: Any) -> None:
@@ -120,13 +133,14 @@ def _refuse_other_state(model: Any) -> None:
     Raises:
         PrefixCacheRefusal: With what the layers keep.
     """
-    config = model.original_model.config
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    from transformers.cache_utils import DynamicCache
+
+    inner = wrapped_model(model)
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=inner.config).layers}
     others = kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}
     if others:
         raise PrefixCacheRefusal(
-            f"layers of {type(model.original_model).__name__} keep more than keys and values ("
-            f"{', '.join(sorted(others))})"
+            f"layers of {type(inner).__name__} keep more than keys and values ({', '.join(sorted(others))})"
         )
 
 
@@ -140,9 +154,9 @@ class _HookedPrefix(SharedPrefix):
         self._layers: list[tuple[Tensor, Tensor]] = []
 
     def fill(self) -> Tensor:
-        cache = self._cache([], 0, 1)
-        logits = self._forward(self._tokens[None], cache)
-        self._layers = [(entry.past_keys, entry.past_values) for entry in cache.entries]
+        filled = self._cache([], 0, 1)
+        logits = self._forward(self._tokens[None], filled)
+        self._layers = [(entry.past_keys, entry.past_values) for entry in filled.entries]
         return logits[0]
 
     def run(self, start: int, end: int, n_rows: int) -> Tensor:
@@ -154,18 +168,18 @@ class _HookedPrefix(SharedPrefix):
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         device = self._tokens.device
-        cache = TransformerLensKeyValueCache.init_cache(self._model.cfg, device, n_rows)
-        for entry, held in zip(cache.entries, layers, strict=False):
+        past = TransformerLensKeyValueCache.init_cache(self._model.cfg, device, n_rows)
+        for entry, held in zip(past.entries, layers, strict=False):
             entry.past_keys, entry.past_values = (
                 tensor[:, :start].expand(n_rows, -1, -1, -1) for tensor in held
             )
         if layers:
-            cache.previous_attention_mask = torch.ones(n_rows, start, dtype=torch.int64, device=device)
-            cache.freeze()
-        return cache
+            past.previous_attention_mask = torch.ones(n_rows, start, dtype=torch.int64, device=device)
+            past.freeze()
+        return past
 
-    def _forward(self, tokens: Tensor, cache: Any) -> Tensor:
+    def _forward(self, tokens: Tensor, past: Any) -> Tensor:
         # Every token of a trace counts; without a mask, TransformerLens would look for padding by itself.
         return self._model(
-            tokens, return_type="logits", past_kv_cache=cache, attention_mask=torch.ones_like(tokens)
+            tokens, return_type="logits", past_kv_cache=past, attention_mask=torch.ones_like(tokens)
         )

@@ -28,6 +28,7 @@ import torch
 
 from stepflow_tl.diagnosis import Diagnosis, diagnose
 from stepflow_tl.errors import DiskFullError, ModelError, StepflowError
+from stepflow_tl.models.facts import tokenizer_of
 from stepflow_tl.models.hook_names import resolve_hooks
 from stepflow_tl.results.files import file_digest, is_disk_full
 from stepflow_tl.results.printable import printable
@@ -86,12 +87,10 @@ class Worker:
         """
         self._model, self._options, self._out = model, options, out
         self._n_taken = 0
-        if getattr(model, "tokenizer", None) is None:
-            raise ModelError("the model comes without a tokenizer, which the traces need")
         layers = _checked_layers(model, options.layers)
         # `per_token` needs attention to be all that mixes positions, so a pattern in every layer.
         resolve_hooks(model, None if options.objective == "per_token" else layers)
-        self._format = resolve_format(model.tokenizer, options.format)
+        self._format = resolve_format(tokenizer_of(model), options.format)
         weights = (p.dtype for p in model.parameters() if p.is_floating_point())
         self.settings = RunSettings(
             model_name=str(model.cfg.model_name),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stepflow_tl.models.facts import is_transformerlens
 from stepflow_tl.models.hook_names import resolve_hooks
-from stepflow_tl.models.hooking import NamedHook, attached
+from stepflow_tl.models.passes import NamedHook, attached
 from stepflow_tl.saliency.fused.refusal import FusedRefusal
 from stepflow_tl.saliency.objectives import Objective
 from stepflow_tl.saliency.reference import hooks_backend

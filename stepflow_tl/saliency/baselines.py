@@ -23,8 +23,7 @@ from torch import Tensor
 from stepflow_tl.errors import ModelError
 from stepflow_tl.models.facts import expand_heads
 from stepflow_tl.models.hook_names import by_heads, resolve_hooks
-from stepflow_tl.models.hooking import attached
-from stepflow_tl.models.passes import frozen, model_device
+from stepflow_tl.models.passes import attached, frozen, model_device
 from stepflow_tl.saliency.objectives import resolve_objective
 from stepflow_tl.saliency.pooling import StepBins
 from stepflow_tl.trace import ReasoningTrace

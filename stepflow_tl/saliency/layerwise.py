@@ -30,8 +30,7 @@ from torch import Tensor
 from stepflow_tl.errors import ModelError
 from stepflow_tl.models.block_calls import BlockCall, RecordedBlocks, record_blocks, run_tail
 from stepflow_tl.models.hook_names import LayerHooks, hook_counts, resolve_hooks
-from stepflow_tl.models.hooking import attached
-from stepflow_tl.models.passes import frozen, model_device
+from stepflow_tl.models.passes import attached, frozen, model_device
 from stepflow_tl.saliency.objectives import Objective, token_nll
 from stepflow_tl.saliency.position_local import PositionLocalGradients
 from stepflow_tl.saliency.reference import PatternTaps

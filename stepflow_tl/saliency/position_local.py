@@ -36,9 +36,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.models.facts import delegates_attention, expand_heads, score_function
-from stepflow_tl.models.hook_names import LayerHooks, by_heads
-from stepflow_tl.models.hooking import NamedHook
+from stepflow_tl.models.facts import expand_heads, score_function
+from stepflow_tl.models.hook_names import LayerHooks, by_heads, refuse_delegated
+from stepflow_tl.models.passes import NamedHook
 
 
 class _DiagonalOfScores(torch.autograd.Function):
@@ -101,14 +101,12 @@ class PositionLocalGradients:
         self.first: list[NamedHook] = []
         self.last: list[NamedHook] = []
         for hooks in layers:
-            if hooks.scores is not None and delegates_attention(model, hooks.layer):
-                kind = type(model.blocks[hooks.layer].attn).__name__
-                raise ModelError(
-                    f"layer {hooks.layer}: {kind} leaves attention to the wrapped module, and its hooks "
-                    "fire after the fact, so gradients cannot be kept at their position there, which "
-                    "objective='per_token' needs. Use backend='fused' where it serves the model, or an "
-                    "ordinary objective such as 'response'."
-                )
+            refuse_delegated(
+                model,
+                hooks,
+                "Gradients cannot be kept at their position there, which objective='per_token' needs: use "
+                "backend='fused' where it serves the model, or an ordinary objective such as 'response'.",
+            )
             missing = [n for n in ("query", "key", "value", "z") if getattr(hooks, n) is None]
             if missing:
                 raise ModelError(

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from stepflow_tl.errors import ModelError
 from stepflow_tl.models.hook_names import LayerHooks, ModelHooks, resolve_hooks
-from stepflow_tl.models.hooking import attached
-from stepflow_tl.models.passes import frozen, model_device
+from stepflow_tl.models.passes import attached, frozen, model_device
 from stepflow_tl.saliency.objectives import Objective
 from stepflow_tl.saliency.pooling import StepBins, pool_tokens, stack_layers
 from stepflow_tl.saliency.position_local import PositionLocalGradients

@@ -16,26 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from stepflow_tl.errors import ModelError
 from stepflow_tl.models.bands import deep_band, shallow_band
-from stepflow_tl.models.facts import attention_sinks, delegates_attention
-from stepflow_tl.models.hook_names import (
-    LayerHooks,
-    by_heads,
-    resolve_hooks,
-)
-from stepflow_tl.models.hooking import NamedHook, attached
+from stepflow_tl.models.facts import attention_sinks, check_heads, check_layers, model_facts, tokenizer_of
+from stepflow_tl.models.hook_names import LayerHooks, by_heads, refuse_delegated, resolve_hooks
+from stepflow_tl.models.passes import NamedHook, attached
 from stepflow_tl.stepflow.bridge import bridge_hook, bridge_pattern_hook, check_bridge
 from stepflow_tl.stepflow.momentum import capture_values_hook, momentum_hook
 from stepflow_tl.stepflow.report import FlowReport
 from stepflow_tl.stepflow.state import BOUNDARIES, GRANULARITIES, Boundaries, FlowState, Granularity
 from stepflow_tl.stepflow.streaming import TokenStream, following
 from stepflow_tl.trace import ReasoningTrace
-from stepflow_tl.trace.splitting import TokenTracker
+from stepflow_tl.trace.formats.chat_template import resolve_format
+from stepflow_tl.trace.splitting.tracker import TokenTracker
 
 Placebo = Literal["bridge", "momentum", "both"]
 
@@ -79,10 +76,10 @@ class StepFlow:
         shallow: Layers of the bridge; the bottom quarter by default.
         deep: Layers of momentum; the top quarter by default.
         granularity: "segment" (the paper) or "step": what the bridge leads from and to, see
-            `interventions.state`.
+            `stepflow.state`.
         max_bridge_share: Highest part of the movable mass that the bridge may be raised to.
         window: Momentum averages only the last so many tokens of the step before; None: all of them.
-        boundaries: Which new steps get momentum, see `interventions.momentum`.
+        boundaries: Which new steps get momentum, see `stepflow.momentum`.
         heads: Heads to act on: all (None), the same ones in every layer, or a mapping from layer to heads
             (layers that it does not name are left alone).
         placebo: Which half is replaced by its control: "bridge", "momentum" or "both".
@@ -92,18 +89,17 @@ class StepFlow:
         ValueError: If an argument is out of range; the message says what was expected.
     """
 
-    tau_max: float | int = 0.15
-    alpha: float | int = 0.06
+    tau_max: float = 0.15
+    alpha: float = 0.06
     shallow: Sequence[int] | None = None
     deep: Sequence[int] | None = None
     granularity: Granularity | str = "segment"
-    max_bridge_share: float | int = 0.9
+    max_bridge_share: float = 0.9
     window: int | None = None
     boundaries: Boundaries | str = "response"
     heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None
     placebo: Placebo | str | None = None
     seed: int = 0
-    _latest: list[FlowReport] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse values without a meaning."""
@@ -126,14 +122,12 @@ class StepFlow:
         """Layers of the bridge and of momentum on this `model`.
 
         Raises:
-            ModelError: If a layer does not exist.
+            ModelError: If a layer does not exist or is named twice.
         """
-        n_layers = int(model.cfg.n_layers)
-        shallow = tuple(shallow_band(n_layers) if self.shallow is None else self.shallow)
-        deep = tuple(deep_band(n_layers) if self.deep is None else self.deep)
-        outside = sorted({layer for layer in shallow + deep if not 0 <= layer < n_layers})
-        if outside:
-            raise ModelError(f"layers {outside} do not exist: the model has layers 0..{n_layers - 1}")
+        facts = model_facts(model)
+        shallow = shallow_band(facts.n_layers) if self.shallow is None else self.shallow
+        deep = deep_band(facts.n_layers) if self.deep is None else self.deep
+        shallow, deep = (check_layers(facts, layers) if layers else () for layers in (shallow, deep))
         return shallow if self.tau_max else (), deep if self.alpha else ()
 
     def hooks(
@@ -148,7 +142,7 @@ class StepFlow:
 
         Args:
             model: A TransformerLens model.
-            trace: One trace, or one a row of the batch, padded to the longest.
+            trace: One trace, or one per row of the batch, padded to the longest.
             detach_values: Let the values that momentum carries to later steps pass no gradient back. For
                 `objective="per_token"` this is exact: what a row does reaches its own loss only along its own
                 position, and momentum leads to later positions only.
@@ -158,11 +152,11 @@ class StepFlow:
             `fwd_hooks` for `model.hooks`, `run_with_hooks` and the like, with a `report()`.
 
         Raises:
-            ModelError: If a layer or hook point is missing or cannot be edited.
+            ModelError: If a layer, head or hook point is missing or cannot be edited.
         """
         traces = [trace] if isinstance(trace, ReasoningTrace) else list(trace)
         state = FlowState.from_traces(traces, padding_side)
-        report = self._new_report(model)
+        report = FlowReport(*self.bands(model))
         return FlowHooks(self._pairs(model, state, report, detach_values), report)
 
     @contextmanager
@@ -197,17 +191,11 @@ class StepFlow:
                 passes cannot be followed (beam search, a preallocated cache, a prefix that ran outside).
             FormatError: If the format is unknown.
         """
-        from stepflow_tl.trace.formats.chat_template import resolve_format
-
-        tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
-        if tokenizer is None:
-            raise ModelError(
-                "the model has no tokenizer, which StepFlow needs to find steps: pass tokenizer=..."
-            )
+        tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
         entry = resolve_format(tokenizer, format)
         splitters = (splitter, summary_splitter, question_splitter)
         stream = TokenStream(lambda: TokenTracker(tokenizer, entry, *splitters))
-        report = self._new_report(model)
+        report = FlowReport(*self.bands(model))
         pairs = self._pairs(model, stream.state, report, detach_values=False)
         if not pairs:
             yield FlowRun(stream, report)
@@ -215,81 +203,57 @@ class StepFlow:
         with following(model, stream), attached(model, last=pairs):
             yield FlowRun(stream, report)
 
-    def report(self) -> FlowReport:
-        """What was done since the latest call of `hooks` or `generating`.
-
-        Raises:
-            ValueError: If there was none.
-        """
-        if not self._latest:
-            raise ValueError("nothing to report: this StepFlow has made no hooks yet")
-        return self._latest[-1]
-
-    def _new_report(self, model: Any) -> FlowReport:
-        self._latest[:] = [FlowReport(*self.bands(model))]
-        return self._latest[-1]
-
     def _pairs(
         self, model: Any, state: FlowState, report: FlowReport, detach_values: bool
     ) -> list[NamedHook]:
-        resolved = resolve_hooks(model, sorted({*report.shallow, *report.deep})).layers
-        hooks = {layer_hooks.layer: layer_hooks for layer_hooks in resolved}
         pairs: list[NamedHook] = []
-        for layer in report.shallow:
-            heads = self._heads_of(layer)
-            if heads is None or len(heads):
-                pairs.append(self._bridge(model, hooks[layer], state, report, heads))
-        for layer in report.deep:
-            heads = self._heads_of(layer)
-            if heads is None or len(heads):
-                pairs += self._momentum(model, hooks[layer], state, report, heads, detach_values)
+        for hooks in resolve_hooks(model, sorted({*report.shallow, *report.deep})).layers:
+            heads = self._heads_of(model, hooks.layer)
+            if heads == ():
+                continue
+            shared = dict(state=state, heads=heads, report=report)
+            if hooks.layer in report.shallow:
+                pairs.append(self._bridge(model, hooks, shared))
+            if hooks.layer in report.deep:
+                pairs += self._momentum(model, hooks, shared, detach_values)
         return pairs
 
-    def _heads_of(self, layer: int) -> Sequence[int] | None:
-        return self.heads.get(layer, ()) if isinstance(self.heads, Mapping) else self.heads
+    def _heads_of(self, model: Any, layer: int) -> tuple[int, ...] | None:
+        """Heads to act on in a layer; None for all, none of them for a layer that is left alone."""
+        heads = self.heads.get(layer, ()) if isinstance(self.heads, Mapping) else self.heads
+        return () if heads is not None and not len(heads) else check_heads(model, heads)
 
-    def _bridge(
-        self, model: Any, hooks: LayerHooks, state: FlowState, report: FlowReport, heads: Sequence[int] | None
-    ) -> NamedHook:
+    def _bridge(self, model: Any, hooks: LayerHooks, shared: dict[str, Any]) -> NamedHook:
+        advice = "Leave the layer out with shallow=[...], or use tau_max=0 for momentum alone."
+        refuse_delegated(model, hooks, advice)
         options = dict(
-            state=state,
             tau_max=self.tau_max,
             max_bridge_share=self.max_bridge_share,
             granularity=self.granularity,
-            heads=heads,
             placebo_seed=self.seed if self.placebo in ("bridge", "both") else None,
-            report=report,
+            **shared,
         )
-        refuse_delegated(model, hooks)
         if hooks.scores is None:
             return hooks.pattern, partial(bridge_pattern_hook, **options)
         return hooks.scores, partial(bridge_hook, sinks=attention_sinks(model, hooks.layer), **options)
 
     def _momentum(
-        self,
-        model: Any,
-        hooks: LayerHooks,
-        state: FlowState,
-        report: FlowReport,
-        heads: Sequence[int] | None,
-        detach_values: bool,
+        self, model: Any, hooks: LayerHooks, shared: dict[str, Any], detach_values: bool
     ) -> list[NamedHook]:
         if hooks.value is None or hooks.z is None:
             raise ModelError(
                 f"layer {hooks.layer} has no hook point for its values or its z, which momentum needs: leave "
                 "the layer out with deep=[...], or use alpha=0 for the bridge alone"
             )
+        capture = partial(capture_values_hook, state=shared["state"], detach=detach_values)
         inject = partial(
             momentum_hook,
-            state=state,
             alpha=self.alpha,
             window=self.window,
             boundaries=self.boundaries,  # pyright: ignore[reportArgumentType]  # checked when made
-            heads=heads,
             placebo_seed=self.seed if self.placebo in ("momentum", "both") else None,
-            report=report,
+            **shared,
         )
-        capture = partial(capture_values_hook, state=state, detach=detach_values)
         pairs = ((hooks.value, capture), (hooks.z, inject))
         return [(name, by_heads(model, name, function)) for name, function in pairs]
 
@@ -327,17 +291,3 @@ def standing_hooks(
     """
     own = list(fwd_hooks(trace) if callable(fwd_hooks) else fwd_hooks)
     return own if stepflow is None else own + stepflow.hooks(model, trace, detach_values=detach_values)
-
-
-def refuse_delegated(model: Any, hooks: LayerHooks) -> None:
-    """Refuse a layer whose attention is computed by the wrapped module, where an edit would be discarded.
-
-    Raises:
-        ModelError: If neither scores nor pattern are live.
-    """
-    if hooks.scores is not None and delegates_attention(model, hooks.layer):
-        raise ModelError(
-            f"layer {hooks.layer}: {type(model.blocks[hooks.layer].attn).__name__} leaves attention to the "
-            "wrapped module, so an edit of its scores would be discarded. Leave the layer out with "
-            "shallow=[...], or use tau_max=0 for momentum alone."
-        )

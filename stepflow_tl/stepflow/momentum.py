@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.models.facts import expand_heads
+from stepflow_tl.models.facts import expand_heads, head_mask
 from stepflow_tl.models.hook_names import layer_of
 from stepflow_tl.stepflow.placebo import random_direction_like
 from stepflow_tl.stepflow.report import FlowReport
@@ -43,7 +43,7 @@ def capture_values_hook(
     Args:
         v: Values; they are kept as they are, not copied.
         hook: The hook point.
-        state: Where the pass stands; it holds the values.
+        state: Which tokens the pass computes; it holds the values.
         detach: Keep values that pass no gradient back, as `objective="per_token"` needs: see
             `StepFlow.hooks`.
     """
@@ -56,7 +56,7 @@ def momentum_hook(
     hook: Any,
     *,
     state: FlowState,
-    alpha: float | int = 0.06,
+    alpha: float = 0.06,
     window: int | None = None,
     boundaries: Boundaries = "response",
     heads: Sequence[int] | None = None,
@@ -70,7 +70,7 @@ def momentum_hook(
     Args:
         z: Weighted values, before the output projection.
         hook: The hook point.
-        state: Where the pass stands, with the values that `capture_values_hook` kept.
+        state: Which tokens the pass computes, with the values that `capture_values_hook` kept.
         alpha: Size of the injection; 0 leaves everything as it is.
         window: Average only the last so many tokens of the step before (the authors' code: 4); None: all of
             them.
@@ -83,7 +83,8 @@ def momentum_hook(
         z with some rows moved; the same tensor if there is no new step.
 
     Raises:
-        ModelError: If the pass is not the one that `state` describes, or values were not captured.
+        ModelError: If the pass is not the one that `state` describes, values were not captured, or a head
+            does not exist.
     """
     state.check_shape(z.shape[0], z.shape[1], hook.name)
     injections = state.injections(boundaries, window) if alpha else ()
@@ -98,9 +99,7 @@ def momentum_hook(
         moved.append(alpha * expand_heads(mean, n_heads, dim=0))
     added = torch.stack(moved).to(device=z.device, dtype=z.dtype)
     if heads is not None:
-        chosen = torch.zeros(n_heads, 1, dtype=torch.bool, device=z.device)
-        chosen[list(heads)] = True
-        added = added.masked_fill(~chosen, 0)
+        added = added.masked_fill(~head_mask(heads, n_heads, z.device), 0)
     if report is not None:
         report.of(layer).add_injections(added)
     rows = torch.tensor([injection.row for injection in injections], device=z.device)

@@ -1,7 +1,7 @@
 """Controls of matched size: the same intervention, aimed at nothing in particular.
 
 * `random_region`: as many keys as the bridge holds, contiguous among the keys of S and B, at a random place.
-* `random_directions`: a random direction with a given norm.
+* `random_direction_like`: a random direction with a given norm.
 
 Both are drawn from a counter-based seed (seed, layer, row, position), so a control does not depend on how the
 pass was cut: with a cache, without one, and in a batch with other padding the draws are the same.
@@ -49,7 +49,7 @@ def random_region(own: np.ndarray, bridge: np.ndarray, seed: int, row: int, posi
 def random_direction_like(
     vectors: Float[Tensor, "kv_head d_head"], seed: int, layer: int, row: int, position: int
 ) -> Float[Tensor, "kv_head d_head"]:
-    """Vectors with the norms of `vectors` and random directions, one a KV head."""
+    """Vectors with the norms of `vectors` and random directions, one per KV head."""
     generator = torch.Generator().manual_seed(mixed_seed(seed, layer, row, position))
     noise = torch.randn(vectors.shape, generator=generator, dtype=torch.float64)
     noise /= noise.norm(dim=-1, keepdim=True)

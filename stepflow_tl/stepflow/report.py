@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from stepflow_tl.results.tables import text_table
 
 
 @dataclass
@@ -18,11 +20,11 @@ class LayerReport:
 
     Attributes:
         layer: Layer index.
-        rows: Rows that had an own group and a bridge to look at.
+        rows: Rows that had both an own group and a bridge.
         adjusted: Rows whose bridge mass was raised.
-        capped: Adjusted or not, rows whose tau was infeasible or nearly so, and was capped.
+        capped: Rows, adjusted or not, whose tau was infeasible or nearly so, and was capped.
         total_shift: Sum over adjusted rows of `tau - p(B)`.
-        injections: New steps that got a momentum vector, one count a sequence.
+        injections: New steps that got a momentum vector, counted per sequence.
         total_norm: Sum over injections of the norm of what was added to z (all heads together).
     """
 
@@ -34,14 +36,20 @@ class LayerReport:
     injections: int = 0
     total_norm: float = 0.0
 
-    def add_bridge(self, shifts: Any, n_rows: int) -> None:
-        """Count one block of rows (`projection.Shifts`)."""
-        parts = (shifts.active.sum(), shifts.capped.sum(), shifts.gain.sum())
-        adjusted, capped, gain = torch.stack([part.detach().double() for part in parts]).tolist()
+    def add_bridge(
+        self,
+        active: Bool[Tensor, "row head query 1"],
+        capped: Bool[Tensor, "row head query 1"],
+        gain: Float[Tensor, "row head query 1"],
+        n_rows: int,
+    ) -> None:
+        """Count one block of rows: which were raised, which capped, by how much; `n_rows` were looked at."""
+        parts = (active.sum(), capped.sum(), gain.sum())
+        n_active, n_capped, total = torch.stack([part.detach().double() for part in parts]).tolist()
         self.rows += n_rows
-        self.adjusted += int(adjusted)
-        self.capped += int(capped)
-        self.total_shift += gain
+        self.adjusted += int(n_active)
+        self.capped += int(n_capped)
+        self.total_shift += total
 
     def add_injections(self, added: Float[Tensor, "injection head d_head"]) -> None:
         """Count what was added to z at new steps."""
@@ -88,7 +96,7 @@ class FlowReport:
         return sum(layer.adjusted for layer in self.layers.values())
 
     def to_json(self) -> list[dict[str, Any]]:
-        """One flat record a layer, in layer order."""
+        """One flat record per layer, in layer order."""
         return [
             {
                 "layer": layer.layer,
@@ -103,13 +111,10 @@ class FlowReport:
         ]
 
     def __str__(self) -> str:
-        """A table, one line a layer."""
-        head = (
-            f"{'layer':>5} {'rows':>8} {'adjusted':>8} {'shift':>7} {'capped':>7} {'injected':>8} {'norm':>8}"
-        )
-        lines = [
-            f"{r['layer']:>5} {r['rows']:>8} {r['adjusted']:>8} {r['mean_shift']:>7.4f} {r['capped']:>7} "
-            f"{r['injections']:>8} {r['mean_norm']:>8.4f}"
-            for r in self.to_json()
+        """A table, one row per layer."""
+        header = ("layer", "rows", "adjusted", "capped", "mean shift", "injections", "mean norm")
+        rows = [
+            [f"{value:.4f}" if isinstance(value, float) else str(value) for value in record.values()]
+            for record in self.to_json()
         ]
-        return "\n".join([head, *lines])
+        return text_table("What StepFlow did", header, rows)

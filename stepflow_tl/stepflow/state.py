@@ -1,16 +1,16 @@
-"""Where we are: the one owner of positions.
+"""Which tokens the rows and columns of the current forward pass are: the one owner of positions.
 
-A hook sees a tensor and must know which tokens its rows and columns are. `FlowState` says so for the current
-forward pass; nobody else counts.
+A hook sees a tensor and must know which tokens its queries and keys are. `FlowState` says so for the current
+pass; nobody else counts.
 
 1. A pass covers the columns `[start, start + n_queries)` of a `LabelTable`: all of them over a whole trace,
    the new ones while decoding with a cache.
 2. A layer whose scores have `n_keys` columns holds the last `n_keys` of the columns so far. That is so for a
    full cache and for the cache of a sliding-window layer, which keeps only the window. A preallocated cache
    has more columns than tokens and is refused.
-3. Queries that see the same groups of keys form a `QuerySpan`; groups are vectors over keys, computed once a
-   pass and shared by all layers. Whether a query really sees a key (causality, window, padding) is read off
-   its score.
+3. Queries that see the same groups of keys form a `QuerySpan`; groups are vectors over keys, computed once
+   per pass and shared by all layers. Whether a query really sees a key (causality, window, padding) is read
+   off its score.
 4. `injections` are the first tokens of new steps in this pass, with the columns of the step before.
 
 Groups (docs/method.md section 6; paper equation 5), with labels as known when the query arrived:
@@ -20,7 +20,7 @@ Groups (docs/method.md section 6; paper equation 5), with labels as known when t
 * `granularity="step"`: S is the query's own step; B is every earlier step and the question.
 * O is the rest: TEMPLATE, other segments, padding. Queries in the question or in TEMPLATE belong to no span.
 
-Cost: O(tokens) small numpy work a pass.
+Cost: O(tokens) of small numpy work per pass.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ import torch
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.stepflow.labels import NEVER, LabelTable
+from stepflow_tl.stepflow.columns import NEVER, LabelTable, ValueStore
 from stepflow_tl.stepflow.placebo import random_region
-from stepflow_tl.stepflow.values import ValueStore
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.steps import Segment
 
@@ -201,7 +200,7 @@ class FlowState:
         return self._plans[key]  # pyright: ignore[reportReturnType]
 
     def _decoding_span(self, lowest: int, granularity: Granularity, seed: int | None):
-        """One query a row: all rows in one span."""
+        """One query per row: all rows in one span."""
         groups = self._groups(slice(0, self.labels.n_rows), self.current.start, granularity, seed)
         if groups is not None:
             yield slice(0, self.labels.n_rows), slice(0, 1), lowest, groups

@@ -1,8 +1,8 @@
 """Following a model while it generates: token ids in, positions out.
 
-1. The `forward` of the module that really runs (a bridge's `original_model`, a HookedTransformer itself) is
-   wrapped and reads the token ids and, off the KV cache, how many tokens came before them. The cache's length
-   alone decides:
+1. The `forward` of the module that really runs (a HookedTransformer itself, or what a bridge wraps) is
+   replaced by one that first reads the token ids and, off the KV cache, how many tokens came before them. The
+   cache's length alone decides:
    * 0, and the ids do not continue what is known: a new sequence;
    * 0, and they do: the same sequence again, without a cache; known labels are kept;
    * as long as what is known: the next tokens, one or a chunk;
@@ -14,8 +14,8 @@
 Nothing is counted in calls, so an exception, a second sequence or a warm-up pass cannot put positions out of
 step. Beam search moves rows between beams inside the cache; it is refused when it first tries.
 
-Cost: microseconds a token; copies of the trackers every 64 tokens, so that cutting back replays at most that
-many.
+Cost: microseconds per token; copies of the trackers every 64 tokens, so that cutting back replays at most
+that many.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ import numpy as np
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.stepflow.labels import NEVER, LabelTable
+from stepflow_tl.models.facts import wrapped_model
+from stepflow_tl.models.passes import replaced_forward
+from stepflow_tl.stepflow.columns import NEVER, LabelTable
 from stepflow_tl.stepflow.state import FlowState, Pass
 from stepflow_tl.trace.splitting import TokenTracker
 from stepflow_tl.trace.steps import Segment
@@ -74,7 +76,7 @@ class TokenStream:
     """Labels of the tokens that enter a model, and the `FlowState` that hooks read.
 
     Attributes:
-        state: Where the current pass stands.
+        state: Which tokens the current pass computes.
     """
 
     def __init__(self, new_tracker: Callable[[], TokenTracker]) -> None:
@@ -152,9 +154,8 @@ class TokenStream:
 @contextmanager
 def following(model: Any, stream: TokenStream) -> Iterator[None]:
     """Feed `stream` with everything that enters `model`, for the time of the context."""
-    runner = getattr(model, "original_model", None) or model
+    runner = wrapped_model(model)
     follower, original = _Follower(stream, runner.forward), runner.forward
-    outer = runner.__dict__.get("forward")
 
     @wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -167,14 +168,10 @@ def following(model: Any, stream: TokenStream) -> Iterator[None]:
     handle = model.embed.register_forward_pre_hook(follower.before_embedding, with_kwargs=True)
     try:
         # Not a module hook: HookedTransformer.generate calls `self.forward`, which runs none.
-        runner.__dict__["forward"] = forward
-        yield
+        with replaced_forward(runner, forward):
+            yield
     finally:
         handle.remove()
-        if outer is None:
-            del runner.__dict__["forward"]
-        else:
-            runner.__dict__["forward"] = outer
         follower.release()
 
 

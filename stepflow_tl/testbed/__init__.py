@@ -1,8 +1,9 @@
 """A miniature reasoning model on problems whose true flow of information is known.
 
 `problems` makes chains of definitions that must be worked out step by step, with the true edges between
-steps; `vocabulary` writes them as R1-style text; `train` makes a model that solves them, `model` loads the
-one that ships; `grading` says whether a written trace is right and, if not, what went wrong first.
+steps; `vocabulary` writes them as R1-style text; `model` loads the model that ships, which solves them
+(`scripts/train_testbed.py` made it); `grading` says whether a written trace is right and, if not, what went
+wrong first; `edges` scores a step map against the true edges.
 """
 
 from stepflow_tl.testbed.grading import Grade, grade

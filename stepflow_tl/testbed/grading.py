@@ -6,7 +6,7 @@ Each written step is held against the one right derivation, in order; the first 
 - `earlier step`: an earlier variable's value is not what the trace itself had found for it;
 - `copy`: a number of the definition, just written, is repeated wrongly;
 - `arithmetic`: all of that is right, and the result is wrong;
-- `form`: the text is no step, or steps are missing or too many;
+- `form`: the text is not a step, or steps are missing or too many;
 - `answer`: the thinking is right and the summary is not.
 
 The first two are failures of information flow between steps, the next two happen within one: that is the

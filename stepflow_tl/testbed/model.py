@@ -1,17 +1,41 @@
-"""`load_testbed_model`: the miniature reasoning model, ready for TransformerLens."""
+"""`load_testbed_model`: the miniature reasoning model, its files checked, ready for TransformerLens.
+
+A folder holds `model.safetensors`, `config.json`, `tokenizer.json` with its configuration, `card.md`, and
+`checksums.json` with the SHA-256 of each of them; `scripts/train_testbed.py` writes it. Reading compares the
+checksums first, so weights and card that do not belong together are refused, then the sizes, before anything
+is allocated.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.testbed.weights import SHIPPED, read_weights
+from stepflow_tl.models.booting import boot_bridge, tokenizer_in_memory
+from stepflow_tl.results.files import file_digest
 
 NAME = "stepflow-testbed"
+SHIPPED = Path(__file__).parent / "shipped"
+N_CTX = 1024
+_NEEDED = {"model.safetensors", "config.json", "tokenizer.json"}
+CONFIG: dict[str, Any] = dict(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=N_CTX,
+    tie_word_embeddings=True,
+    initializer_range=0.07,  # transformers' 0.02 is for widths of thousands: here it leaves attention flat
+    bos_token_id=1,
+    eos_token_id=0,
+)
 
 
 def load_testbed_model(
@@ -31,28 +55,101 @@ def load_testbed_model(
         dtype: Of the parameters.
         hooked_transformer: Return TransformerLens 3.9's HookedTransformer instead, weights as they are
             (no folding, no centring).
-        folder: Another folder that `python -m stepflow_tl.testbed.train` wrote.
+        folder: Another folder that `scripts/train_testbed.py` wrote.
 
     Raises:
         ModelError: If a file is missing or damaged, or `hooked_transformer` is asked of TransformerLens 4,
             which has none.
     """
     hf_model, tokenizer = read_weights(Path(folder))
-    # TransformerLens reloads a tokenizer by name unless it says that it adds BOS by itself. This one has no
-    # name; it says so and still adds none, the chat template does.
-    tokenizer.init_kwargs.update(add_bos_token=True)
     hf_model = hf_model.to(device=device, dtype=dtype)
     if hooked_transformer:
         return _hooked(hf_model, tokenizer, device, dtype)
-    from transformer_lens.model_bridge import TransformerBridge
+    return boot_bridge(hf_model, tokenizer, NAME, dtype)
 
-    model = TransformerBridge.boot_transformers(
-        "Qwen/Qwen2-0.5B", hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
-    )
-    model.cfg.model_name = (
-        NAME  # the name above says only which architecture it is; tables and files say this
-    )
-    return model
+
+def new_model(n_vocab: int) -> Any:
+    """An untrained transformers `Qwen2ForCausalLM` of the testbed's shape, from torch's random state."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=n_vocab, **CONFIG))
+
+
+def read_weights(folder: Path = SHIPPED) -> tuple[Any, Any]:
+    """The transformers model, in eval mode and float32, and its tokenizer.
+
+    Raises:
+        ModelError: If a file is missing or is not the one that was written, or they are of another shape.
+    """
+    from safetensors.torch import load_file
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    check_files(folder)
+    _check_shape(folder)
+    # Not from_pretrained, which draws a progress bar for a model that loads in a moment.
+    with torch.random.fork_rng(devices=[]):  # the weights drawn first are thrown away
+        model = Qwen2ForCausalLM(Qwen2Config.from_pretrained(folder, local_files_only=True))
+    missing, foreign = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    if set(missing) - {"lm_head.weight"} or foreign:  # tied to the embedding, so not in the file
+        raise ModelError(f"{folder} does not hold the testbed model: missing {missing}, foreign {foreign}")
+    model.tie_weights()
+    model.requires_grad_(False)
+    # By name, not AutoTokenizer: that one would make a tokenizer of the Qwen2 family of it.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer
+
+
+def check_files(folder: Path) -> None:
+    """Compare every file with its checksum.
+
+    Raises:
+        ModelError: If a file is missing or is not the one that was written.
+    """
+    listed = folder / "checksums.json"
+    if not listed.is_file():
+        raise ModelError(
+            f"No testbed model in {folder}: checksums.json is missing. Install the package again, or train "
+            "a model with scripts/train_testbed.py --out FOLDER and name that folder."
+        )
+    try:
+        sums = json.loads(listed.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"The testbed model's {listed} cannot be read ({error}): train it again.") from error
+    if not isinstance(sums, dict) or not sums.keys() >= _NEEDED:
+        raise ModelError(
+            f"The testbed model's {listed} does not list {', '.join(sorted(_NEEDED))}: train it again."
+        )
+    for name, expected in sums.items():
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name, re.ASCII):
+            raise ModelError(
+                f"The testbed model's {listed} names {name[:80]!r}, which is not a file of its folder."
+            )
+        file = folder / name
+        if not file.is_file():
+            raise ModelError(f"The testbed model's {file} is missing: train it again.")
+        if file_digest(file) != expected:
+            raise ModelError(
+                f"The testbed model's {file} is not the file that was written with it (SHA-256 differs): "
+                "train it again."
+            )
+
+
+def _check_shape(folder: Path) -> None:
+    """Refuse a configuration that is not the testbed's before anything of its sizes is allocated.
+
+    From the file itself, because transformers already makes lists as long as the number of layers.
+    """
+    from safetensors import safe_open
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        (n_vocab, _) = file.get_slice("model.embed_tokens.weight").get_shape()
+    for name, expected in {**CONFIG, "vocab_size": n_vocab}.items():
+        if config.get(name) != expected:
+            raise ModelError(
+                f"{folder} does not hold the testbed model: {name} is {config.get(name)!r}, expected "
+                f"{expected!r}"
+            )
 
 
 def _hooked(hf_model: Any, tokenizer: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
@@ -93,7 +190,8 @@ def _hooked(hf_model: Any, tokenizer: Any, device: str | torch.device, dtype: to
         dtype=dtype,
         default_prepend_bos=False,
     )
-    model = build(hooked, tokenizer=tokenizer)
+    with tokenizer_in_memory(tokenizer, NAME):
+        model = build(hooked, tokenizer=tokenizer)
     model.load_and_process_state_dict(
         conversions.convert_qwen2_weights(hf_model, hooked),
         fold_ln=False,

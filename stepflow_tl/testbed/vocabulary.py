@@ -1,4 +1,4 @@
-"""The testbed's text: one token a symbol, and the markers of DeepSeek-R1.
+"""The testbed's text: one token per symbol, and the markers of DeepSeek-R1.
 
 Every letter, digit, operator (with the spaces around it), line break and blank line is one token, so decoding
 gives the text back to the last character. The chat template opens the thinking itself, as the R1 distills'
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
+
+from stepflow_tl.testbed.problems import Problem
 
 BEGIN, END, USER, ASSISTANT = (
     "<｜begin▁of▁sentence｜>",
@@ -52,3 +54,9 @@ def build_tokenizer() -> Any:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def prompt_of(problem: Problem, tokenizer: Any) -> str:
+    """The text before the thinking: the question in the tokenizer's chat template."""
+    messages = [{"role": "user", "content": problem.question}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

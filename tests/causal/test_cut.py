@@ -19,7 +19,7 @@ def test_the_mask_marks_queries_and_keys_and_spares_each_token_itself():
 
 def test_every_layer_and_only_the_chosen_heads_are_cut(tiny_model, tiny_trace, tl_generation):
     from stepflow_tl.causal.cut import EdgeCut, cut_mask
-    from stepflow_tl.models.hooking import attached
+    from stepflow_tl.models.passes import attached
 
     model, seen = tiny_model("llama"), {}
     cut = EdgeCut(model, [0, 2], heads=[1])
@@ -81,7 +81,8 @@ def test_keys_that_are_not_the_whole_trace_are_an_error(tiny_model):
 def test_attention_left_to_the_wrapped_module_is_refused(tiny_model, monkeypatch):
     from stepflow_tl.causal import cut
     from stepflow_tl.errors import ModelError
+    from stepflow_tl.models import hook_names
 
-    monkeypatch.setattr(cut, "delegates_attention", lambda model, layer: layer == 2)
+    monkeypatch.setattr(hook_names, "delegates_attention", lambda model, layer: layer == 2)
     with pytest.raises(ModelError, match="layer 2: .* leaves attention to the wrapped module"):
         cut.EdgeCut(tiny_model("llama"), range(4))

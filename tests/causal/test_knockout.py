@@ -262,7 +262,7 @@ def test_a_cache_that_is_not_exact_is_found_out(bridges, tiny_trace, monkeypatch
     def mixed_up(self, keys, values, *args, **options):
         return torch.cat([self.keys.flip(-2), keys], -2), torch.cat([self.values, values], -2)
 
-    monkeypatch.setattr(prefix_cache._SharedLayer, "update", mixed_up)
+    monkeypatch.setattr(prefix_cache._shared_layer_class(), "update", mixed_up)
     with pytest.raises(
         prefix_cache.PrefixCacheRefusal, match="from the cache, the predictions of step T1 are off by"
     ):

@@ -7,8 +7,8 @@ def model():
     """The testbed model's shape with random weights, in float64: it writes nonsense, always the same."""
     from transformer_lens.model_bridge import TransformerBridge
 
+    from stepflow_tl.testbed.model import new_model
     from stepflow_tl.testbed.vocabulary import build_tokenizer
-    from stepflow_tl.testbed.weights import new_model
 
     tokenizer = build_tokenizer()
     tokenizer.init_kwargs.update(add_bos_token=True, name_or_path="testbed")

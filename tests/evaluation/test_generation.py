@@ -18,7 +18,7 @@ def greedy_by_hand(model, prompt, n_new):
 
 def test_batched_answers_equal_greedy_decoding_by_hand(model, questions):
     from stepflow_tl.evaluation import Decoding, write_answers
-    from stepflow_tl.testbed.train import prompt_of
+    from stepflow_tl.testbed.vocabulary import prompt_of
 
     texts = [question.text for question in questions]
     for size in (1, 4, 100):
@@ -78,7 +78,7 @@ def test_the_callers_random_state_is_left_alone(model, questions):
 def test_written_tokens_are_cut_by_the_formats_markers(model):
     from stepflow_tl.evaluation.generation import _answer
     from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.testbed.train import prompt_of
+    from stepflow_tl.testbed.vocabulary import prompt_of
     from stepflow_tl.trace.formats.chat_template import detect_format
 
     (problem,) = make_problems(ProblemSpec(n_steps=3), 1, seed=0)

@@ -6,6 +6,9 @@ import pytest
 import torch
 from flow_oracle import expected_groups
 
+from stepflow_tl.stepflow import FlowReport, FlowState, bridge, bridge_hook
+from stepflow_tl.stepflow.bridge import bridge_scores
+
 HOOK = SimpleNamespace(name="blocks.3.attn.hook_attn_scores")
 
 
@@ -18,8 +21,6 @@ def causal_scores(n_tokens, *, rows=1, heads=3, seed=0, dtype=torch.float64, mas
 
 def row_by_row(scores, trace, granularity, **options):
     """The definition: for each query the groups known then, for each head one row."""
-    from stepflow_tl.stepflow.projection import bridge_scores
-
     result = scores.clone()
     for query in range(len(trace)):
         groups = expected_groups(trace, query, granularity)
@@ -38,8 +39,6 @@ def row_by_row(scores, trace, granularity, **options):
 @pytest.mark.parametrize("tags", ["added", "plain"])
 @pytest.mark.parametrize("block", [1 << 18, 1])
 def test_a_whole_pass_equals_one_row_at_a_time(make_trace, tags, granularity, block, monkeypatch):
-    from stepflow_tl.stepflow import FlowState, bridge, bridge_hook
-
     monkeypatch.setattr(bridge, "_BLOCK_ELEMENTS", block)
     trace = make_trace(tags=tags)
     scores = causal_scores(len(trace))
@@ -50,8 +49,6 @@ def test_a_whole_pass_equals_one_row_at_a_time(make_trace, tags, granularity, bl
 
 
 def test_gradients_do_not_depend_on_the_blocks(trace):
-    from stepflow_tl.stepflow import FlowState, bridge_hook
-
     scores = causal_scores(len(trace), mask=-torch.inf)
     weights = torch.randn_like(scores)
     gradients = []
@@ -67,8 +64,6 @@ def test_gradients_do_not_depend_on_the_blocks(trace):
 
 
 def test_questions_and_templates_are_left_alone_bit_for_bit(trace):
-    from stepflow_tl.stepflow import FlowState, bridge_hook
-
     scores = causal_scores(len(trace), dtype=torch.float32)
     found = bridge_hook(scores, HOOK, state=FlowState.from_trace(trace))
     for segment in (0, 1):
@@ -79,8 +74,6 @@ def test_questions_and_templates_are_left_alone_bit_for_bit(trace):
 
 
 def test_the_same_tensor_comes_back_when_no_row_changes(trace, make_trace):
-    from stepflow_tl.stepflow import FlowState, bridge_hook
-
     state, scores = FlowState.from_trace(trace), causal_scores(len(trace))
     assert bridge_hook(scores, HOOK, state=state, tau_max=0.0) is scores
     flat = scores.masked_fill(scores > -1e30, 0.0)  # uniform attention gives the bridge more than its floor
@@ -89,8 +82,6 @@ def test_the_same_tensor_comes_back_when_no_row_changes(trace, make_trace):
 
 
 def test_every_row_of_a_batch_has_its_own_steps(make_trace):
-    from stepflow_tl.stepflow import FlowState, bridge_hook
-
     traces = [make_trace(), make_trace("Why?", "It is so.\n\nYes it is.", "So.")]
     longest = max(map(len, traces))
     scores = causal_scores(longest, rows=2)
@@ -109,8 +100,6 @@ def test_every_row_of_a_batch_has_its_own_steps(make_trace):
 
 
 def test_heads_and_sinks_reach_the_projection(trace):
-    from stepflow_tl.stepflow import FlowState, bridge_hook
-
     state, scores = FlowState.from_trace(trace), causal_scores(len(trace))
     one = bridge_hook(scores, HOOK, state=state, heads=[1])
     every = bridge_hook(scores, HOOK, state=state)
@@ -120,13 +109,11 @@ def test_heads_and_sinks_reach_the_projection(trace):
     expected = row_by_row(scores[:, 2:], trace, "segment", sinks=sinks[2:])
     assert torch.allclose(bridge_hook(scores, HOOK, state=state, sinks=sinks)[:, 2:], expected, atol=1e-12)
     assert not torch.allclose(expected, every[:, 2:])
-    with pytest.raises(ValueError, match=r"heads \[3\] do not exist: the layer has heads 0..2"):
+    with pytest.raises(ValueError, match=r"heads \[3\] do not exist: the layer has query heads 0..2"):
         bridge_hook(scores, HOOK, state=state, heads=[3])
 
 
 def test_the_report_counts_what_changed(trace):
-    from stepflow_tl.stepflow import FlowReport, FlowState, bridge_hook
-
     scores, report = causal_scores(len(trace)), FlowReport()
     found = bridge_hook(scores, HOOK, state=FlowState.from_trace(trace), report=report)
     counts = report.of(3)
@@ -147,8 +134,6 @@ def test_the_report_counts_what_changed(trace):
 
 
 def test_a_placebo_raises_a_random_region_of_equal_size_to_the_same_floor(trace):
-    from stepflow_tl.stepflow import FlowState, bridge_hook
-
     state, scores = FlowState.from_trace(trace), causal_scores(len(trace))
     (first, *_) = state.spans(len(trace), "segment", placebo_seed=1)
     assert int(first.groups[1].sum()) == int(first.counted[1].sum())
@@ -173,7 +158,5 @@ def test_a_placebo_raises_a_random_region_of_equal_size_to_the_same_floor(trace)
     ],
 )
 def test_parameters_out_of_range_are_refused(trace, options, message):
-    from stepflow_tl.stepflow import FlowState, bridge_hook
-
     with pytest.raises(ValueError, match=message):
         bridge_hook(causal_scores(len(trace)), HOOK, state=FlowState.from_trace(trace), **options)

@@ -1,8 +1,15 @@
 """StepFlow on models: bands, order, bit-exactness at zero, reports, and what it refuses."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_models import TINY_MODEL_KINDS, TL_GENERATION, build_tiny_model
+
+from stepflow_tl.errors import ModelError
+from stepflow_tl.models.bands import deep_band, shallow_band
+from stepflow_tl.stepflow import StepFlow
+from stepflow_tl.stepflow.flow import standing_hooks
 
 from_kinds = pytest.mark.parametrize("kind", (*TINY_MODEL_KINDS, "mistral", "gemma2", "gpt_oss"))
 
@@ -14,9 +21,6 @@ def logits_of(model, trace, hooks=()):
 
 @from_kinds
 def test_both_halves_act_in_every_layer_of_their_band(flow_model, trace, kind, hooks_untouched):
-    from stepflow_tl.models.bands import deep_band, shallow_band
-    from stepflow_tl.stepflow import StepFlow
-
     model, flow = flow_model(kind), StepFlow()
     n_layers = model.cfg.n_layers
     plain = logits_of(model, trace)
@@ -28,7 +32,6 @@ def test_both_halves_act_in_every_layer_of_their_band(flow_model, trace, kind, h
         counts = hooks.report().of(layer)
         assert (counts.adjusted > 0) == (layer in shallow_band(n_layers))
         assert counts.injections == (len(trace.steps) - 1 if layer in deep_band(n_layers) else 0)
-    assert flow.report() is hooks.report()
 
 
 @from_kinds
@@ -41,8 +44,6 @@ def test_both_halves_act_in_every_layer_of_their_band(flow_model, trace, kind, h
     ],
 )
 def test_a_half_of_strength_zero_attaches_nothing(flow_model, trace, kind, options, points):
-    from stepflow_tl.stepflow import StepFlow
-
     model = flow_model(kind)
     hooks = StepFlow(**options).hooks(model, trace)
     names = {function.func.__name__ for _, function in hooks}
@@ -57,10 +58,6 @@ def test_a_half_of_strength_zero_attaches_nothing(flow_model, trace, kind, optio
 
 @from_kinds
 def test_zero_strength_through_the_hooks_themselves_changes_no_bit(flow_model, trace, kind):
-    from functools import partial
-
-    from stepflow_tl.stepflow import StepFlow
-
     model = flow_model(kind)
     zero = {
         "bridge_hook": {"tau_max": 0.0},
@@ -76,8 +73,6 @@ def test_zero_strength_through_the_hooks_themselves_changes_no_bit(flow_model, t
 
 
 def test_a_rows_bridge_mass_meets_its_floor_inside_the_model(flow_model, trace):
-    from stepflow_tl.stepflow import StepFlow
-
     model = flow_model("llama" if TL_GENERATION == 4 else "hooked")
     patterns = {}
 
@@ -101,8 +96,6 @@ def test_a_rows_bridge_mass_meets_its_floor_inside_the_model(flow_model, trace):
 
 @pytest.mark.parametrize("kind", [kind for kind in TINY_MODEL_KINDS if kind not in ("native", "hooked")])
 def test_compatibility_mode_runs_each_hook_once(kind, trace):
-    from stepflow_tl.stepflow import StepFlow
-
     model, compatible = (build_tiny_model(kind, n_layers=4) for _ in range(2))
     compatible.enable_compatibility_mode(disable_warnings=True, no_processing=True)
     found = [
@@ -114,8 +107,6 @@ def test_compatibility_mode_runs_each_hook_once(kind, trace):
 
 
 def test_layers_and_heads_can_be_given(flow_model, trace):
-    from stepflow_tl.stepflow import StepFlow
-
     model = flow_model(TINY_MODEL_KINDS[0])
     hooks = StepFlow(shallow=[3], deep=[0, 5]).hooks(model, trace)
     logits_of(model, trace, hooks)
@@ -131,8 +122,6 @@ def test_layers_and_heads_can_be_given(flow_model, trace):
 
 @pytest.mark.parametrize("placebo", ["bridge", "momentum", "both"])
 def test_placebos_replace_one_half_and_keep_its_size(flow_model, trace, placebo):
-    from stepflow_tl.stepflow import StepFlow
-
     model = flow_model(TINY_MODEL_KINDS[0])
     reports, outputs = [], []
     for flow in (StepFlow(), StepFlow(placebo=placebo, seed=3), StepFlow(placebo=placebo, seed=3)):
@@ -161,26 +150,19 @@ def test_placebos_replace_one_half_and_keep_its_size(flow_model, trace, placebo)
     ],
 )
 def test_a_flow_that_makes_no_sense_cannot_be_made(options, message):
-    from stepflow_tl.stepflow import StepFlow
-
     with pytest.raises(Exception, match=message):
         StepFlow(**options)
 
 
-def test_layers_that_do_not_exist_and_reports_of_nothing_are_errors(flow_model, trace):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import StepFlow
-
-    with pytest.raises(ModelError, match=r"layers \[8, 9\] do not exist: the model has layers 0..7"):
+def test_layers_and_heads_that_do_not_exist_are_errors(flow_model, trace):
+    with pytest.raises(ModelError, match=r"the model has layers 0..7; \[8, 9\] are outside it"):
         StepFlow(deep=[8, 9]).hooks(flow_model(TINY_MODEL_KINDS[0]), trace)
-    with pytest.raises(ValueError, match="has made no hooks yet"):
-        StepFlow().report()
+    for heads in ([1, 4], {7: [4]}):
+        with pytest.raises(ModelError, match=r"the model has query heads 0..3; \[4\] are outside it"):
+            StepFlow(heads=heads).hooks(flow_model(TINY_MODEL_KINDS[0]), trace)
 
 
 def test_running_other_tokens_than_the_trace_is_an_error(flow_model, trace, hooks_untouched):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import StepFlow
-
     model = flow_model(TINY_MODEL_KINDS[0])
     hooks = StepFlow().hooks(model, trace)
     with hooks_untouched(model), pytest.raises(ModelError, match="Run the model on exactly the tokens"):
@@ -189,9 +171,6 @@ def test_running_other_tokens_than_the_trace_is_an_error(flow_model, trace, hook
 
 
 def test_attention_left_to_the_wrapped_module_is_refused(flow_model, trace, monkeypatch):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import StepFlow
-
     if TL_GENERATION < 4:
         pytest.skip("HookedTransformer computes attention itself")
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
@@ -206,8 +185,6 @@ def test_attention_left_to_the_wrapped_module_is_refused(flow_model, trace, monk
 @from_kinds
 def test_momentum_moves_the_logits_as_its_gradient_says(flow_model, trace, kind):
     """The causal check: a small alpha has the effect that the derivative at 0 predicts."""
-    from stepflow_tl.stepflow import StepFlow
-
     model = flow_model(kind)
     shift = {
         alpha: logits_of(model, trace, StepFlow(tau_max=0.0, alpha=alpha).hooks(model, trace))
@@ -225,8 +202,6 @@ def test_momentum_moves_the_logits_as_its_gradient_says(flow_model, trace, kind)
 
 def test_a_sink_of_the_model_is_counted_when_its_bridge_is_raised(flow_model, trace):
     """gpt-oss: the floor is met by the probabilities that the model really uses, sink included."""
-    from stepflow_tl.stepflow import StepFlow
-
     model = flow_model("gpt_oss")
     patterns = []
 
@@ -246,3 +221,69 @@ def test_a_sink_of_the_model_is_counted_when_its_bridge_is_raised(flow_model, tr
     assert (1 - before.sum(-1))[low].max() > 0.02, "the sink takes its share where it matters"
     assert (after[..., question].sum(-1) - floor)[low].abs().max() < 1e-5
     assert (after.sum(-1) - before.sum(-1)).abs().max() < 1e-6
+
+
+def test_two_measurements_with_one_flow_have_reports_of_their_own(flow_model, trace):
+    model, flow = flow_model(TINY_MODEL_KINDS[0]), StepFlow()
+    first, second = flow.hooks(model, trace), flow.hooks(model, trace)
+    logits_of(model, trace, second)
+    assert first.report().adjusted == 0 < second.report().adjusted
+
+
+def test_whole_numbers_are_real_numbers(flow_model, trace):
+    model = flow_model(TINY_MODEL_KINDS[0])
+    whole, real = (StepFlow(tau_max=zero, alpha=one) for zero, one in ((0, 1), (0.0, 1.0)))
+    assert whole == real
+    found = [logits_of(model, trace, flow.hooks(model, trace)) for flow in (whole, real)]
+    assert torch.equal(*found) and not torch.equal(found[0], logits_of(model, trace))
+
+
+@from_kinds
+def test_standing_hooks_are_the_callers_then_those_of_stepflow(flow_model, trace, kind):
+    model, flow, order = flow_model(kind), StepFlow(alpha=0.4), []
+
+    def own(tensor, hook):
+        order.append("own")
+
+    name = flow.hooks(model, trace)[0][0]
+    hooks = standing_hooks(model, trace, stepflow=flow, fwd_hooks=[(name, own)])
+    assert hooks[0] == (name, own)
+    assert [n for n, _ in hooks[1:]] == [n for n, _ in flow.hooks(model, trace)]
+    found = logits_of(model, trace, hooks)
+    assert order == ["own"], "a hook whose name matches nothing would be silent"
+    assert torch.equal(found, logits_of(model, trace, flow.hooks(model, trace)))
+    assert not torch.equal(found, logits_of(model, trace))
+
+
+def test_standing_hooks_may_depend_on_the_trace(flow_model, trace, make_trace):
+    model, flow = flow_model(TINY_MODEL_KINDS[0]), StepFlow(alpha=0.4)
+    for measured in (trace, make_trace("Why?", "It is so.\n\nYes.", "So.")):
+        made = standing_hooks(model, measured, fwd_hooks=lambda given: flow.hooks(model, given))
+        given = standing_hooks(model, measured, stepflow=flow)
+        assert torch.equal(logits_of(model, measured, made), logits_of(model, measured, given))
+    assert standing_hooks(model, trace) == []
+
+
+@pytest.mark.parametrize("detach_values", [False, True])
+def test_standing_hooks_can_keep_gradients_off_the_values_that_momentum_carries(
+    flow_model, trace, detach_values
+):
+    model, flow, seen = flow_model(TINY_MODEL_KINDS[0]), StepFlow(tau_max=0, deep=[7]), {}
+
+    def watch_value(value, hook):
+        seen["v"] = value.detach().requires_grad_(True)
+        return seen["v"]
+
+    def keep_z(z, hook):
+        seen["z"] = z
+
+    (value_point, _), (z_point, _) = flow.hooks(model, trace)
+    own = [(value_point, watch_value), (z_point, lambda z, hook: z.detach())]  # only the injection is left
+    hooks = standing_hooks(model, trace, stepflow=flow, fwd_hooks=own, detach_values=detach_values)
+    logits_of(model, trace, [*hooks, (z_point, keep_z)])
+    injected = seen["z"][0, trace.steps[2].token_start].sum()
+    assert injected.requires_grad != detach_values
+    if not detach_values:
+        (gradient,) = torch.autograd.grad(injected, seen["v"])
+        moved = gradient[0].abs().amax((-1, -2)).nonzero()[:, 0].tolist()
+        assert moved == list(range(*trace.steps[1].token_span))

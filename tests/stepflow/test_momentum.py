@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from stepflow_tl.errors import ModelError
+from stepflow_tl.stepflow import FlowReport, FlowState, capture_values_hook, momentum_hook
+from stepflow_tl.stepflow.columns import ValueStore
+
 V_HOOK = SimpleNamespace(name="blocks.5.attn.hook_v")
 Z_HOOK = SimpleNamespace(name="blocks.5.attn.hook_z")
 
@@ -29,8 +33,6 @@ def by_loops(z, v, trace, alpha, window=None):
 
 
 def inject(z, v, state, **options):
-    from stepflow_tl.stepflow import capture_values_hook, momentum_hook
-
     assert capture_values_hook(v, V_HOOK, state=state) is None
     return momentum_hook(z, Z_HOOK, state=state, **options)
 
@@ -38,8 +40,6 @@ def inject(z, v, state, **options):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_each_new_step_gets_the_mean_value_of_the_step_before(trace, kv_heads, window):
-    from stepflow_tl.stepflow import FlowState
-
     z, v = activations(len(trace), kv_heads=kv_heads)
     found = inject(z, v, FlowState.from_trace(trace), alpha=0.3, window=window)
     expected = by_loops(z, v, trace, 0.3, window)
@@ -48,8 +48,6 @@ def test_each_new_step_gets_the_mean_value_of_the_step_before(trace, kv_heads, w
 
 
 def test_all_other_positions_keep_every_bit_and_z_itself_is_not_written(trace):
-    from stepflow_tl.stepflow import FlowState
-
     z, v = activations(len(trace))
     copy = z.clone()
     found = inject(z, v, FlowState.from_trace(trace))
@@ -60,8 +58,6 @@ def test_all_other_positions_keep_every_bit_and_z_itself_is_not_written(trace):
 
 
 def test_nothing_to_inject_returns_the_same_tensor(trace, make_trace):
-    from stepflow_tl.stepflow import FlowState
-
     z, v = activations(len(trace))
     assert inject(z, v, FlowState.from_trace(trace), alpha=0.0) is z
     no_summary = make_trace(summary="")
@@ -70,8 +66,6 @@ def test_nothing_to_inject_returns_the_same_tensor(trace, make_trace):
 
 
 def test_rows_of_a_batch_get_their_own(make_trace):
-    from stepflow_tl.stepflow import FlowState
-
     traces = [make_trace(), make_trace("Why?", "It is so.\n\nYes.", "So.")]
     longest = max(map(len, traces))
     z, v = activations(longest, rows=2)
@@ -84,8 +78,6 @@ def test_rows_of_a_batch_get_their_own(make_trace):
 
 
 def test_only_the_chosen_heads_get_it(trace):
-    from stepflow_tl.stepflow import FlowState
-
     z, v = activations(len(trace))
     found = inject(z, v, FlowState.from_trace(trace), heads=[2])
     every = inject(z, v, FlowState.from_trace(trace))
@@ -94,8 +86,6 @@ def test_only_the_chosen_heads_get_it(trace):
 
 
 def test_a_placebo_has_the_same_norm_and_another_direction(trace):
-    from stepflow_tl.stepflow import FlowState
-
     z, v = activations(len(trace))
     added = {seed: inject(z, v, FlowState.from_trace(trace), placebo_seed=seed) - z for seed in (None, 1, 2)}
     starts = [step.token_start for step in trace.steps[1:]]
@@ -110,8 +100,6 @@ def test_a_placebo_has_the_same_norm_and_another_direction(trace):
 
 
 def test_the_report_counts_injections_and_their_norms(trace):
-    from stepflow_tl.stepflow import FlowReport, FlowState
-
     z, v = activations(len(trace))
     report = FlowReport()
     found = inject(z, v, FlowState.from_trace(trace), report=report)
@@ -122,9 +110,6 @@ def test_the_report_counts_injections_and_their_norms(trace):
 
 
 def test_values_that_were_never_captured_are_an_error_that_says_what_to_attach(trace):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import FlowState, momentum_hook
-
     z, _ = activations(len(trace))
     with pytest.raises(
         ModelError, match="layer 5: the values of tokens .* not captured: attach capture_values_hook"
@@ -133,17 +118,12 @@ def test_values_that_were_never_captured_are_an_error_that_says_what_to_attach(t
 
 
 def test_heads_that_cannot_be_shared_evenly_are_refused(trace):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import FlowState
-
     z, v = activations(len(trace), heads=4, kv_heads=3)
     with pytest.raises(ModelError, match="4 query heads cannot share 3 KV heads evenly"):
         inject(z, v, FlowState.from_trace(trace))
 
 
 def test_the_store_gathers_over_chunks_and_forgets_what_is_run_again():
-    from stepflow_tl.stepflow.values import ValueStore
-
     _, v = activations(20, rows=2)
     store = ValueStore()
     for start, end in ((0, 7), (7, 8), (8, 20)):
@@ -158,8 +138,6 @@ def test_the_store_gathers_over_chunks_and_forgets_what_is_run_again():
 
 
 def test_detached_values_pass_no_gradient_back(trace):
-    from stepflow_tl.stepflow import FlowState, capture_values_hook, momentum_hook
-
     for detach in (False, True):
         z, v = activations(len(trace))
         v.requires_grad_(True)

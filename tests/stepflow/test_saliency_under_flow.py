@@ -4,6 +4,12 @@ import pytest
 import torch
 from tiny_models import TINY_MODEL_KINDS
 
+from stepflow_tl import step_saliency
+from stepflow_tl.saliency import self_check
+from stepflow_tl.saliency.objectives import Objective
+from stepflow_tl.saliency.reference import hooks_backend
+from stepflow_tl.stepflow import StepFlow
+
 TOLERANCE = {"hooked": 1e-11, "native": 1e-7, "llama": 2e-6, "qwen2": 2e-6, "gemma2": 2e-6, "gpt_oss": 2e-5}
 
 
@@ -39,10 +45,6 @@ def separate_rows(model, trace, hooks, rows):
 def test_per_token_rows_equal_separate_backward_passes_under_stepflow(
     flow_model, short_trace, kind, granularity
 ):
-    from stepflow_tl.saliency.objectives import Objective
-    from stepflow_tl.saliency.reference import hooks_backend
-    from stepflow_tl.stepflow import StepFlow
-
     model, trace = flow_model(kind), short_trace
     flow = StepFlow(alpha=0.7, tau_max=0.3, granularity=granularity)
     each = torch.arange(len(trace))
@@ -70,8 +72,6 @@ def test_per_token_rows_equal_separate_backward_passes_under_stepflow(
 
 @pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
 def test_step_saliency_maps_the_repaired_flow(flow_model, short_trace, hooks_untouched, kind):
-    from stepflow_tl import StepFlow, step_saliency
-
     model, flow = flow_model(kind), StepFlow(alpha=0.7, tau_max=0.3)
     with hooks_untouched(model):
         plain = step_saliency(model, short_trace, backend="hooks")
@@ -86,9 +86,6 @@ def test_step_saliency_maps_the_repaired_flow(flow_model, short_trace, hooks_unt
 
 @pytest.mark.parametrize("backend", ["auto", "hooks", "layerwise"])
 def test_the_self_check_runs_without_the_flow_even_at_first_use(flow_model, short_trace, backend):
-    from stepflow_tl import StepFlow, step_saliency
-    from stepflow_tl.saliency import self_check
-
     model = flow_model("qwen2") if "qwen2" in TINY_MODEL_KINDS else flow_model("hooked")
     self_check._checked.pop(model, None)
     for flow in (StepFlow(), StepFlow(tau_max=0)):
@@ -99,8 +96,6 @@ def test_the_self_check_runs_without_the_flow_even_at_first_use(flow_model, shor
 @pytest.mark.parametrize("kind", [kind for kind in TINY_MODEL_KINDS if kind in ("llama", "qwen2")])
 @pytest.mark.parametrize("objective", ["per_token", "response"])
 def test_momentum_alone_goes_with_the_fused_backend(flow_model, short_trace, kind, objective):
-    from stepflow_tl import StepFlow, step_saliency
-
     model, flow = flow_model(kind), StepFlow(alpha=0.7, tau_max=0)
     fused = step_saliency(model, short_trace, objective=objective, stepflow=flow)
     hooks = step_saliency(model, short_trace, objective=objective, stepflow=flow, backend="hooks")

@@ -5,6 +5,10 @@ import pytest
 import torch
 from flow_oracle import expected_groups
 
+from stepflow_tl.errors import ModelError
+from stepflow_tl.stepflow.columns import LabelTable
+from stepflow_tl.stepflow.state import FlowState, Pass
+
 
 def groups_by_query(state, n_keys, granularity):
     found = {}
@@ -19,8 +23,6 @@ def groups_by_query(state, n_keys, granularity):
 @pytest.mark.parametrize("tags", ["added", "special", "plain"])
 @pytest.mark.parametrize("granularity", ["segment", "step"])
 def test_every_query_gets_the_groups_that_were_known_when_it_arrived(make_trace, tags, granularity):
-    from stepflow_tl.stepflow import FlowState
-
     trace = make_trace(tags=tags)
     state = FlowState.from_trace(trace)
     found = groups_by_query(state, len(trace), granularity)
@@ -37,8 +39,6 @@ def test_every_query_gets_the_groups_that_were_known_when_it_arrived(make_trace,
 
 
 def test_a_marker_of_several_tokens_is_template_only_once_complete(make_trace):
-    from stepflow_tl.stepflow import FlowState
-
     trace = make_trace(tags="plain")
     late = (trace.causal.resolved_at > torch.arange(len(trace))) & (trace.segment_ids == 0)
     late &= trace.causal.segment_ids == 2  # "</think>": thinking until its last character
@@ -51,9 +51,6 @@ def test_a_marker_of_several_tokens_is_template_only_once_complete(make_trace):
 
 
 def test_a_window_of_keys_is_the_end_of_the_columns(make_trace):
-    from stepflow_tl.stepflow.labels import LabelTable
-    from stepflow_tl.stepflow.state import FlowState, Pass
-
     trace = make_trace()
     last = len(trace) - 2
     state = FlowState(LabelTable.from_traces([trace]), Pass(last, 1))
@@ -65,9 +62,6 @@ def test_a_window_of_keys_is_the_end_of_the_columns(make_trace):
 
 
 def test_more_keys_than_tokens_is_a_static_cache_and_refused(trace):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import FlowState
-
     state = FlowState.from_trace(trace)
     with pytest.raises(
         ModelError, match=rf"{len(trace) + 5} key columns, but only {len(trace)} .*preallocated"
@@ -76,8 +70,6 @@ def test_more_keys_than_tokens_is_a_static_cache_and_refused(trace):
 
 
 def test_rows_of_a_batch_are_read_at_their_own_padding(make_trace):
-    from stepflow_tl.stepflow import FlowState
-
     traces = [make_trace(), make_trace("Why?", "It is so.\n\nYes.", "So.")]
     longest = max(map(len, traces))
     for side in ("left", "right"):
@@ -94,8 +86,6 @@ def test_rows_of_a_batch_are_read_at_their_own_padding(make_trace):
 
 
 def test_new_steps_are_found_with_all_tokens_of_the_step_before(trace):
-    from stepflow_tl.stepflow import FlowState
-
     state = FlowState.from_trace(trace)
     found = {i.query: i.columns.tolist() for i in state.injections("all", None)}
     assert found == {
@@ -117,17 +107,12 @@ def test_new_steps_are_found_with_all_tokens_of_the_step_before(trace):
     ],
 )
 def test_boundaries_say_which_new_steps_count(trace, boundaries, expected):
-    from stepflow_tl.stepflow import FlowState
-
     starts = {step.token_start: step.label for step in trace.steps}
     injections = FlowState.from_trace(trace).injections(boundaries, None)
     assert [starts[i.query] for i in injections] == expected
 
 
 def test_a_pass_over_other_tokens_is_refused(trace):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import FlowState
-
     state = FlowState.from_trace(trace)
     state.check_shape(1, len(trace), "here")
     with pytest.raises(ModelError, match=rf"here: the model runs 1 rows of 3 tokens, .* of {len(trace)}"):

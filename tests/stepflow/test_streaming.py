@@ -6,6 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TINY_MODEL_KINDS, TL_GENERATION
+from transformers import DynamicCache
+
+from stepflow_tl.errors import ModelError
+from stepflow_tl.stepflow import StepFlow
+from stepflow_tl.stepflow.streaming import TokenStream
+from stepflow_tl.trace import ReasoningTrace
+from stepflow_tl.trace.splitting import TokenTracker
 
 STRENGTH = dict(tau_max=0.3, alpha=0.5)
 CACHED = tuple(kind for kind in TINY_MODEL_KINDS if kind != "native") + ("mistral", "gemma2", "gpt_oss")
@@ -46,9 +53,6 @@ def same_counts(one, other):
 def test_cached_decoding_equals_one_pass_at_every_position(
     flow_model, tokenizers, run_cached, kind, tags, data
 ):
-    from stepflow_tl.stepflow import StepFlow
-    from stepflow_tl.trace import ReasoningTrace
-
     tokenizer, traces = tokenizers[tags], []
     for question, thinking, summary in data.draw(st.lists(parts, min_size=1, max_size=3)):
         ids = ReasoningTrace.from_parts(tokenizer, question, thinking, summary).tokens
@@ -81,8 +85,6 @@ def test_cached_decoding_equals_one_pass_at_every_position(
 @pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
 @pytest.mark.parametrize("tags", ["added", "plain"])
 def test_growing_sequences_without_a_cache_are_followed(flow_model, make_trace, tokenizers, kind, tags):
-    from stepflow_tl.stepflow import StepFlow
-
     model, flow, trace = flow_model(kind), StepFlow(**STRENGTH), make_trace(tags=tags)
     ids = trace.tokens[None]
     expected, _ = one_pass(model, flow, [trace], ids, torch.ones_like(ids))
@@ -95,8 +97,6 @@ def test_growing_sequences_without_a_cache_are_followed(flow_model, make_trace, 
 @pytest.mark.parametrize("kind", CACHED)
 def test_a_cache_that_was_cut_back_is_followed(flow_model, make_trace, run_cached, kind):
     """As assisted decoding does: tokens are tried, rejected, and others take their place."""
-    from stepflow_tl.stepflow import StepFlow
-
     model, flow, trace = flow_model(kind), StepFlow(**STRENGTH), make_trace()
     other = make_trace(thinking="First, another\n\nproduct: 12.", summary="No.")
     ids, mask = trace.tokens[None], torch.ones_like(trace.tokens[None])
@@ -112,9 +112,6 @@ def test_a_cache_that_was_cut_back_is_followed(flow_model, make_trace, run_cache
 
 def test_going_back_inside_a_cache_replays_the_labels(tokenizers, make_trace):
     import numpy as np
-
-    from stepflow_tl.stepflow.streaming import TokenStream
-    from stepflow_tl.trace.splitting import TokenTracker
 
     for tags in ("plain", "added"):
         tokenizer, trace = tokenizers[tags], make_trace(tags=tags)
@@ -142,9 +139,6 @@ def test_generate_under_stepflow_equals_greedy_decoding_by_single_passes(
     flow_model, make_trace, tokenizers, kind, use_cache, batch, hooks_untouched
 ):
     """Each generated token is the argmax of one pass, under StepFlow, over everything before it."""
-    from stepflow_tl.stepflow import StepFlow
-    from stepflow_tl.trace import ReasoningTrace
-
     model, tokenizer, flow = flow_model(kind, padded=batch), tokenizers["added"], StepFlow(**STRENGTH)
     # The thinking is open, so generation goes on inside it and steps depend on what is generated.
     prompts = [tokenizer.decode(make_trace(thinking="One.\n\nTwo", summary="").tokens)]
@@ -168,9 +162,6 @@ def test_generate_under_stepflow_equals_greedy_decoding_by_single_passes(
 
 @pytest.mark.parametrize("kind", [kind for kind in CACHED if kind != "hooked"])
 def test_hf_generate_and_sampling_are_followed(flow_model, make_trace, tokenizers, kind, hooks_untouched):
-    from stepflow_tl.stepflow import StepFlow
-    from stepflow_tl.trace import ReasoningTrace
-
     model, tokenizer, flow = flow_model(kind), tokenizers["added"], StepFlow(**STRENGTH)
     prompt = make_trace(thinking="One.\n\nTwo", summary="").tokens[None]
     torch.manual_seed(0)
@@ -200,8 +191,6 @@ def test_hf_generate_and_sampling_are_followed(flow_model, make_trace, tokenizer
 
 @pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
 def test_several_sequences_in_turn_do_not_know_of_each_other(flow_model, make_trace, kind):
-    from stepflow_tl.stepflow import StepFlow
-
     model, flow = flow_model(kind), StepFlow(**STRENGTH)
     traces = [make_trace(), make_trace("Why?", "It is so.\n\nYes.", "So."), make_trace()]
     with flow.generating(model):
@@ -217,8 +206,6 @@ def test_several_sequences_in_turn_do_not_know_of_each_other(flow_model, make_tr
 def test_nothing_is_left_after_an_exception_during_generation(
     flow_model, make_trace, kind, error, where, hooks_untouched
 ):
-    from stepflow_tl.stepflow import StepFlow
-
     model, prompt = flow_model(kind), make_trace(summary="").tokens[None]
     plain = model(prompt, return_type="logits")
     n_module_hooks = count_module_hooks(model)
@@ -244,8 +231,6 @@ def count_module_hooks(model):
 
 
 def test_zero_strength_while_generating_attaches_nothing(flow_model, make_trace):
-    from stepflow_tl.stepflow import StepFlow
-
     model, prompt = flow_model(TINY_MODEL_KINDS[0]), make_trace(summary="").tokens[None]
     n_hooks = count_module_hooks(model)
     plain = model(prompt, return_type="logits")
@@ -258,9 +243,6 @@ def test_zero_strength_while_generating_attaches_nothing(flow_model, make_trace)
 
 @pytest.mark.parametrize("kind", CACHED)
 def test_a_prefix_that_ran_outside_cannot_be_continued(flow_model, make_trace, kind, run_cached):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import StepFlow
-
     if kind == "hooked":
         pytest.skip("its cache is made inside run_cached")
     model, trace = flow_model(kind), make_trace()
@@ -275,11 +257,6 @@ def test_a_prefix_that_ran_outside_cannot_be_continued(flow_model, make_trace, k
 
 @pytest.mark.skipif(TL_GENERATION < 4, reason="one generation is enough: this is transformers' own loop")
 def test_beam_search_is_refused_and_its_cache_is_left_as_it_was(flow_model, make_trace):
-    from transformers import DynamicCache
-
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import StepFlow
-
     model, prompt = flow_model("llama"), make_trace(summary="").tokens[None]
     cache = DynamicCache(config=model.original_model.config)
     options = dict(
@@ -292,9 +269,6 @@ def test_beam_search_is_refused_and_its_cache_is_left_as_it_was(flow_model, make
 
 @pytest.mark.skipif(TL_GENERATION < 4, reason="one generation is enough: this is transformers' own cache")
 def test_a_static_cache_is_refused(flow_model, make_trace):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import StepFlow
-
     model, prompt = flow_model("llama"), make_trace(summary="").tokens[None]
     with StepFlow().generating(model), pytest.raises(ModelError, match=r"preallocated \(static\) cache"):
         model.original_model.generate(
@@ -307,9 +281,6 @@ def test_a_static_cache_is_refused(flow_model, make_trace):
 
 
 def test_embeddings_of_unknown_tokens_are_refused_and_known_ones_followed(flow_model, make_trace):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import StepFlow
-
     if TL_GENERATION < 4:
         pytest.skip("a bridge is what takes embeddings")
     model, flow, trace = flow_model("llama"), StepFlow(**STRENGTH), make_trace()
@@ -324,8 +295,6 @@ def test_embeddings_of_unknown_tokens_are_refused_and_known_ones_followed(flow_m
 
 
 def test_text_is_followed_through_the_embedding(flow_model, make_trace, tokenizers):
-    from stepflow_tl.stepflow import StepFlow
-
     for kind in TINY_MODEL_KINDS:
         model, trace = flow_model(kind), make_trace(summary="")
         with StepFlow().generating(model) as run:
@@ -334,11 +303,8 @@ def test_text_is_followed_through_the_embedding(flow_model, make_trace, tokenize
 
 
 def test_a_model_without_tokenizer_needs_one(flow_model, monkeypatch):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.stepflow import StepFlow
-
     model = flow_model(TINY_MODEL_KINDS[0])
     monkeypatch.setattr(model, "tokenizer", None)
-    with pytest.raises(ModelError, match="no tokenizer, .* pass tokenizer="):
+    with pytest.raises(ModelError, match="comes without a tokenizer, .* pass tokenizer="):
         with StepFlow().generating(model):
             raise AssertionError("must not be entered")

@@ -5,25 +5,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepflow_tl import ReasoningTrace
+from stepflow_tl.errors import ProblemError
+from stepflow_tl.testbed import ProblemSpec, make_problems
+from stepflow_tl.testbed.edges import EdgeRow, edge_rows, score_rows, shuffled, trace_of
+from stepflow_tl.testbed.vocabulary import build_tokenizer
+
 
 def tokenizer():
-    from stepflow_tl.testbed.vocabulary import build_tokenizer
-
     return build_tokenizer()
 
 
 def one_row(scores, needed):
-    from stepflow_tl.testbed.edges import EdgeRow, score_rows
-
     step_map = np.zeros((1, len(scores)))
     step_map[0] = scores
     return score_rows([EdgeRow(0, tuple(range(len(scores))), np.array(needed))], step_map)
 
 
 def test_rows_name_the_steps_that_the_text_mentions():
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.testbed.edges import edge_rows, trace_of
-
     for problem in make_problems(ProblemSpec(n_steps=9, n_distractors=2), 30, seed=5):
         trace = trace_of(tokenizer(), problem)
         texts = [step.text.strip() for step in trace.steps]
@@ -39,9 +38,6 @@ def test_rows_name_the_steps_that_the_text_mentions():
 
 
 def test_carried_rows_point_one_step_behind_the_source():
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.testbed.edges import edge_rows, trace_of
-
     found = 0
     for problem in make_problems(ProblemSpec(n_steps=9), 20, seed=6):
         trace = trace_of(tokenizer(), problem)
@@ -58,11 +54,6 @@ def test_carried_rows_point_one_step_behind_the_source():
 
 
 def test_a_question_in_one_step_is_refused():
-    from stepflow_tl import ReasoningTrace
-    from stepflow_tl.errors import ProblemError
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.testbed.edges import edge_rows
-
     (problem,) = make_problems(ProblemSpec(), 1, seed=0)
     trace = ReasoningTrace.from_parts(tokenizer(), problem.question, problem.thinking, problem.answer)
     with pytest.raises(ProblemError, match="has 1 steps, the problem 8 premises.*question_splitter='line'"):
@@ -100,9 +91,6 @@ def test_auroc_is_the_part_of_pairs_in_the_right_order(pairs):
 
 
 def test_shuffled_edges_leave_the_best_score_at_chance():
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.testbed.edges import edge_rows, score_rows, shuffled, trace_of
-
     rng, found = np.random.default_rng(0), []
     for problem in make_problems(ProblemSpec(n_steps=8), 150, seed=1):
         trace = trace_of(tokenizer(), problem)

@@ -2,11 +2,12 @@
 
 import pytest
 
+from stepflow_tl.testbed import Grade, grade
+from stepflow_tl.testbed.problems import Derivation, Premise, Problem, ProblemSpec
+
 
 @pytest.fixture
 def problem():
-    from stepflow_tl.testbed.problems import Derivation, Premise, Problem, ProblemSpec
-
     return Problem(
         ProblemSpec(n_steps=2),
         (Premise("b", "b = a - 4"), Premise("a", "a = 4 + 7")),
@@ -18,8 +19,6 @@ RIGHT = "a = 4 + 7: 4 + 7 = 1\n\nb = a - 4: 1 - 4 = 7\n"
 
 
 def test_the_right_thinking_is_right(problem):
-    from stepflow_tl.testbed import Grade, grade
-
     assert problem.thinking + "\n" == RIGHT
     assert grade(problem, RIGHT, "\n\n7") == Grade(True, None, None, 2)
 
@@ -44,8 +43,6 @@ def test_the_right_thinking_is_right(problem):
     ],
 )
 def test_the_first_error_is_named(problem, old, new, error, step):
-    from stepflow_tl.testbed import grade
-
     verdict = grade(problem, RIGHT.replace(old, new), "7")
     assert (verdict.error, verdict.step) == (error, step)
     assert verdict.n_right == (2 if step is None else step)
@@ -53,15 +50,11 @@ def test_the_first_error_is_named(problem, old, new, error, step):
 
 
 def test_of_two_errors_the_first_counts(problem):
-    from stepflow_tl.testbed import grade
-
     verdict = grade(problem, "a = 4 + 7: 4 + 7 = 2\n\nb = a - 4: 2 - 5 = 7\n", "3")
     assert (verdict.error, verdict.step, verdict.correct) == ("arithmetic", 0, False)
 
 
 def test_a_wrong_answer_after_right_thinking(problem):
-    from stepflow_tl.testbed import Grade, grade
-
     assert grade(problem, RIGHT, "8") == Grade(False, "answer", None, 2)
     assert grade(problem, RIGHT, "") == Grade(False, "answer", None, 2)
     assert grade(problem, "", "7").error == "form"

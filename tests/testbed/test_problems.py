@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepflow_tl.errors import ProblemError
+from stepflow_tl.testbed import ProblemSpec, make_problems
+
 SPECS = st.fixed_dictionaries(
     {
         "n_steps": st.integers(1, 26),
@@ -38,8 +41,6 @@ def work_out(question: str, modulus: int) -> dict[str, int]:
 @settings(max_examples=300, deadline=None)
 @given(knobs=SPECS, seed=st.integers(0, 10_000))
 def test_the_thinking_is_what_the_question_asks_for(knobs, seed):
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-
     spec = ProblemSpec(**knobs)
     (problem,) = make_problems(spec, 1, seed=seed)
     values = work_out(problem.question, spec.modulus)
@@ -59,8 +60,6 @@ def test_the_thinking_is_what_the_question_asks_for(knobs, seed):
 @settings(max_examples=300, deadline=None)
 @given(knobs=SPECS, seed=st.integers(0, 10_000))
 def test_edges_are_the_names_that_a_step_mentions(knobs, seed):
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-
     (problem,) = make_problems(ProblemSpec(**knobs), 1, seed=seed)
     texts = [derivation.text for derivation in problem.derivations]
     lines = problem.question.splitlines()[:-1]
@@ -76,8 +75,6 @@ def test_edges_are_the_names_that_a_step_mentions(knobs, seed):
 @settings(max_examples=100, deadline=None)
 @given(low=st.integers(1, 5), more=st.integers(0, 5), seed=st.integers(0, 1000))
 def test_the_first_operand_stands_at_the_distance_asked_for(low, more, seed):
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-
     spec = ProblemSpec(n_steps=20, min_distance=low, max_distance=low + more)
     (problem,) = make_problems(spec, 1, seed=seed)
     order = {derivation.name: i for i, derivation in enumerate(problem.derivations)}
@@ -86,8 +83,6 @@ def test_the_first_operand_stands_at_the_distance_asked_for(low, more, seed):
 
 
 def test_number_share_decides_about_the_second_operand():
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-
     def part_of_numbers(share):
         problems = make_problems(ProblemSpec(n_steps=20, number_share=share), 100, seed=0)
         later = [d for problem in problems for d in problem.derivations[2:]]
@@ -98,8 +93,6 @@ def test_number_share_decides_about_the_second_operand():
 
 
 def test_distractors_are_defined_like_variables_and_needed_by_nothing():
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-
     for problem in make_problems(ProblemSpec(n_steps=4, n_distractors=3), 20, seed=0):
         extra = [p for p, premise in enumerate(problem.premises) if premise.name.isupper()]
         assert len(extra) == 3 and not {p for _, p in problem.premise_edges} & set(extra)
@@ -111,8 +104,6 @@ def test_distractors_are_defined_like_variables_and_needed_by_nothing():
 
 
 def test_the_same_seed_gives_the_same_problems_and_another_seed_others():
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-
     spec = ProblemSpec()
     assert make_problems(spec, 20, seed=3) == make_problems(spec, 20, seed=3)
     assert make_problems(spec, 20, seed=3)[:5] == make_problems(spec, 5, seed=3)
@@ -122,8 +113,6 @@ def test_the_same_seed_gives_the_same_problems_and_another_seed_others():
 
 
 def test_premises_in_order_and_shuffled_are_the_same_lines():
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-
     (problem,) = make_problems(ProblemSpec(n_distractors=2, shuffled=False), 1, seed=0)
     names = [premise.name for premise in problem.premises]
     assert names[:8] == list("abcdefgh") and all(name.isupper() for name in names[8:])
@@ -145,9 +134,6 @@ def test_premises_in_order_and_shuffled_are_the_same_lines():
     ],
 )
 def test_what_cannot_be_is_refused(knobs, message):
-    from stepflow_tl.errors import ProblemError
-    from stepflow_tl.testbed import ProblemSpec
-
     with pytest.raises(ProblemError, match=message.replace("(", r"\(")):
         ProblemSpec(**knobs)
     with pytest.raises(dataclasses.FrozenInstanceError):

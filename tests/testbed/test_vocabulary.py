@@ -2,19 +2,19 @@
 
 import pytest
 
+from stepflow_tl import ReasoningTrace, Segment
+from stepflow_tl.testbed import ProblemSpec, make_problems
+from stepflow_tl.testbed.vocabulary import build_tokenizer, prompt_of
+from stepflow_tl.trace.formats.chat_template import detect_format
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from stepflow_tl.testbed.vocabulary import build_tokenizer
-
     return build_tokenizer()
 
 
 @pytest.mark.parametrize("n_steps", [1, 7, 26])
 def test_text_comes_back_and_every_symbol_is_one_token(tokenizer, n_steps):
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.testbed.train import prompt_of
-
     for problem in make_problems(ProblemSpec(n_steps=n_steps, n_distractors=2), 20, seed=0):
         text = prompt_of(problem, tokenizer) + f"{problem.thinking}\n</think>\n\n{problem.answer}"
         tokens = tokenizer(text, add_special_tokens=False).input_ids
@@ -25,10 +25,6 @@ def test_text_comes_back_and_every_symbol_is_one_token(tokenizer, n_steps):
 
 
 def test_traces_are_cut_into_premises_and_steps(tokenizer):
-    from stepflow_tl import ReasoningTrace, Segment
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.trace.formats.chat_template import detect_format
-
     assert detect_format(tokenizer).name == "deepseek-r1"
     (problem,) = make_problems(ProblemSpec(n_steps=5), 1, seed=0)
     trace = ReasoningTrace.from_parts(

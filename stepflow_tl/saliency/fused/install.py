@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepflow_tl.models.facts import class_names, computes_pattern_inside, is_bridge, wrapped_model
 from stepflow_tl.models.passes import replaced_forward
 from stepflow_tl.saliency.fused.refusal import FusedRefusal
 from stepflow_tl.saliency.fused.session import IMPLEMENTATION, FusedSession, activate, deactivate
@@ -51,7 +52,7 @@ def transformers_model(model: Any) -> Any:
         FusedRefusal: If there is none, or it does not look its attention functions up in
             `AttentionInterface`.
     """
-    inner = getattr(model, "original_model", model)
+    inner = wrapped_model(model)
     config = getattr(inner, "config", None)
     if not isinstance(inner, nn.Module) or not hasattr(config, "_attn_implementation"):
         raise FusedRefusal(f"{type(model).__name__} is not, and does not wrap, a transformers model")
@@ -124,7 +125,7 @@ def _attention_configs(inner: nn.Module) -> list[Any]:
 
 def _attention_components(model: Any) -> list[Any]:
     """A bridge's attention components; none for a plain transformers model."""
-    if not hasattr(model, "original_model"):
+    if not is_bridge(model):
         return []
     blocks = getattr(model, "blocks", None)
     if blocks is None:
@@ -140,7 +141,7 @@ def _attention_components(model: Any) -> list[Any]:
 
 def _check_component(component: Any) -> str:
     """The kind of a bridge's attention component, once nothing speaks against handing over."""
-    names = [kind.__name__ for kind in type(component).__mro__]
+    names = class_names(component)
     config = component.config
     for flag in ("use_split_qkv_input", "use_attn_in", "use_attn_result"):
         if getattr(config, flag, False):
@@ -153,7 +154,7 @@ def _check_component(component: Any) -> str:
                 f"a hook is attached at {component.name}.{name}, which does not exist on this path: "
                 "scores and pattern are never formed, and the wrapped module makes queries and keys"
             )
-    if getattr(component.original_component, "accepts_pattern_fn", False):
+    if computes_pattern_inside(component.original_component):
         raise FusedRefusal("TransformerLens' native attention does not use transformers' attention interface")
     if _REIMPLEMENTING in names:
         return _REIMPLEMENTING

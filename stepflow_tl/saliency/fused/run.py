@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stepflow_tl.errors import GradientError
+from stepflow_tl.models.facts import is_bridge
 from stepflow_tl.models.passes import frozen, replaced_forward
 from stepflow_tl.saliency.fused.install import installed, transformers_model
 from stepflow_tl.saliency.fused.refusal import FusedRefusal
@@ -190,7 +191,7 @@ def _checkpointed(block: nn.Module) -> Iterator[None]:
 
 
 def _blocks(model: Any, inner: Any, n_layers: int) -> list[nn.Module]:
-    if hasattr(model, "original_model"):
+    if is_bridge(model):
         return list(model.blocks)
     for module in inner.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:

@@ -26,7 +26,7 @@ def interpreted():
         1,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=jaxtyping.install_import_hook,
-        initargs=("stepflow_tl", "beartype.beartype"),
+        initargs=("stepflow_tl", "signature_checks.checked"),
     )
     call = lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()  # noqa: E731
     with pool:

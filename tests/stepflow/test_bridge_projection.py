@@ -6,6 +6,8 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from stepflow_tl.stepflow.bridge import bridge_pattern, bridge_scores
+
 N_OTHER, N_BRIDGE = 3, 4
 
 
@@ -31,8 +33,6 @@ def masses(pattern, groups):
 
 
 def project(scores, groups, **options):
-    from stepflow_tl.stepflow.projection import bridge_scores
-
     return bridge_scores(scores, groups, **options)
 
 
@@ -190,8 +190,6 @@ def test_sinks_count_into_the_other_keys():
 
 
 def test_on_probabilities_it_is_the_same_projection():
-    from stepflow_tl.stepflow.projection import bridge_pattern
-
     scores, groups = random_scores(200, 14), groups_of(14)
     scores[..., :50, 5] = -torch.inf
     projected, shifts = project(scores, groups)
@@ -203,8 +201,6 @@ def test_on_probabilities_it_is_the_same_projection():
 
 
 def test_a_bridge_of_probability_zero_is_left_alone():
-    from stepflow_tl.stepflow.projection import bridge_pattern
-
     pattern = torch.full((1, 1, 1, 12), 0.1)
     pattern[..., N_OTHER : N_OTHER + N_BRIDGE] = 0
     projected, shifts = bridge_pattern(pattern, groups_of(12))

@@ -1,11 +1,11 @@
-"""Train the miniature reasoning model: `python -m stepflow_tl.testbed.train --out FOLDER`.
+"""Train the miniature reasoning model: `python scripts/train_testbed.py --out FOLDER`.
 
-1. Problems are drawn without end, one kind a batch: number of steps, distractors and the share of numbers
-   vary, distances are free. Texts of one kind have equal length, so batches need no padding.
+1. Problems are drawn without end, each batch of one kind: number of steps, distractors and the share of
+   numbers vary, distances are free. Texts of one kind have equal length, so batches need no padding.
 2. The number of steps is uniform from 2 to a maximum that starts at `--steps-from` and grows by one, up to
    `--steps-to`, whenever the mean NLL of the last 100 000 tokens falls below `--mastered`: look-ups are
-   learned on short chains first. (A step's text has about 0.6 nats a token for who looks nothing up, 0 for
-   who does.)
+   learned on short chains first. (A model that looks nothing up loses about 0.6 nats per token of a step,
+   one that does none.)
 3. The loss is the NLL of thinking and summary; the question is random and cannot be predicted.
 4. AdamW, linear warm-up, cosine decay to a tenth, gradients clipped at 1; products in bfloat16.
 5. At the end: greedy answers on fresh problems by number of steps, then weights (safetensors), tokenizer,
@@ -20,19 +20,24 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
+import platform
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
+from stepflow_tl.results.files import file_digest
 from stepflow_tl.testbed.grading import grade
+from stepflow_tl.testbed.model import CONFIG, N_CTX, new_model
 from stepflow_tl.testbed.problems import Problem, ProblemSpec, make_problems, stream_problems
-from stepflow_tl.testbed.vocabulary import build_tokenizer
-from stepflow_tl.testbed.weights import new_model, save_weights
+from stepflow_tl.testbed.vocabulary import build_tokenizer, prompt_of
 
 REPORT_TOKENS = 100_000
 GRADED_STEPS = (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22)
@@ -123,12 +128,6 @@ def batch_of(spec: ProblemSpec, rng: random.Random, tokenizer: Any, n_tokens: in
     return torch.tensor([prompt + response for prompt, response in rows]), len(first[0])
 
 
-def prompt_of(problem: Problem, tokenizer: Any) -> str:
-    """The text before the thinking."""
-    messages = [{"role": "user", "content": problem.question}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
 def _token_ids(problem: Problem, tokenizer: Any) -> tuple[list[int], list[int]]:
     response = f"{problem.thinking}\n</think>\n\n{problem.answer}{tokenizer.eos_token}"
     encode = tokenizer.backend_tokenizer.encode
@@ -167,6 +166,73 @@ def _draw_spec(rng: random.Random, longest: int) -> ProblemSpec:
 
 def _rate(update: int, progress: float) -> float:
     return min(1.0, (update + 1) / 100) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def save_weights(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    settings: dict[str, Any],
+    accuracy: dict[int, float],
+    n_graded: int,
+    minutes: float,
+) -> None:
+    """Write the files of a trained model to a folder beside the target, which then takes its place.
+
+    An interrupted run leaves the old files as they were.
+
+    Args:
+        model: As `new_model` returns it, trained.
+        tokenizer: Its tokenizer.
+        folder: Where to; what is there is replaced.
+        settings: Training settings, for the card.
+        accuracy: Part of right answers by number of steps, for the card.
+        n_graded: Problems behind each of these.
+        minutes: Training time, for the card.
+    """
+    staged = folder.with_name(folder.name + ".new")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    (staged / "generation_config.json").unlink(missing_ok=True)
+    (staged / "card.md").write_text(_card(model, settings, accuracy, n_graded, minutes), encoding="utf-8")
+    sums = {file.name: file_digest(file) for file in sorted(staged.iterdir())}
+    (staged / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    staged.rename(folder)
+
+
+def _card(
+    model: Any, settings: dict[str, Any], accuracy: dict[int, float], n_graded: int, minutes: float
+) -> str:
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    options = " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in settings.items())
+    rows = "\n".join(f"| {n_steps} | {part:.3f} |" for n_steps, part in accuracy.items())
+    return f"""# Testbed model
+
+Qwen2 architecture, {n_parameters / 1e6:.2f} M parameters, {CONFIG["num_hidden_layers"]} layers, \
+{CONFIG["num_attention_heads"]} query heads on {CONFIG["num_key_value_heads"]} KV heads, width \
+{CONFIG["hidden_size"]}, context {N_CTX}. It works out chains of definitions step by step between think tags
+(`stepflow_tl/testbed/problems.py`), and does nothing else. Licence: that of this package.
+
+Data: problems drawn while it trains, none from anywhere else. Written by
+
+```sh
+python scripts/train_testbed.py {options} --out FOLDER
+```
+
+in {minutes:.0f} minutes on {platform.machine()}, {torch.get_num_threads()} CPU threads,
+torch {torch.__version__}, transformers {transformers.__version__}.
+
+Greedy answers that are right, {n_graded} fresh problems per row (no distractors):
+
+| steps | right |
+|---:|---:|
+{rows}
+"""
 
 
 if __name__ == "__main__":

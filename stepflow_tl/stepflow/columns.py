@@ -1,12 +1,15 @@
-"""What was known of each token when it arrived, and when a later token changed it.
-
-One table for a batch: `segment`, `step` as known when the token arrived, and `template_from`, the column
-whose arrival turned the token into TEMPLATE (a marker spread over several plain tokens is only known once it
-is complete). A query at column t may know of a key at column c: TEMPLATE if `template_from[c] <= t`, else
-`segment[c]` and `step[c]`. So one pass over a finished trace and token-by-token decoding ask the same
-question and get the same answer.
+"""What is kept per column: the labels of each token, and the values that momentum averages.
 
 Columns are positions in the KV cache, padding included; padding is TEMPLATE.
+
+1. `LabelTable`, one for a batch, holds `segment` and `step` as known when the token arrived, and
+   `template_from`, the column whose arrival turned the token into TEMPLATE (a marker spread over several
+   plain tokens is only known once it is complete). A query at column t may know of a key at column c:
+   TEMPLATE if `template_from[c] <= t`, else `segment[c]` and `step[c]`. So one pass over a finished trace and
+   token-by-token decoding ask the same question and get the same answer.
+2. `ValueStore` holds the values of each layer as the passes deliver them, by reference. A pass that starts at
+   or before columns already held replaces them, so one store serves whole passes, cached decoding, prefill in
+   chunks and a cache that was cut back.
 """
 
 from __future__ import annotations
@@ -14,7 +17,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
+from stepflow_tl.errors import ModelError
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.steps import Segment
 
@@ -89,3 +96,44 @@ class LabelTable:
         is_template = self.template_from[:, column] <= column
         segment = np.where(is_template, int(Segment.TEMPLATE), self.segment[:, column])
         return segment, np.where(is_template, -1, self.step[:, column])
+
+
+class ValueStore:
+    """Values of the columns seen so far, by layer, as the passes delivered them."""
+
+    def __init__(self) -> None:
+        """An empty store."""
+        self._chunks: dict[int, list[tuple[int, Tensor]]] = {}
+
+    def add(self, layer: int, start: int, values: Float[Tensor, "batch pos kv_head d_head"]) -> None:
+        """Keep the values of the columns from `start` on, in place of any that were there."""
+        chunks = self._chunks.setdefault(layer, [])
+        while chunks and chunks[-1][0] >= start:
+            chunks.pop()
+        if chunks and chunks[-1][0] + chunks[-1][1].shape[1] > start:
+            first, chunk = chunks[-1]
+            chunks[-1] = (first, chunk[:, : start - first])
+        chunks.append((start, values))
+
+    def gather(
+        self, layer: int, row: int, columns: Int[np.ndarray, " pos"]
+    ) -> Float[Tensor, "pos kv_head d_head"]:
+        """Values of one row at ascending `columns`.
+
+        Raises:
+            ModelError: If some were never captured.
+        """
+        lowest, highest = int(columns[0]), int(columns[-1])
+        chunks = [
+            (start, chunk)
+            for start, chunk in self._chunks.get(layer, [])
+            if start <= highest and start + chunk.shape[1] > lowest
+        ]
+        n_held = sum(chunk.shape[1] for _, chunk in chunks)
+        if not chunks or chunks[0][0] > lowest or chunks[0][0] + n_held <= highest:
+            raise ModelError(
+                f"layer {layer}: the values of tokens {lowest}..{highest} were not captured: attach "
+                "capture_values_hook at hook_v of this layer, and run the whole sequence with it attached."
+            )
+        held = torch.cat([chunk[row] for _, chunk in chunks])
+        return held[torch.as_tensor(columns - chunks[0][0], device=held.device)]

@@ -1,20 +1,25 @@
 """The model's files: written whole, checked when read."""
 
+import hashlib
 import json
 
 import pytest
 import torch
+import transformers
+from tiny_models import TL_GENERATION
+
+from stepflow_tl.errors import ModelError
+from stepflow_tl.testbed import load_testbed_model
+from stepflow_tl.testbed.model import check_files, new_model, read_weights
+from stepflow_tl.testbed.vocabulary import build_tokenizer
 
 
 @pytest.fixture
-def folder(tmp_path):
-    from stepflow_tl.testbed.vocabulary import build_tokenizer
-    from stepflow_tl.testbed.weights import new_model, save_weights
-
+def folder(tmp_path, training):
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
     for _ in range(2):  # the second replaces the first
-        save_weights(
+        training.save_weights(
             new_model(len(tokenizer)).eval(),
             tokenizer,
             tmp_path / "model",
@@ -27,8 +32,6 @@ def folder(tmp_path):
 
 
 def test_what_is_written_is_read_back(folder):
-    from stepflow_tl.testbed.weights import read_weights
-
     assert sorted(file.name for file in folder.parent.iterdir()) == ["model"]
     assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
     model, tokenizer = read_weights(folder)
@@ -40,10 +43,10 @@ def test_what_is_written_is_read_back(folder):
     )
     card = (folder / "card.md").read_text()
     for said in (
-        "train --tokens 2e+06 --seed 3",
+        "scripts/train_testbed.py --tokens 2e+06 --seed 3",
         "in 12 minutes",
         "| 16 | 0.625 |",
-        "40 fresh problems a row",
+        "40 fresh problems per row",
     ):
         assert said in card
 
@@ -53,13 +56,10 @@ def test_what_is_written_is_read_back(folder):
     [
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda f: (f / "config.json").write_text("{}"), "config.json is not the file that was written"),
-        (lambda f: (f / "checksums.json").unlink(), "checksums.json is missing.*testbed.train --out"),
+        (lambda f: (f / "checksums.json").unlink(), "checksums.json is missing.*train_testbed.py --out"),
     ],
 )
 def test_files_that_do_not_belong_together_are_refused(folder, damage, message):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.testbed.weights import read_weights
-
     damage(folder)
     with pytest.raises(ModelError, match=message):
         read_weights(folder)
@@ -71,9 +71,6 @@ def test_every_file_has_a_checksum(folder):
 
 
 def test_a_folder_loads_as_a_bridge_and_gives_the_same_logits(folder):
-    from stepflow_tl.testbed import load_testbed_model
-    from stepflow_tl.testbed.weights import read_weights
-
     plain, tokenizer = read_weights(folder)
     model = load_testbed_model(folder=folder)
     tokens = torch.tensor([tokenizer("a = A + B = 4 + 7 = 1").input_ids])
@@ -84,12 +81,6 @@ def test_a_folder_loads_as_a_bridge_and_gives_the_same_logits(folder):
 
 
 def test_hooked_transformer_where_there_is_one(folder):
-    from tiny_models import TL_GENERATION
-
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.testbed import load_testbed_model
-    from stepflow_tl.testbed.weights import read_weights
-
     if TL_GENERATION >= 4:
         with pytest.raises(ModelError, match="needs TransformerLens 3.9"):
             load_testbed_model(hooked_transformer=True, folder=folder)
@@ -104,8 +95,6 @@ def test_hooked_transformer_where_there_is_one(folder):
 
 def reseal(folder, **files):
     """Write these files and make the checksums agree with them."""
-    import hashlib
-
     listed = json.loads((folder / "checksums.json").read_text())
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -115,11 +104,6 @@ def reseal(folder, **files):
 
 @pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"])
 def test_sizes_that_are_not_the_testbeds_are_refused_before_they_are_allocated(folder, name, monkeypatch):
-    import transformers
-
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.testbed.weights import read_weights
-
     config = json.loads((folder / "config.json").read_text())
     reseal(folder, **{"config.json": json.dumps({**config, name: 2**30})})
 
@@ -142,9 +126,6 @@ def test_sizes_that_are_not_the_testbeds_are_refused_before_they_are_allocated(f
     ],
 )
 def test_a_list_of_checksums_that_is_none_is_refused(folder, text, message):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.testbed.weights import check_files
-
     (folder / "checksums.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ModelError, match=message):
         check_files(folder)
@@ -152,10 +133,7 @@ def test_a_list_of_checksums_that_is_none_is_refused(folder, text, message):
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", "..", "C:\\x", ""])
 def test_checksums_name_files_of_their_folder_only(folder, name):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.testbed.weights import check_files
-
     listed = json.loads((folder / "checksums.json").read_text())
     (folder / "checksums.json").write_text(json.dumps({name: "0" * 64, **listed}))
-    with pytest.raises(ModelError, match="which is no file of its folder"):
+    with pytest.raises(ModelError, match="which is not a file of its folder"):
         check_files(folder)
