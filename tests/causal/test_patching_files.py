@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from stepflow_tl.causal import StepPatching, step_patching
-from stepflow_tl.errors import ResultFileError
-
 
 @pytest.fixture(scope="module")
 def patching(tiny_model, right_trace, wrong_trace):
+    from stepflow_tl.causal import step_patching
+
     return step_patching(
         tiny_model(), right_trace, wrong_trace, metric="summary", layers=[1, 0], steps=["T1", "S1"]
     )
 
 
 def test_what_is_saved_comes_back(patching, tmp_path):
+    from stepflow_tl.causal import StepPatching
+
     again = StepPatching.load(patching.save(tmp_path / "patching"))
     assert torch.equal(again.effects, patching.effects) and again.effects.any()
     for name in ("method", "component", "alignment", "matches", "layers", "n_layers", "receiving_step"):
@@ -33,6 +34,9 @@ def test_what_is_saved_comes_back(patching, tmp_path):
 def test_metadata_that_does_not_hold_together_is_refused(changes, patching, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file
+
+    from stepflow_tl.causal import StepPatching
+    from stepflow_tl.errors import ResultFileError
 
     name = "stepflow_tl.StepPatching"
     with safe_open(patching.save(tmp_path / "whole"), framework="pt") as file:
