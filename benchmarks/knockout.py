@@ -1,4 +1,4 @@
-"""All step knockouts of a trace from one shared prefix, against one full forward pass a pair.
+"""All step knockouts of a trace from one shared prefix, against one full forward pass per pair.
 
     python benchmarks/knockout.py                               # 24 steps, 1000 tokens, the default model
     python benchmarks/knockout.py --all                         # time every full pass instead of a sample
@@ -11,7 +11,7 @@
    length. Effects of the sample must agree between the methods.
 2. Cost against the number of steps, at the same number of tokens: times of the cached method fitted by a + b
    n. With n steps of T / n tokens the rows of all batches together hold T (n + 1) / 2 tokens.
-3. Agreement. Of each trace of DATA (one record a line, `question`, `thinking` with one step a line,
+3. Agreement. Of each trace of DATA (one record per line, `question`, `thinking` with one step per line,
    `summary`): Step-Saliency per token, raw attention, knockout by `--measure` and nearness, all layers, heads
    averaged; means over traces with 95 % BCa intervals. Nothing here reads whether a solution is correct.
 """
@@ -90,7 +90,7 @@ def speed(model, options):
     ratios = [f / c for f, c in zip(full, cached, strict=True)]
     ratio = statistics.median(ratios)
     how = "all timed" if size == n_pairs else f"extrapolated from {size} pairs"
-    print(f"full forward a pair   {statistics.median(full):9.1f} s   ({how})")
+    print(f"full pass per pair    {statistics.median(full):9.1f} s   ({how})")
     print(f"shared prefix         {statistics.median(cached):9.1f} s")
     print(f"ratio                 {ratio:9.1f} x   (turns: {', '.join(f'{r:.1f}' for r in ratios)})")
     print(f"largest deviation {off:.1e} nats on the sample, whose largest effect is {largest:.2g} nats")

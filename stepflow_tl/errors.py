@@ -59,4 +59,4 @@ class ProblemError(StepflowError, ValueError):
 
 
 class KnockoutError(StepflowError, ValueError):
-    """A step knockout's pairs, heads or measure are not such that an effect could be stated."""
+    """A step knockout's pairs or measure are not such that an effect could be stated."""

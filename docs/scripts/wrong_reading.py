@@ -133,7 +133,7 @@ def lock_in_table(
             step_saliency(model, trace_of(model.tokenizer, problem)) for problem in others
         ]
     lines = [
-        "| right solutions | thinking steps | tokens a step | lock_in, shallow (mean) | the same (sum) |",
+        "| right solutions | thinking steps | tokens per step | lock_in, shallow (mean) | the same (sum) |",
         "|---|---:|---:|---|---|",
     ]
     found: dict[str, list[np.ndarray]] = {}

@@ -11,7 +11,7 @@
    - `top_k`: of the k highest candidates of a query step, the part that both name, averaged over the steps
      with more than k candidates. Two random orders give `top_k_chance`, the mean of k over the number of
      candidates.
-3. `summarise_agreement` averages over traces, with BCa intervals (`diagnostics.resampling`); traces are what
+3. `summarise_agreement` averages over traces, with BCa intervals (`statistics.resampling`); traces are what
    was sampled, so pairs of one trace are never counted as independent.
 
 A value that does not exist (constant ranks, too few candidates) is NaN and is left out of the means, counted.
@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float
 
 from stepflow_tl.causal.knockout_result import StepKnockout
 from stepflow_tl.errors import ComparisonError, ResultFileError
-from stepflow_tl.results.tables import number, text_table
+from stepflow_tl.results.tables import nan_to_none, none_to_nan, number, text_table
 from stepflow_tl.saliency.baselines import baseline_maps
 from stepflow_tl.saliency.pooling import Pooling, normalise
 from stepflow_tl.saliency.result import StepSaliency
@@ -62,10 +62,10 @@ class TraceAgreement:
         """Plain data; NaN is written as None."""
         return {
             "k": self.k,
-            "top_k_chance": _or_none(self.top_k_chance),
+            "top_k_chance": nan_to_none(self.top_k_chance),
             "n_pairs": self.n_pairs,
             "values": [
-                {"scores": list(pair), **{name: _or_none(value) for name, value in values.items()}}
+                {"scores": list(pair), **{name: nan_to_none(value) for name, value in values.items()}}
                 for pair, values in self.values.items()
             ],
         }
@@ -78,18 +78,18 @@ class TraceAgreement:
             data: A manifest's, for example.
 
         Raises:
-            ResultFileError: If it does not hold together.
+            ResultFileError: If it is inconsistent.
         """
         try:
             values = {
                 (row["scores"][0], row["scores"][1]): {
-                    name: _or_nan(value) for name, value in row.items() if name != "scores"
+                    name: none_to_nan(value) for name, value in row.items() if name != "scores"
                 }
                 for row in data["values"]
             }
-            return cls(values, data["k"], _or_nan(data["top_k_chance"]), data["n_pairs"])
+            return cls(values, data["k"], none_to_nan(data["top_k_chance"]), data["n_pairs"])
         except (KeyError, TypeError, IndexError) as error:
-            raise ResultFileError(f"an agreement that does not hold together ({error!r})") from error
+            raise ResultFileError(f"an inconsistent agreement ({error!r})") from error
 
 
 def score_maps(
@@ -218,11 +218,11 @@ class AgreementSummary:
             "n_traces": self.n_traces,
             "n_pairs": self.n_pairs,
             "k": self.k,
-            "top_k_chance": _or_none(self.top_k_chance),
+            "top_k_chance": nan_to_none(self.top_k_chance),
             "confidence": self.confidence,
             "rows": [
-                {"scores": list(pair), "measure": measure, "mean": _or_none(cell[0]),
-                 "low": _or_none(cell[1]), "high": _or_none(cell[2]), "n_traces": cell[3]}
+                {"scores": list(pair), "measure": measure, "mean": nan_to_none(cell[0]),
+                 "low": nan_to_none(cell[1]), "high": nan_to_none(cell[2]), "n_traces": cell[3]}
                 for pair, cells in self.rows.items() for measure, cell in cells.items()
             ],
         }  # fmt: skip
@@ -289,11 +289,3 @@ def _overlap(a: np.ndarray, b: np.ndarray, k: int) -> float:
 def _mean(values: Sequence[float]) -> float:
     present = [value for value in values if not np.isnan(value)]
     return float(np.mean(present)) if present else float("nan")
-
-
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else value
-
-
-def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else float(value)

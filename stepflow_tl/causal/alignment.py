@@ -1,4 +1,4 @@
-"""Which step of one trace goes into which step of another, and how their tokens meet.
+"""Which step of one trace goes into which step of another, how their tokens meet, and what is written.
 
 Two traces of the same problem (correct / wrong) are matched by step label: Q with Q, T1 with T1. A label that
 only one of them has is an error, never dropped in silence: name the steps to patch, for instance with
@@ -10,20 +10,31 @@ Tokens meet in one of two ways:
 * `"mean"`: the step's mean becomes the clean step's mean: every token of the step is moved by the difference
   of the two means. Differences within the step stay; writing one vector over all of its tokens would erase
   them, which is an effect of its own even between a trace and itself.
+
+`step_patch_setter` speaks TransformerLens' own patching idiom, so the same edit serves `step_patching` and
+`transformer_lens.patching.generic_activation_patch`:
+
+    cells = make_df_from_ranges([model.cfg.n_layers, len(matches)], ["layer", "step"])
+    setter = step_patch_setter(matches)
+    generic_activation_patch(model, tokens, clean_cache, metric, setter, "resid_pre", index_df=cells)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from stepflow_tl.errors import AlignmentError
-from stepflow_tl.saliency.objectives import LogitDifference
+from jaxtyping import Float
+from torch import Tensor
+
+from stepflow_tl.causal.controls import norm_matched_activations
+from stepflow_tl.errors import AlignmentError, ObjectiveError
+from stepflow_tl.saliency.objectives import LogitDifference, Objective, resolve_objective
 from stepflow_tl.trace import ReasoningTrace, Step
 
 Alignment = Literal["tokens", "mean"]
-StepPair = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -40,19 +51,6 @@ def shared_labels(first: ReasoningTrace, second: ReasoningTrace) -> tuple[str, .
     return tuple(step.label for step in second.steps if step.label in known)
 
 
-def step_of(trace: ReasoningTrace, label: str) -> Step:
-    """The step with this label.
-
-    Raises:
-        AlignmentError: If the trace has none.
-    """
-    for step in trace.steps:
-        if step.label == label:
-            return step
-    labels = ", ".join(step.label for step in trace.steps)
-    raise AlignmentError(f"the trace has no step {label!r}: its steps are {labels}")
-
-
 def checked_alignment(alignment: Alignment | str) -> Alignment:
     """The alignment of this name.
 
@@ -62,21 +60,6 @@ def checked_alignment(alignment: Alignment | str) -> Alignment:
     if alignment not in get_args(Alignment):
         raise ValueError(f"unknown alignment {alignment!r}: expected one of {', '.join(get_args(Alignment))}")
     return alignment  # pyright: ignore[reportReturnType]
-
-
-def causal_pair(trace: ReasoningTrace, pair: StepPair) -> tuple[Step, Step]:
-    """Query step and key step of an edge (i <- j), given by their labels.
-
-    Raises:
-        AlignmentError: If a label is not in the trace, or the key step comes after the query step.
-    """
-    query, key = step_of(trace, pair[0]), step_of(trace, pair[1])
-    if key.index > query.index:
-        raise AlignmentError(
-            f"pair {pair}: {key.label} comes after {query.label}, so no attention leads there. A pair is "
-            "(query step, key step)"
-        )
-    return query, key
 
 
 def match_steps(
@@ -97,8 +80,9 @@ def match_steps(
         sources: Label of the clean step for some of them, where it is not the same label (a control).
 
     Raises:
-        AlignmentError: If a label is missing in either trace, the traces differ in their labels and `steps`
-            does not choose, or lengths differ under `"tokens"`.
+        TraceError: If a label is missing in either trace.
+        AlignmentError: If the traces differ in their labels and `steps` does not choose, or lengths differ
+            under `"tokens"`.
         ValueError: If `alignment` is unknown.
     """
     alignment = checked_alignment(alignment)
@@ -111,8 +95,7 @@ def match_steps(
     if unused:
         raise AlignmentError(f"sources names {unused}, which are not among the steps {list(steps)}")
     matches = tuple(
-        StepMatch(step_of(clean_trace, sources.get(label, label)), step_of(corrupted_trace, label))
-        for label in steps
+        StepMatch(clean_trace.step(sources.get(label, label)), corrupted_trace.step(label)) for label in steps
     )
     for match in matches:
         here, there = match.corrupted.n_tokens, match.clean.n_tokens
@@ -142,9 +125,10 @@ def answer_logit_difference(
         `step_patching`.
 
     Raises:
-        AlignmentError: If a trace lacks the step, or the two versions do not part.
+        TraceError: If a trace lacks the step.
+        AlignmentError: If the two versions do not part.
     """
-    clean, corrupted = step_of(clean_trace, step), step_of(corrupted_trace, step)
+    clean, corrupted = clean_trace.step(step), corrupted_trace.step(step)
     for offset in range(min(clean.n_tokens, corrupted.n_tokens)):
         token = int(clean_trace.tokens[clean.token_start + offset])
         other = int(corrupted_trace.tokens[corrupted.token_start + offset])
@@ -157,6 +141,103 @@ def answer_logit_difference(
         f"step {step} reads the same in both traces as far as the shorter one goes: choose the step in which "
         "their answers differ"
     )
+
+
+def metric_on_clean_trace(
+    metric: Any, clean_metric: Any, clean_trace: ReasoningTrace, corrupted_trace: ReasoningTrace
+) -> Objective | None:
+    """The metric on the clean trace: as given, by its name, or the same one where all spans coincide.
+
+    None where it does not carry over: it names positions and the traces differ, or a segment that only the
+    corrupted trace has.
+    """
+    if clean_metric is not None:
+        return resolve_objective(clean_metric, clean_trace)
+    if isinstance(metric, Step):
+        metric = metric.label
+    if not isinstance(metric, str):
+        spans = [[(s.label, s.token_span) for s in trace.steps] for trace in (clean_trace, corrupted_trace)]
+        if len(clean_trace) != len(corrupted_trace) or spans[0] != spans[1]:
+            return None
+    with suppress(ObjectiveError):
+        return resolve_objective(metric, clean_trace)
+    return None
+
+
+def step_difference(
+    activation: Float[Tensor, " pos *feature"],
+    clean: Float[Tensor, " clean_pos *feature"],
+    match: StepMatch,
+    alignment: Alignment,
+) -> Float[Tensor, " step_pos *feature"]:
+    """How far each token of the corrupted step is from where patching puts it."""
+    here = activation[slice(*match.corrupted.token_span)]
+    there = clean[slice(*match.clean.token_span)]
+    if alignment == "tokens":
+        return there - here
+    return (there.mean(0, keepdim=True) - here.mean(0, keepdim=True)).expand_as(here)
+
+
+def patched_step(
+    activation: Float[Tensor, " pos *feature"],
+    clean: Float[Tensor, " clean_pos *feature"],
+    match: StepMatch,
+    alignment: Alignment,
+    *,
+    placebo_seed: int | None = None,
+    layer: int = 0,
+) -> Float[Tensor, " step_pos *feature"]:
+    """The new activations of the corrupted step.
+
+    Args:
+        activation: Activations of the corrupted run.
+        clean: Activations of the clean run at the same hook point.
+        match: The two steps.
+        alignment: How their tokens meet, see the module.
+        placebo_seed: If given, each vector moves just as far, in a random direction.
+        layer: Keeps the random directions of layers apart.
+    """
+    here = activation[slice(*match.corrupted.token_span)]
+    if placebo_seed is not None:
+        moved = here + step_difference(activation, clean, match, alignment)
+        return norm_matched_activations(
+            here, moved, seed=placebo_seed, layer=layer, position=match.corrupted.token_start
+        )
+    if alignment == "tokens":  # written as it is: adding a difference would round
+        return clean[slice(*match.clean.token_span)]
+    return here + step_difference(activation, clean, match, alignment)
+
+
+def step_patch_setter(
+    matches: Sequence[StepMatch], alignment: Alignment = "tokens", *, placebo_seed: int | None = None
+) -> Callable[[Tensor, Sequence[Any], Tensor], Tensor]:
+    """A `patch_setter` for TransformerLens' `generic_activation_patch`, over `[layer, step]` indices.
+
+    Args:
+        matches: The steps; the second index counts them.
+        alignment: How tokens meet, see the module.
+        placebo_seed: If given, random directions of the same length instead.
+
+    Returns:
+        `setter(corrupted_activation, [layer, step], clean_activation)`, activations `[batch, pos, ...]`; the
+        tensor it was given is not written to.
+    """
+
+    def setter(corrupted_activation: Tensor, index: Sequence[Any], clean_activation: Tensor) -> Tensor:
+        layer, match = int(index[0]), matches[int(index[1])]
+        patched = corrupted_activation.clone()
+        for row in range(patched.shape[0]):
+            patched[row, slice(*match.corrupted.token_span)] = patched_step(
+                corrupted_activation[row],
+                clean_activation[row].to(patched.device),
+                match,
+                alignment,
+                placebo_seed=placebo_seed,
+                layer=layer,
+            )
+        return patched
+
+    return setter
 
 
 def _all_labels(

@@ -27,14 +27,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.causal.alignment import Alignment
-from stepflow_tl.causal.patching_plan import FwdHooks, PatchingPlan, check_fired, plan_patching, record_clean
+from stepflow_tl.causal.alignment import Alignment, patched_step
+from stepflow_tl.causal.patching import PatchingPlan, check_fired, plan_patching, record_clean
 from stepflow_tl.causal.patching_result import StepPatching
-from stepflow_tl.causal.step_edits import patched_step
 from stepflow_tl.errors import ComparisonError, GradientError
 from stepflow_tl.models.hook_names import component_hook
 from stepflow_tl.models.passes import frozen
 from stepflow_tl.saliency.objectives import ObjectiveLike
+from stepflow_tl.stepflow.flow import FwdHooks, StepFlow
 from stepflow_tl.trace import ReasoningTrace
 
 
@@ -52,6 +52,7 @@ def attribution_patching(
     sources: Mapping[str, str] | None = None,
     clean_metric: ObjectiveLike | None = None,
     placebo_seed: int | None = None,
+    stepflow: StepFlow | None = None,
     fwd_hooks: FwdHooks = (),
 ) -> StepPatching:
     """First-order prediction of `step_patching`: the same arguments, result and errors.
@@ -75,6 +76,7 @@ def attribution_patching(
         sources=sources,
         clean_metric=clean_metric,
         placebo_seed=placebo_seed,
+        stepflow=stepflow,
         fwd_hooks=fwd_hooks,
     )
     with frozen(model), torch.inference_mode(False):

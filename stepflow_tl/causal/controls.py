@@ -20,9 +20,11 @@ from collections.abc import Iterable, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.causal.alignment import StepPair, causal_pair, step_of
+from stepflow_tl.causal.cut import causal_pair
 from stepflow_tl.stepflow.placebo import mixed_seed, random_direction_like
 from stepflow_tl.trace import ReasoningTrace, Step
+
+StepPair = tuple[str, str]
 
 _RANDOM, _POSITION = 1, 2
 
@@ -41,7 +43,8 @@ def random_step_pairs(
         The placebo of each pair that has one.
 
     Raises:
-        AlignmentError: If a label is not in the trace, or a key step comes after its query step.
+        TraceError: If a label is not in the trace.
+        AlignmentError: If a key step comes after its query step.
     """
     tested = _causal_pairs(trace, pairs)
     placebos = {}
@@ -86,10 +89,10 @@ def random_sources(trace: ReasoningTrace, steps: Sequence[str], *, seed: int) ->
         seed: The control's seed.
 
     Raises:
-        AlignmentError: If a label is not in the trace.
+        TraceError: If a label is not in the trace.
     """
     sources = {}
-    for step in (step_of(trace, label) for label in steps):
+    for step in map(trace.step, steps):
         candidates = [other for other in trace.steps_in(step.segment) if other != step]
         if candidates:
             sources[step.label] = candidates[_draw(len(candidates), seed, _RANDOM, step.index)].label
@@ -102,7 +105,7 @@ def position_matched_sources(trace: ReasoningTrace, steps: Sequence[str], *, see
     Arguments, result and errors as in `random_sources`; the seed chooses where both neighbours exist.
     """
     sources = {}
-    for step in (step_of(trace, label) for label in steps):
+    for step in map(trace.step, steps):
         near = [other for other in trace.steps_in(step.segment) if abs(other.index - step.index) == 1]
         if near:
             sources[step.label] = near[_draw(len(near), seed, _POSITION, step.index)].label
@@ -119,8 +122,8 @@ def norm_matched_activations(
 ) -> Float[Tensor, " pos *feature"]:
     """`base`, each vector displaced as far as in `moved`, in a random direction.
 
-    Vectors are those of the last axis: one a token in the residual stream, one a token and head at z. For
-    patching `moved` holds the patched activations, for knockout z after the knockout.
+    Vectors are those of the last axis: one per token in the residual stream, one per token and head at z.
+    For patching `moved` holds the patched activations, for knockout z after the knockout.
 
     Args:
         base: Activations without the intervention.

@@ -1,11 +1,14 @@
-"""Cut attention edges: scores set to -inf before the softmax, so the other keys share the mass.
+"""Cut attention edges (query step <- key step), and put a number on what that does.
 
-1. `cut_mask` marks, for each row of a batch, which scores of a pass are cut: the queries of one step, the
+1. `causal_pair` and `resolve_pairs` say which edges: (query step i, key step j), i reads j.
+2. `cut_mask` marks, for each row of a batch, which scores of a pass are cut: the queries of one step, the
    keys of another. A token's score on itself is never marked.
-2. `EdgeCut` holds the hooks of the chosen layers and heads, and the mask of the pass that is about to run.
-   They run after every hook that is attached already, so an edge that is cut stays cut.
-3. Where a layer has no live scores but a live pattern, the pattern is cut and its rows brought back to sum 1:
-   the same numbers, as long as the pattern has kept any mass elsewhere.
+3. `EdgeCut` holds the hooks of the chosen layers and heads, and the mask of the pass that is about to run:
+   scores are set to -inf before the softmax, so the other keys share the mass. They run after every hook that
+   is attached already, so an edge that is cut stays cut. Where a layer has no live scores but a live pattern,
+   the pattern is cut and its rows brought back to sum 1: the same numbers, as long as the pattern has kept
+   any mass elsewhere.
+4. `Effect` compares predictions with and without the cut, in nats: larger means that the cut does more harm.
 
 Every query must keep a live key, or the softmax would have nothing to divide by: itself, as a rule, and the
 TEMPLATE tokens, which are in no step and so are never cut. A hook from outside may have masked those: then
@@ -14,19 +17,76 @@ an error says so instead of NaN.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepflow_tl.errors import ModelError
+from stepflow_tl.errors import AlignmentError, KnockoutError, ModelError
+from stepflow_tl.models.facts import check_heads
 from stepflow_tl.models.hook_names import refuse_delegated, resolve_hooks
 from stepflow_tl.models.passes import NamedHook
+from stepflow_tl.saliency.objectives import token_nll
+from stepflow_tl.trace import ReasoningTrace, Step
 
 Span = tuple[int, int]
+Pairs = Literal["all"] | str | Iterable[Sequence[Any]]
+Measure = Literal["nll", "kl"] | str | Callable[[Tensor, Tensor, Tensor], Any]
+
+
+def causal_pair(trace: ReasoningTrace, pair: Sequence[Any]) -> tuple[Step, Step]:
+    """Query step and key step of an edge, each given by its label, its index or as a step.
+
+    Raises:
+        TraceError: If the trace has no such step.
+        AlignmentError: If these are not two steps, or the key step comes after the query step.
+    """
+    if isinstance(pair, str) or len(pair) != 2:
+        raise AlignmentError(f"pair {pair!r}: expected two steps, (query, key)")
+    query, key = (trace.step(which) for which in pair)
+    if key.index > query.index:
+        raise AlignmentError(
+            f"pair ({query.label}, {key.label}): the key step comes after the query step, so no attention "
+            "leads there. The order is (query, key): the reader first."
+        )
+    return query, key
+
+
+def resolve_pairs(pairs: Pairs, trace: ReasoningTrace) -> dict[int, list[int]]:
+    """Key steps by query step, both as indices into `trace.steps`, in ascending order.
+
+    Args:
+        pairs: "all", every step with each earlier one; or (query, key) pairs as in `causal_pair`. A pair
+            (i, i) keeps the tokens of step i from one another, but not from themselves.
+        trace: The trace.
+
+    Raises:
+        TraceError: If a step does not exist.
+        AlignmentError: If a key step comes after its query step.
+        KnockoutError: If `pairs` is another word, or nothing is left.
+    """
+    n_steps = len(trace.steps)
+    if isinstance(pairs, str):
+        if pairs != "all":
+            raise KnockoutError(
+                f"pairs is {pairs!r}: expected 'all' or a list of (query, key) pairs such as [('S1', 'Q')]"
+            )
+        found = {(query, key) for query in range(n_steps) for key in range(query)}
+    else:
+        found = {(query.index, key.index) for query, key in (causal_pair(trace, pair) for pair in pairs)}
+    if not found:
+        raise KnockoutError(
+            f"there is no pair to cut: the trace has {n_steps} step(s) and pairs is {pairs!r}. A pair needs "
+            "a step and an earlier one."
+        )
+    by_query: dict[int, list[int]] = {}
+    for query, key in sorted(found):
+        by_query.setdefault(query, []).append(key)
+    return by_query
 
 
 def cut_mask(
@@ -61,10 +121,10 @@ class EdgeCut:
         """Find the hook points.
 
         Raises:
-            ModelError: If a layer's attention cannot be edited.
+            ModelError: If a head does not exist or a layer's attention cannot be edited.
         """
         self.mask: Tensor | None = None
-        self._heads = None
+        self._heads, heads = None, check_heads(model, heads)
         if heads is not None:
             self._heads = torch.zeros(1, int(model.cfg.n_heads), 1, 1, dtype=torch.bool)
             self._heads[0, list(heads)] = True
@@ -142,3 +202,74 @@ class EdgeCut:
                 "no key left to attend to. A token keeps itself and the template tokens, so a hook attached "
                 "from outside has masked those; take it off."
             )
+
+
+def nll_change(
+    logits: Float[Tensor, "row vocabulary"],
+    clean: Float[Tensor, "row vocabulary"],
+    tokens: Int[Tensor, " row"],
+) -> Float[Tensor, ""]:
+    """How much worse `tokens` are predicted: NLL under `logits` minus that under `clean`, summed over rows.
+
+    In nats; negative where the cut helps.
+    """
+    return (token_nll(logits, tokens) - token_nll(clean, tokens)).double().sum()
+
+
+def kl_divergence(
+    logits: Float[Tensor, "row vocabulary"],
+    clean: Float[Tensor, "row vocabulary"],
+    tokens: Int[Tensor, " row"],
+) -> Float[Tensor, ""]:
+    """KL(clean || cut) of the next-token distributions, summed over rows, in nats; `tokens` are not read."""
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    cut, own = logits.to(precise).log_softmax(-1), clean.to(precise).log_softmax(-1)
+    probability = own.exp()
+    # A token that the model rules out (logit -inf) has probability 0 and adds 0, not NaN.
+    terms = torch.where(probability > 0, probability * (own - cut), 0)
+    return terms.sum(-1).double().sum()
+
+
+class Effect:
+    """A measure of the difference that a cut makes, with its name; its values are checked."""
+
+    def __init__(self, measure: Measure) -> None:
+        """Resolve a name or take a callable.
+
+        Raises:
+            KnockoutError: If it is neither.
+        """
+        known = {"nll": nll_change, "kl": kl_divergence}
+        if isinstance(measure, str) and measure in known:
+            self.name, self._function = str(measure), known[measure]
+        elif callable(measure):
+            self.name, self._function = getattr(measure, "__qualname__", repr(measure)), measure
+        else:
+            raise KnockoutError(
+                f"measure is {measure!r}: expected 'nll', 'kl', or a callable (logits [row, vocabulary], "
+                "clean [row, vocabulary], tokens [row]) -> number"
+            )
+
+    def __call__(self, logits: Tensor, clean: Tensor, tokens: Tensor) -> float:
+        """The effect.
+
+        Raises:
+            KnockoutError: If a callable does not give one finite number.
+        """
+        value = self._function(logits, clean, tokens)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise KnockoutError(
+                f"measure {self.name!r} returned {_kind(value)}: expected one number"
+            ) from error
+        if not math.isfinite(number):
+            raise KnockoutError(
+                f"measure {self.name!r} gave {number}: the logits hold NaN or infinite values. Run the model "
+                "in float32, and check its weights and any attached hook."
+            )
+        return number
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -5,7 +5,7 @@
 2. Row t of the logits predicts token t + 1, as in `saliency.objectives`. Step i's own predictions are those
    of its rows: its tokens but the first, and the first token after it. They are what the cut can change, and
    what row i of a per-token saliency map is about. With `onto`, the predictions of that objective's tokens.
-3. The effect is a change against the same model uncut, summed over those predictions (`measures`).
+3. The effect is a change against the same model uncut, summed over those predictions (`cut.Effect`).
    Sign: positive, the cut hurts.
 4. `cached`: a cut at step i leaves everything before i as it was, and what comes after the predictions does
    not matter. So the keys and values of the whole trace are computed once, and the candidates j of one step
@@ -17,8 +17,8 @@
    version, for models without such a cache and for hooks that know the positions of a whole pass.
 
 Cost: `cached` two passes over the trace, and for each pair one over the tokens of its query step: with n
-steps of equal length about n / 2 passes for n^2 / 2 pairs; `full` one pass a pair. Memory: keys and values of
-the trace, and those of a batch in one layer; logits of the trace, and of a batch.
+steps of equal length about n / 2 passes for n^2 / 2 pairs; `full` one pass per pair. Memory: keys and values
+of the trace, and those of a batch in one layer; logits of the trace, and of a batch.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from stepflow_tl.causal.cut import EdgeCut, cut_mask
+from stepflow_tl.causal.cut import EdgeCut, Effect, Measure, Pairs, cut_mask, resolve_pairs
 from stepflow_tl.causal.knockout_result import StepKnockout
-from stepflow_tl.causal.measures import EffectMeasure, Measure
-from stepflow_tl.causal.pairs import Pairs, resolve_pairs
 from stepflow_tl.errors import KnockoutError
 from stepflow_tl.models.bands import named_layers
-from stepflow_tl.models.facts import ModelFacts, check_fit, check_layers, model_facts
+from stepflow_tl.models.facts import ModelFacts, check_fit, check_heads, check_layers, model_facts
 from stepflow_tl.models.hook_names import hook_counts, resolve_hooks
-from stepflow_tl.models.passes import attached, frozen, model_device, whole_pass
+from stepflow_tl.models.passes import NamedHook, attached, frozen, model_device, whole_pass
 from stepflow_tl.models.prefix_cache import PrefixCacheRefusal, fill_prefix
 from stepflow_tl.results.provenance import Provenance, package_versions
 from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective, token_nll
+from stepflow_tl.stepflow.flow import FwdHooks, StepFlow, standing_hooks, standing_notes
 from stepflow_tl.trace import ReasoningTrace, Step
 
 Method = Literal["auto", "cached", "full"]
@@ -65,6 +64,8 @@ def step_knockout(
     onto: ObjectiveLike | None = None,
     method: Method | str = "auto",
     batch_tokens: int = 32_768,
+    stepflow: StepFlow | None = None,
+    fwd_hooks: FwdHooks = (),
 ) -> StepKnockout:
     """Cut each pair of steps and measure the effect.
 
@@ -92,14 +93,20 @@ def step_knockout(
             why.
         batch_tokens: Bound of `cached` on rows times tokens seen (prefix included) in one batch. At least one
             pair runs at a time, whatever this is.
+        stepflow: Measure under this repair, in the passes with and without a cut. Its hooks know the
+            positions of a whole pass: `"auto"` then takes `"full"`, and `"cached"` refuses.
+        fwd_hooks: Hooks that stay on in every pass, before StepFlow's: (name, hook) pairs, or a function from
+            the trace to them. The method is as with `stepflow`.
 
     Returns:
         Effects on the CPU in float64.
 
     Raises:
-        KnockoutError: If pairs, heads, measure or method are unknown, or no prediction is left to measure.
-        ModelError: If the trace does not fit the model, a layer does not exist or cannot be cut, or
-            `"cached"` was asked for and is not exact.
+        KnockoutError: If pairs, measure or method are unknown, or no prediction is left to measure.
+        TraceError: If a step does not exist.
+        AlignmentError: If the key step of a pair comes after its query step.
+        ModelError: If the trace does not fit the model, a layer or head does not exist, a layer cannot be
+            cut, or `"cached"` was asked for and is not exact.
         ObjectiveError: If `onto` is unknown or touches no token.
         ValueError: If a band is unknown.
     """
@@ -109,11 +116,16 @@ def step_knockout(
         facts, named_layers(layers, facts.n_layers) if isinstance(layers, str) else tuple(layers)
     )
     resolve_hooks(model, chosen)
-    _check_options(model, heads, method, batch_tokens)
-    effect = EffectMeasure(measure)
+    chosen_heads = check_heads(model, heads)
+    if method not in get_args(Method):
+        raise KnockoutError(f"method is {method!r}: expected one of {', '.join(get_args(Method))}")
+    if batch_tokens < 1:
+        raise KnockoutError(f"batch_tokens is {batch_tokens}: expected at least 1")
+    effect = Effect(measure)
     readings, onto_name = _readings(trace, pairs, onto)
-    cut = EdgeCut(model, chosen, heads)
-    run = _Run(model, trace, facts, cut, effect, batch_tokens)
+    cut = EdgeCut(model, chosen, chosen_heads)
+    standing = standing_hooks(model, trace, stepflow=stepflow, fwd_hooks=fwd_hooks)
+    run = _Run(model, trace, facts, cut, standing, effect, batch_tokens)
     with frozen(model), torch.no_grad():
         effects, used, notes = run.effects(readings, method)
     n_steps = len(trace.steps)
@@ -127,7 +139,7 @@ def step_knockout(
         trace=trace,
         layers=chosen,
         n_layers=facts.n_layers,
-        heads=None if heads is None else tuple(int(head) for head in heads),
+        heads=chosen_heads,
         measure=effect.name,
         onto=onto_name,
         provenance=Provenance(
@@ -137,7 +149,7 @@ def step_knockout(
             dtype=str(facts.dtype),
             device=str(facts.device),
             versions=package_versions(),
-            notes=notes,
+            notes=notes | standing_notes(stepflow, fwd_hooks),
         ),
     )
 
@@ -148,7 +160,7 @@ class _Reading:
 
     Attributes:
         query: The query step.
-        keys: Key steps, one a pair.
+        keys: Key steps, one per pair.
         rows: Rows of logits that are read, as positions in the trace; the first is not before the step.
     """
 
@@ -189,19 +201,6 @@ def _readings(
     return readings, name
 
 
-def _check_options(model: Any, heads: Sequence[int] | None, method: str, batch_tokens: int) -> None:
-    if method not in get_args(Method):
-        raise KnockoutError(f"method is {method!r}: expected one of {', '.join(get_args(Method))}")
-    if batch_tokens < 1:
-        raise KnockoutError(f"batch_tokens is {batch_tokens}: expected at least 1")
-    if heads is not None:
-        n_heads = int(model.cfg.n_heads)
-        if not len(heads) or any(not 0 <= head < n_heads for head in heads):
-            raise KnockoutError(
-                f"heads={list(heads)}: expected at least one of the query heads 0..{n_heads - 1}"
-            )
-
-
 @dataclass(frozen=True)
 class _Run:
     """One call of `step_knockout`, its inputs checked."""
@@ -210,7 +209,8 @@ class _Run:
     trace: ReasoningTrace
     facts: ModelFacts
     cut: EdgeCut
-    effect: EffectMeasure
+    standing: Sequence[NamedHook]
+    effect: Effect
     batch_tokens: int
 
     @property
@@ -234,6 +234,8 @@ class _Run:
         return self._full(readings), "full", notes
 
     def _cached(self, readings: list[_Reading]) -> tuple[Effects, float]:
+        if self.standing:
+            raise PrefixCacheRefusal("hooks stay on, which may know the positions of a whole pass")
         tokens = self.tokens
         plain = token_nll(whole_pass(self.model, tokens)[:-1], tokens[1:])
         prefix, _ = fill_prefix(self.model, tokens)
@@ -269,7 +271,7 @@ class _Run:
     def _full(self, readings: list[_Reading]) -> Effects:
         tokens, n_tokens = self.tokens, len(self.trace)
         effects: Effects = {}
-        with attached(self.model, last=self.cut.hooks):
+        with attached(self.model, last=[*self.standing, *self.cut.hooks]):
             self.cut.mask = None
             clean = whole_pass(self.model, tokens)
             self.cut.check_fired()

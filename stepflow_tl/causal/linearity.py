@@ -4,11 +4,11 @@
    in the chosen layers and heads at once, after the softmax and without renormalising. Then
    `dL / d eps = - sum of A * dL/dA` over the edge's tokens, layers and heads, at eps = 0.
 2. Predicted: that sum, from one backward pass (`saliency.signed`).
-3. Measured: the slope at 0 by central differences of fourth order, from four forward passes a pair:
+3. Measured: the slope at 0 by central differences of fourth order, from four forward passes per pair:
    `(8 (L(eps) - L(-eps)) - (L(2 eps) - L(-2 eps))) / (12 eps)`.
 
 The loss is one scalar, differentiated and measured through all paths: "response", a step's NLL, or
-"query_step", the NLL of each pair's own step i (one backward pass a query step). The paper's per-token loss
+"query_step", the NLL of each pair's own step i (one backward pass per query step). The paper's per-token loss
 is not: each row has its own, along its own position only, and no dose moves that alone.
 
 A gross disagreement says that a factor, a sign or a head mapping is wrong, or that patterns are not live on
@@ -28,19 +28,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.causal.alignment import StepPair, causal_pair
+from stepflow_tl.causal.controls import StepPair
+from stepflow_tl.causal.cut import causal_pair
 from stepflow_tl.errors import AlignmentError, ModelError
-from stepflow_tl.models.facts import check_layers, model_facts
+from stepflow_tl.models.facts import check_heads, check_layers, model_facts
 from stepflow_tl.models.hook_names import resolve_hooks
 from stepflow_tl.models.passes import NamedHook, attached, frozen, model_device
 from stepflow_tl.saliency.objectives import Objective, ObjectiveLike, resolve_objective
 from stepflow_tl.saliency.signed import signed_step_saliency
+from stepflow_tl.stepflow.flow import FwdHooks, StepFlow, standing_hooks
 from stepflow_tl.trace import ReasoningTrace, Step
 
 
 @dataclass(frozen=True)
 class LinearityCheck:
-    """Predicted and measured slopes of the loss in the dose, one a pair.
+    """Predicted and measured slopes of the loss in the dose, one per pair.
 
     Attributes:
         pairs: (query step, key step) labels.
@@ -70,7 +72,7 @@ class LinearityCheck:
         return float(self.relative_error.max())
 
     def table(self) -> str:
-        """One line a pair: slopes and relative error."""
+        """One line per pair: slopes and relative error."""
         lines = ["query  key    predicted     measured      error"]
         for (query, key), predicted, measured, error in zip(
             self.pairs,
@@ -92,7 +94,8 @@ def linearity_check(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     eps: float = 1e-2,
-    fwd_hooks: Sequence[NamedHook] = (),
+    stepflow: StepFlow | None = None,
+    fwd_hooks: FwdHooks = (),
 ) -> LinearityCheck:
     """Compare the slope that signed saliency predicts for each edge with the measured one.
 
@@ -105,28 +108,31 @@ def linearity_check(
         layers: Layers dosed together; all by default.
         heads: Heads dosed together, the same in every layer; all by default.
         eps: Size of the smaller dose; doses are +-eps and +-2 eps.
-        fwd_hooks: Hooks in force in every pass (`StepFlow.hooks(model, trace)`), after those already on the
-            model; the dose acts on the pattern they leave.
+        stepflow: Check under this repair; the dose acts on the pattern that it leaves.
+        fwd_hooks: Hooks that stay on in every pass, after those already on the model and before StepFlow's:
+            (name, hook) pairs, or a function from the trace to them.
 
     Raises:
-        AlignmentError: If a pair's label is unknown, its key step is later, or there is no pair.
+        TraceError: If a pair names a step that the trace lacks.
+        AlignmentError: If a pair's key step is later, or there is no pair.
         ModelError: If the trace does not fit, a head does not exist, or patterns are missing or silent.
         ObjectiveError: If the objective is "per_token", unknown, no scalar, or touches no token.
         GradientError: If a gradient is missing or not finite.
         ValueError: If `eps` is not between 0 and 0.5.
 
-    Cost: one backward pass for each objective (one, or one a query step), four forward passes a pair.
+    Cost: one backward pass for each objective (one, or one per query step), four forward passes per pair.
     """
     if not 0 < eps < 0.5:
         raise ValueError(f"eps is {eps}: expected a dose between 0 and 0.5, both excluded")
     chosen_layers = check_layers(model_facts(model), layers)
-    chosen_heads = None if heads is None else _check_heads(model, heads)
+    chosen_heads = check_heads(model, heads)
     chosen = [(i.label, j.label) for i in trace.steps for j in trace.steps[: i.index + 1]]
     chosen = tuple(chosen if pairs == "all" else [(query, key) for query, key in pairs])
     if not chosen:
         raise AlignmentError("pairs is empty: expected at least one (query step, key step)")
     edges = [causal_pair(trace, pair) for pair in chosen]
     patterns = [hooks.pattern for hooks in resolve_hooks(model, sorted(chosen_layers)).layers]
+    standing = standing_hooks(model, trace, stepflow=stepflow, fwd_hooks=fwd_hooks)
     maps: dict[str, Tensor] = {}
     predicted, measured = [], []
     for query, key in edges:
@@ -134,14 +140,14 @@ def linearity_check(
         name = query.label if objective == "query_step" else ""
         if name not in maps:
             maps[name] = signed_step_saliency(
-                model, trace, objective=loss, layers=chosen_layers, fwd_hooks=fwd_hooks
+                model, trace, objective=loss, layers=chosen_layers, fwd_hooks=standing
             )
         by_head = maps[name][:, :, query.index, key.index]
         by_head = by_head if chosen_heads is None else by_head[:, list(chosen_heads)]
         predicted.append(-float(by_head.double().sum()))
         dosing = partial(dose_hook, edge=(query, key), heads=chosen_heads)
         loss_at = partial(
-            _dosed_loss, model, trace, resolve_objective(loss, trace), patterns, dosing, fwd_hooks
+            _dosed_loss, model, trace, resolve_objective(loss, trace), patterns, dosing, standing
         )
         measured.append(_slope_at_zero(loss_at, eps))
     return LinearityCheck(
@@ -182,7 +188,7 @@ def _dosed_loss(
     objective: Objective,
     patterns: Sequence[str],
     dosing: Callable[..., Tensor],
-    fwd_hooks: Sequence[NamedHook],
+    standing: Sequence[NamedHook],
     dose: float,
 ) -> float:
     fired: list[str] = []
@@ -190,7 +196,7 @@ def _dosed_loss(
     def count(pattern: Tensor, hook: Any) -> None:
         fired.append(hook.name)
 
-    last = [*fwd_hooks, *((name, hook) for name in patterns for hook in (partial(dosing, dose=dose), count))]
+    last = [*standing, *((name, hook) for name in patterns for hook in (partial(dosing, dose=dose), count))]
     with frozen(model), torch.no_grad(), attached(model, last=last):
         batch = trace.tokens[None].to(model_device(model))
         logits = model(batch, return_type="logits")
@@ -200,13 +206,3 @@ def _dosed_loss(
             "compute patterns at its hook points. Boot the model with eager attention."
         )
     return float(objective.measure(logits, batch))
-
-
-def _check_heads(model: Any, heads: Sequence[int]) -> tuple[int, ...]:
-    n_heads, chosen = int(model.cfg.n_heads), tuple(int(head) for head in heads)
-    if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= head < n_heads for head in chosen):
-        raise ModelError(
-            f"heads={list(chosen)}: expected distinct heads of 0..{n_heads - 1}, at least one, or None for "
-            "all"
-        )
-    return chosen

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepflow_tl.cli.console import say
-from stepflow_tl.diagnosis.grouping import DEFAULT_PAIR_FIELD
+from stepflow_tl.diagnosis import DEFAULT_PAIR_FIELD
 from stepflow_tl.errors import InputFileError
 from stepflow_tl.runs import summarize
 from stepflow_tl.runs.records import Record

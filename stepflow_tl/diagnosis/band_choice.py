@@ -15,14 +15,14 @@ effect in the expected direction, the choice still names the largest one, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
 from stepflow_tl.diagnosis.diagnosis import Diagnosis
 from stepflow_tl.diagnosis.groups import check_comparable, diagnoses
+from stepflow_tl.diagnosis.layer_metrics import LAYER_METRICS
 from stepflow_tl.errors import ComparisonError
 from stepflow_tl.saliency.result import StepSaliency
 
@@ -75,24 +75,17 @@ def choose_bands(
             f"choosing bands needs all {n_layers} layers; these maps hold {groups[0][0].layers}"
         )
     sizes = range(1, max(1, n_layers // 2) + 1)
-    shallow = _effects(groups, lambda d: d.lock_in.numpy(), [tuple(range(size)) for size in sizes], sign=1)
-    deep = _effects(
-        groups,
-        lambda d: d.thinking_share.numpy(),
-        [tuple(range(n_layers - size, n_layers)) for size in sizes],
-        sign=-1,
-    )
+    shallow = _effects(groups, "lock_in", [tuple(range(size)) for size in sizes])
+    deep = _effects(groups, "thinking_share", [tuple(range(n_layers - size, n_layers)) for size in sizes])
     return BandChoice(_largest(shallow), _largest(deep), shallow, deep, (len(groups[0]), len(groups[1])))
 
 
 def _effects(
-    groups: Sequence[Sequence[Diagnosis]],
-    profile: Callable[[Diagnosis], Float[np.ndarray, " layer"]],
-    candidates: Sequence[Layers],
-    *,
-    sign: int,
+    groups: Sequence[Sequence[Diagnosis]], metric: str, candidates: Sequence[Layers]
 ) -> dict[Layers, float]:
-    profiles = [np.array([profile(diagnosis) for diagnosis in group]) for group in groups]
+    """Effect of each candidate band; positive where the difference is the one that the failure predicts."""
+    sign = LAYER_METRICS[metric].direction
+    profiles = [np.array([diagnosis.metrics[metric].numpy() for diagnosis in group]) for group in groups]
     found = {}
     for layers in candidates:
         correct, wrong = (values[:, list(layers)].mean(1) for values in profiles)

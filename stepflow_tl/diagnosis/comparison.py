@@ -1,7 +1,8 @@
 """`compare`: do two groups of traces differ in where they look?
 
 1. Every trace gets its `Diagnosis`; the traces are the unit of resampling.
-2. Per metric and layer: means, difference, effect size, BCa bootstrap interval, permutation p (`effects`).
+2. Per metric and layer: means, difference, effect size, BCa bootstrap interval, permutation p
+   (`statistics.effects`).
 3. p-values are corrected over the layers, within each metric.
 4. The headline says it in six numbers: band means where the paper predicts a difference, and the decay slope.
    Its p-values are corrected over the six. context_reach is 1 - lock_in, so for Holm the family is one test
@@ -11,6 +12,8 @@ The difference is first group minus other group. Without `pair_by`, traces count
 traces answer the same problem, pair by problem, or the intervals are too narrow. A share on one step falls as
 a trace gets more steps, whatever the model does, so the table states both groups' mean number of thinking
 steps.
+
+`compare_groups` does the same for traces of a data set, which a field of theirs tells apart.
 """
 
 from __future__ import annotations
@@ -22,19 +25,24 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from stepflow_tl.diagnosis.diagnosis import HEADLINE, LAYER_METRICS, Diagnosis
-from stepflow_tl.diagnosis.groups import Pairing, check_comparable, column_names, diagnoses, matrix, pair
+from stepflow_tl.diagnosis.diagnosis import Diagnosis
+from stepflow_tl.diagnosis.groups import (
+    LabelledTrace,
+    Pairing,
+    check_comparable,
+    column_names,
+    diagnoses,
+    left_out,
+    matrix,
+    pair,
+)
+from stepflow_tl.diagnosis.layer_metrics import HEADLINE, LAYER_METRICS
 from stepflow_tl.errors import ComparisonError
-from stepflow_tl.results.tables import html_table, number, probability, text_table
+from stepflow_tl.results.frames import dataframe
+from stepflow_tl.results.tables import html_table, nan_to_none, number, probability, text_table
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
-from stepflow_tl.statistics.effects import (
-    Correction,
-    Effect,
-    Resampling,
-    column_effects,
-    corrected,
-)
+from stepflow_tl.statistics.effects import Correction, Effect, Resampling, column_effects, corrected
 
 _SHOWN = ("mean", "other_mean", "difference", "low", "high", "effect_size")
 
@@ -49,7 +57,7 @@ class Comparison:
         headline: Effects on the band means and the decay slope, p-values corrected over these.
         by_layer: Effects of every metric at every layer, p-values corrected over the layers of a metric.
         pairing: What pairing by problem left, or None for independent groups.
-        thinking_steps: Mean number of thinking steps a trace, in each group.
+        thinking_steps: Mean number of thinking steps per trace, in each group.
         resampling: Confidence level, numbers of resamples, seed.
         correction: Method behind `p_corrected`.
         model_name: Model that was analysed.
@@ -89,25 +97,26 @@ class Comparison:
         return tuple(effect for effect in self.of(metric) if effect.p_corrected <= level)
 
     def to_dataframe(self, rows: Literal["layers", "headline"] = "layers") -> Any:
-        """A pandas data frame: one row a metric and layer, or one a headline number; columns as `Effect`.
+        """A pandas data frame: one row per metric and layer, or per headline number; columns as `Effect`.
 
         Raises:
             ValueError: If `rows` is neither.
         """
-        from stepflow_tl.results.frames import dataframe
-
         if rows not in ("layers", "headline"):
             raise ValueError(f"unknown rows {rows!r}: expected 'layers' or 'headline'")
         effects = self.by_layer if rows == "layers" else self.headline
         columns = [field.name for field in fields(Effect)]
-        left_out = "band" if rows == "layers" else "layer"
-        return dataframe({name: [getattr(e, name) for e in effects] for name in columns if name != left_out})
+        empty = "band" if rows == "layers" else "layer"
+        return dataframe({name: [getattr(e, name) for e in effects] for name in columns if name != empty})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; NaN is written as None, so that any JSON reader takes it."""
         data = asdict(self)
         for family in ("headline", "by_layer"):
-            data[family] = [{key: _plain(value) for key, value in effect.items()} for effect in data[family]]
+            data[family] = [
+                {key: nan_to_none(value) if isinstance(value, float) else value for key, value in row.items()}
+                for row in data[family]
+            ]
         return data
 
     def table(self, metric: str | None = None) -> str:
@@ -177,7 +186,7 @@ class Comparison:
         steps = ", ".join(
             f"{name} {mean:.2f}" for name, mean in zip(self.names, self.thinking_steps, strict=True)
         )
-        lines.append(f"thinking steps a trace: {steps}; shares depend on the number of steps")
+        lines.append(f"thinking steps per trace: {steps}; shares depend on the number of steps")
         if any(math.isnan(effect.p_value) for effect in effects):
             lines.append("-  fewer than 2 traces with a value in a group")
         return lines
@@ -218,7 +227,7 @@ def compare(
 
     Raises:
         ComparisonError: If a group has fewer than two traces, traces differ in model, objective, layers or
-            measure settings, or pairing by `pair_by` leaves fewer than two problems.
+            metric settings, or pairing by `pair_by` leaves fewer than two problems.
         ValueError: If a level, a count or the correction is out of range.
 
     Cost: about two seconds for 199 + 199 diagnoses of 30 layers on one core.
@@ -262,6 +271,41 @@ def compare(
     )
 
 
+def compare_groups(
+    outcomes: Sequence[LabelledTrace], group_by: str, pair_by: str | None, **options: Any
+) -> tuple[Comparison, list[str]]:
+    """The comparison of true against false, and what was left out, in words.
+
+    Args:
+        outcomes: All traces of the run.
+        group_by: Name of the grouping field: "is_correct" gives the groups "correct" and "not correct".
+        pair_by: Name of the pairing field whose values the outcomes hold, or None for independent groups.
+        **options: Of `compare`: confidence, numbers of resamples, seed.
+
+    Raises:
+        ComparisonError: If a group is too small, or pairing leaves too little.
+    """
+    found = [outcome for outcome in outcomes if outcome.diagnosis is not None]
+    grouped = [outcome for outcome in found if outcome.group is not None]
+    notes = left_out(len(found) - len(grouped), group_by)
+    if pair_by is not None:
+        paired = [outcome for outcome in grouped if outcome.pair is not None]
+        notes += left_out(len(grouped) - len(paired), pair_by)
+        grouped = paired
+    sides = [[outcome for outcome in grouped if outcome.group is value] for value in (True, False)]
+    if min(map(len, sides)) < 2:
+        raise ComparisonError(
+            f"{group_by} is true in {len(sides[0])} and false in {len(sides[1])} traces with a result"
+            f"{'' if pair_by is None else f' and a {pair_by}'}: a comparison needs at least 2 of each"
+        )
+    name = group_by.removeprefix("is_")
+    groups = [[outcome.diagnosis for outcome in side if outcome.diagnosis is not None] for side in sides]
+    pairs = None
+    if pair_by is not None:
+        pairs = ([outcome.pair for outcome in sides[0]], [outcome.pair for outcome in sides[1]])
+    return compare(*groups, names=(name, f"not {name}"), pair_by=pairs, **options), notes
+
+
 def _families(
     statistics: dict[str, np.ndarray], layers: tuple[int, ...], correction: Correction
 ) -> tuple[tuple[Effect, ...], tuple[Effect, ...]]:
@@ -295,7 +339,3 @@ def _check_arguments(confidence: float, n_bootstrap: int, n_permutations: int, c
         raise ValueError(
             f"unknown correction {correction!r}: expected one of {', '.join(get_args(Correction))}"
         )
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,49 +1,38 @@
-"""`Diagnosis`: the measures of one step map, layer by layer, as a frozen result.
+"""`diagnose`: from one step map to its `Diagnosis`, the layer metrics as a frozen result.
 
-NaN stands wherever a definition does not apply, and `reasons` says why. Numbers, never verdicts: whether a
-lock-in of 0.6 is high can only be told from a second group of traces, which is what `compare` does.
+1. Compute every entry of `layer_metrics` on the map's mean over heads, in float64.
+2. Where a definition does not apply to this trace (no summary, one thinking step ...) the value is NaN and
+   `reasons` says why. That is a fact about the trace, not an error.
+3. Refuse only what leaves nothing to state: no thinking and no summary, or a map without any mass.
+
+Numbers, never verdicts: whether a lock-in of 0.6 is high can only be told from a second group of traces,
+which is what `compare` does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepflow_tl.errors import ResultFileError
+from stepflow_tl.diagnosis.layer_metrics import HEADLINE, LAYER_METRICS, Band, decay_slope, headline_name
+from stepflow_tl.diagnosis.shares import MapShares
+from stepflow_tl.errors import GradientError, ResultFileError, TraceError
 from stepflow_tl.models.bands import deep_band, shallow_band
-from stepflow_tl.results.tables import html_table, number, text_table
+from stepflow_tl.results.frames import dataframe
+from stepflow_tl.results.tables import html_table, nan_to_none, none_to_nan, number, text_table
+from stepflow_tl.saliency.pooling import Pooling
+from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.trace import Segment
 
-Band = Literal["shallow", "deep"]
-
-LAYER_METRICS = (
-    "lock_in",
-    "context_reach",
-    "question_share",
-    "thinking_share",
-    "self_share",
-    "recency",
-    "template_share",
-    "final_block",
-    "analysis_block",
-    "block_ratio",
-)
-# What the paper's two failures predict, each in the band where it predicts it.
-HEADLINE: tuple[tuple[str, Band | None], ...] = (
-    ("lock_in", "shallow"),
-    ("context_reach", "shallow"),
-    ("thinking_share", "deep"),
-    ("self_share", "deep"),
-    ("recency", "deep"),
-    ("decay_slope", None),
-)
 _SCHEMA = "stepflow_tl.Diagnosis"
 _VERSION = 1
+_NEWER = "the stored diagnosis was written before this metric existed"
 _SETTINGS = (
     "window",
     "recent",
@@ -56,23 +45,16 @@ _SETTINGS = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Diagnosis:
-    """Measures of one step map; see `measures` for each definition. NaN where one does not apply.
+    """Layer metrics of one step map; NaN where a definition does not apply.
+
+    Every metric is an attribute too: `diagnosis.lock_in` is `diagnosis.metrics["lock_in"]`.
 
     Attributes:
         layers: Model layer of each entry.
         n_layers: Layers of the whole model; the bands are its quarters.
-        lock_in: Share of a thinking step on itself (and `window` thinking steps before).
-        context_reach: What lock_in leaves.
-        question_share: The part of context_reach on the question.
-        thinking_share: Share of a summary step on the thinking.
-        self_share: Share of a summary step on the summary.
-        recency: The part of thinking_share on the last `recent` thinking steps.
-        template_share: Mass on TEMPLATE keys (the attention sink) relative to all mass.
-        final_block: The authors' final-block intensity, nats per token pair.
-        analysis_block: The authors' analysis-block intensity, nats per token pair.
-        block_ratio: final_block / analysis_block.
+        metrics: One value per layer for each of `LAYER_METRICS`, float64; its definitions say what they are.
         rows_without_mass: Rows left out of the means because they had no mass.
         decay_slope: Slope of thinking_share over the deep half, in share per layer.
         window: Window of lock_in.
@@ -88,16 +70,7 @@ class Diagnosis:
 
     layers: tuple[int, ...]
     n_layers: int
-    lock_in: Float[Tensor, " layer"]
-    context_reach: Float[Tensor, " layer"]
-    question_share: Float[Tensor, " layer"]
-    thinking_share: Float[Tensor, " layer"]
-    self_share: Float[Tensor, " layer"]
-    recency: Float[Tensor, " layer"]
-    template_share: Float[Tensor, " layer"]
-    final_block: Float[Tensor, " layer"]
-    analysis_block: Float[Tensor, " layer"]
-    block_ratio: Float[Tensor, " layer"]
+    metrics: Mapping[str, Float[Tensor, " layer"]]
     rows_without_mass: Int[Tensor, " layer"]
     decay_slope: float
     window: int
@@ -110,15 +83,55 @@ class Diagnosis:
     n_summary: int
     reasons: Mapping[str, str]
 
-    def __post_init__(self) -> None:
-        """Refuse metrics that do not have one value a layer."""
-        for name in (*LAYER_METRICS, "rows_without_mass"):
-            if getattr(self, name).shape != (len(self.layers),):
-                raise ValueError(
-                    f"{name} has shape {tuple(getattr(self, name).shape)} for {len(self.layers)} layers"
-                )
-        if any(not 0 <= layer < self.n_layers for layer in self.layers):
-            raise ValueError(f"layers {self.layers} lie outside the model's 0..{self.n_layers - 1}")
+    def __init__(
+        self,
+        *,
+        layers: tuple[int, ...],
+        n_layers: int,
+        metrics: Mapping[str, Float[Tensor, " layer"]] | None = None,
+        rows_without_mass: Int[Tensor, " layer"],
+        decay_slope: float,
+        window: int,
+        recent: int,
+        pooling: str,
+        model_name: str,
+        objective: str,
+        n_question: int,
+        n_thinking: int,
+        n_summary: int,
+        reasons: Mapping[str, str],
+        **columns: Float[Tensor, " layer"],
+    ) -> None:
+        """The attributes by name; a metric goes into `metrics` or is given by its own name, which wins.
+
+        A metric that is not given is NaN in every layer.
+
+        Raises:
+            ValueError: If a metric is unknown or does not have one value per layer, or a layer is outside
+                the model.
+        """
+        given = {**(metrics or {}), **columns}
+        unknown = sorted(set(given) - set(LAYER_METRICS))
+        if unknown:
+            raise ValueError(f"there is no metric {unknown}: expected some of {', '.join(LAYER_METRICS)}")
+        absent = torch.full((len(layers),), torch.nan, dtype=torch.float64)
+        metrics = {name: given.get(name, absent) for name in LAYER_METRICS}
+        own = locals()
+        for field in fields(self):  # frozen: written here and never again
+            object.__setattr__(self, field.name, own[field.name])
+        for name, column in {**metrics, "rows_without_mass": rows_without_mass}.items():
+            if column.shape != (len(layers),):
+                raise ValueError(f"{name} has shape {tuple(column.shape)} for {len(layers)} layers")
+        if any(not 0 <= layer < n_layers for layer in layers):
+            raise ValueError(f"layers {layers} lie outside the model's 0..{n_layers - 1}")
+
+    def __getattr__(self, name: str) -> Float[Tensor, " layer"]:
+        """A metric by its name."""
+        # An object that is being copied or unpickled has no `metrics` yet.
+        if name in self.__dict__.get("metrics", ()):
+            return self.metrics[name]
+        known = ", ".join(LAYER_METRICS)
+        raise AttributeError(f"a Diagnosis has no attribute {name!r}; its metrics are {known}")
 
     def band(self, band: Band) -> dict[str, float]:
         """Mean of every metric over the stored layers of a band; layers without a value are left out.
@@ -127,8 +140,8 @@ class Diagnosis:
             ValueError: If `band` is neither "shallow" nor "deep".
         """
         inside = self._inside(band)
-        values = torch.stack([getattr(self, name) for name in LAYER_METRICS])[:, inside]
-        return dict(zip(LAYER_METRICS, values.nanmean(dim=1).tolist(), strict=True))
+        values = torch.stack(list(self.metrics.values()))[:, inside]
+        return dict(zip(self.metrics, values.nanmean(dim=1).tolist(), strict=True))
 
     @property
     def headline(self) -> dict[str, float]:
@@ -140,10 +153,8 @@ class Diagnosis:
         }
 
     def to_dataframe(self) -> Any:
-        """One row a layer: `layer` and the columns of `LAYER_METRICS`, as a pandas data frame."""
-        from stepflow_tl.results.frames import dataframe
-
-        columns = {name: getattr(self, name).tolist() for name in LAYER_METRICS}
+        """One row per layer: `layer` and the columns of `LAYER_METRICS`, as a pandas data frame."""
+        columns = {name: column.tolist() for name, column in self.metrics.items()}
         return dataframe({"layer": list(self.layers), **columns})
 
     def to_json(self) -> dict[str, Any]:
@@ -153,19 +164,22 @@ class Diagnosis:
             "version": _VERSION,
             "layers": list(self.layers),
             "n_layers": self.n_layers,
-            **{name: [_or_none(value) for value in getattr(self, name).tolist()] for name in LAYER_METRICS},
+            **{
+                name: [nan_to_none(value) for value in column.tolist()]
+                for name, column in self.metrics.items()
+            },
             "rows_without_mass": self.rows_without_mass.tolist(),
-            "decay_slope": _or_none(self.decay_slope),
+            "decay_slope": nan_to_none(self.decay_slope),
             **{name: getattr(self, name) for name in _SETTINGS},
             "reasons": dict(self.reasons),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Diagnosis:
-        """Read `data` that `to_json` made.
+        """Read `data` that `to_json` made; a metric that did not exist then is NaN.
 
         Raises:
-            ResultFileError: If the data is not a diagnosis, or does not hold together.
+            ResultFileError: If the data is not a diagnosis, or is inconsistent.
         """
         if not isinstance(data, Mapping):
             raise ResultFileError(f"not a diagnosis but a {type(data).__name__}: expected what to_json makes")
@@ -178,21 +192,19 @@ class Diagnosis:
             return cls(
                 layers=tuple(int(layer) for layer in data["layers"]),
                 n_layers=int(data["n_layers"]),
-                **{name: _column(data[name]) for name in LAYER_METRICS},
+                metrics={name: _column(data[name]) for name in LAYER_METRICS if name in data},
                 rows_without_mass=torch.tensor(
                     [int(count) for count in data["rows_without_mass"]], dtype=torch.int64
                 ),
-                decay_slope=_or_nan(data["decay_slope"]),
+                decay_slope=none_to_nan(data["decay_slope"]),
                 **{name: data[name] for name in _SETTINGS},
-                reasons=dict(data["reasons"]),
+                reasons={**dict.fromkeys(set(LAYER_METRICS) - set(data), _NEWER), **data["reasons"]},
             )
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise ResultFileError(
-                f"a diagnosis that does not hold together ({error!r}): diagnose again"
-            ) from error
+            raise ResultFileError(f"an inconsistent diagnosis ({error!r}): diagnose again") from error
 
     def __str__(self) -> str:
-        """The table, one row a layer, shallow and deep quarter marked."""
+        """The table, one row per layer, shallow and deep quarter marked."""
         return text_table(*self._table())
 
     def _repr_html_(self) -> str:
@@ -217,7 +229,7 @@ class Diagnosis:
             [
                 " ".join(name for name, inside in (("shallow", shallow), ("deep", deep)) if i in inside),
                 str(layer),
-                *(number(float(getattr(self, name)[i])) for name in LAYER_METRICS),
+                *(number(float(column[i])) for column in self.metrics.values()),
             ]
             for i, layer in enumerate(self.layers)
         ]
@@ -238,21 +250,73 @@ class Diagnosis:
         for reason in dict.fromkeys(self.reasons.values()):
             names = ", ".join(name for name, why in self.reasons.items() if why == reason)
             footer.append(f"-  {names}: {reason}")
-        return title, ["band", "layer", *(name.replace("_", " ") for name in LAYER_METRICS)], rows, footer
+        return title, ["band", "layer", *(name.replace("_", " ") for name in self.metrics)], rows, footer
 
 
-def headline_name(metric: str, band: Band | None) -> str:
-    """Name of a headline number: "lock_in shallow", "decay_slope"."""
-    return metric if band is None else f"{metric} {band}"
+def diagnose(
+    saliency: StepSaliency, *, window: int = 0, recent: int = 1, pooling: Pooling = "mean"
+) -> Diagnosis:
+    """Shallow Lock-in, Deep Decay and the authors' block metrics of one step map (docs/method.md section 5).
+
+    Args:
+        saliency: The step map; its mean over heads is read.
+        window: Thinking steps before the current one that count as lock-in.
+        recent: Last thinking steps whose part of the thinking mass is `recency`. Must stay below the number
+            of thinking steps for recency to exist; for long traces try 3 or more.
+        pooling: Map behind the shares. The block metrics always use "mean", template_share always sums.
+
+    Raises:
+        TraceError: If the trace has neither thinking nor summary steps, so that nothing applies.
+        GradientError: If the map holds no mass at all.
+        ValueError: If `window` is negative, `recent` below 1 or `pooling` unknown.
+    """
+    if window < 0 or recent < 1:
+        raise ValueError(f"window is {window} and recent is {recent}: expected window >= 0 and recent >= 1")
+    rows = MapShares.of(saliency, pooling, window=window, recent=recent)
+    n_question, n_thinking, n_summary = (
+        rows.count(segment) for segment in (Segment.QUESTION, Segment.THINKING, Segment.SUMMARY)
+    )
+    if not n_thinking + n_summary:
+        raise TraceError(
+            f"the trace has {n_question} question steps and no thinking or summary step: "
+            "nothing to diagnose. Build the trace with thinking, or check its format (ReasoningTrace.format)."
+        )
+    if not saliency.sums.any():
+        raise GradientError("the step map is zero everywhere: no share can be stated. Check the objective.")
+    metrics = {name: metric.values(rows) for name, metric in LAYER_METRICS.items()}
+    slope = float(decay_slope(metrics["thinking_share"], saliency.layers, saliency.n_layers))
+    return Diagnosis(
+        layers=saliency.layers,
+        n_layers=saliency.n_layers,
+        metrics=metrics,
+        rows_without_mass=rows.rows_without_mass,
+        decay_slope=slope,
+        window=window,
+        recent=recent,
+        pooling=pooling,
+        model_name=saliency.provenance.model_name,
+        objective=saliency.provenance.objective,
+        n_question=n_question,
+        n_thinking=n_thinking,
+        n_summary=n_summary,
+        reasons=_reasons(metrics, slope, rows),
+    )
 
 
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _reasons(metrics: Mapping[str, Tensor], slope: float, rows: MapShares) -> dict[str, str]:
+    """Why each metric that has a NaN has one: the trace's make-up first, then layers without mass."""
+    reasons = {}
+    for name, column in metrics.items():
+        pairs = zip(rows.saliency.layers, column.tolist(), strict=True)
+        empty = [layer for layer, value in pairs if math.isnan(value)]
+        if empty:
+            missing = LAYER_METRICS[name].missing(rows)
+            reasons[name] = missing or f"no mass to take a share of in layers {empty}"
+    if math.isnan(slope):
+        missing = LAYER_METRICS["thinking_share"].missing(rows)
+        reasons["decay_slope"] = missing or "needs 2 stored layers of the deep half with a thinking_share"
+    return reasons
 
 
 def _column(values: list[float | None]) -> Float[Tensor, " layer"]:
-    return torch.tensor([_or_nan(value) for value in values], dtype=torch.float64)
+    return torch.tensor([none_to_nan(value) for value in values], dtype=torch.float64)

@@ -1,9 +1,10 @@
-"""Two groups of traces, made comparable: one matrix a group, rows that belong together if they pair.
+"""Two groups of traces, made comparable: one matrix per group, rows that belong together if they pair.
 
 1. Diagnose each map as it comes, so a generator that loads files one by one never holds two of them.
-2. Refuse to mix what must not be mixed: models, objectives, layers, or settings of the measures.
+2. Refuse to mix what must not be mixed: models, objectives, layers, or settings of the metrics.
 3. With ids, average the traces of one problem within each group, then keep the problems that both groups
-   hold.
+   hold. Traces of a data set pair by the field asked for, else by `problem_id` where any of them has it
+   (`pairing_field`).
 """
 
 from __future__ import annotations
@@ -11,17 +12,39 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
-from stepflow_tl.diagnosis.diagnosis import HEADLINE, LAYER_METRICS, Band, Diagnosis
-from stepflow_tl.diagnosis.single_trace import diagnose
+from stepflow_tl.diagnosis.diagnosis import Diagnosis, diagnose
+from stepflow_tl.diagnosis.layer_metrics import HEADLINE, LAYER_METRICS, Band
 from stepflow_tl.errors import ComparisonError
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 
 _MUST_AGREE = ("model_name", "objective", "n_layers", "layers", "window", "recent", "pooling")
+DEFAULT_PAIR_FIELD = "problem_id"
+
+
+@runtime_checkable
+class LabelledTrace(Protocol):
+    """A trace's diagnosis, if it has one, its group and its problem."""
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        """Its measures, or None where there is no result."""
+        ...
+
+    @property
+    def group(self) -> bool | None:
+        """Value of the grouping field."""
+        ...
+
+    @property
+    def pair(self) -> str | None:
+        """Value of the pairing field."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +101,7 @@ def check_comparable(groups: Sequence[Sequence[Diagnosis]], names: Sequence[str]
                     raise ComparisonError(
                         f"trace {index} of group {name!r} has {setting} {value!r}, but trace 0 of group "
                         f"{names[0]!r} has {expected!r}: compare maps of one model, objective, set of layers "
-                        "and measure settings"
+                        "and metric settings"
                     )
 
 
@@ -89,12 +112,12 @@ def column_names(layers: Sequence[int]) -> tuple[tuple[str, int | None, Band | N
 
 
 def matrix(group: Sequence[Diagnosis]) -> Float[np.ndarray, "trace column"]:
-    """One row a trace, columns as in `column_names`."""
+    """One row per trace, columns as in `column_names`."""
     return np.array(
         [
             np.concatenate(
                 [
-                    *(getattr(diagnosis, name).numpy() for name in LAYER_METRICS),
+                    *(column.numpy() for column in diagnosis.metrics.values()),
                     np.array(list(diagnosis.headline.values())),
                 ]
             )
@@ -121,7 +144,7 @@ def pair(
         if len(group_ids) != len(group_values):
             raise ComparisonError(
                 f"pair_by gives {len(group_ids)} ids for the {len(group_values)} traces of group {name!r}: "
-                "expected one problem id a trace"
+                "expected one problem id per trace"
             )
         if any(problem is None for problem in group_ids):
             raise ComparisonError(
@@ -143,6 +166,34 @@ def pair(
     left = len(first.keys() | other.keys()) - len(shared)
     x, y = (np.stack([group[problem] for problem in shared]) for group in (first, other))
     return x, y, Pairing(n_pairs=len(shared), n_dropped=left, n_averaged=averaged)
+
+
+def pairing_field(outcomes: Sequence[LabelledTrace], asked: str | None, *, unpaired: bool) -> str | None:
+    """The field to pair by: the one asked for, or `problem_id` where a trace with a result has it.
+
+    Args:
+        outcomes: All traces of the run.
+        asked: The field asked for, or None.
+        unpaired: Do not pair, whatever the traces have.
+    """
+    if unpaired:
+        return None
+    if asked is not None:
+        return asked
+    has_problem = any(outcome.pair is not None for outcome in outcomes if outcome.diagnosis is not None)
+    return DEFAULT_PAIR_FIELD if has_problem else None
+
+
+def left_out(count: int, field: str) -> list[str]:
+    """How many traces have no such field, in words.
+
+    Args:
+        count: Traces without the field; 0 gives no line.
+        field: The field's name.
+    """
+    if not count:
+        return []
+    return [f"{count} {'trace has' if count == 1 else 'traces have'} no {field}: left out of the comparison"]
 
 
 def _nan_mean(rows: Float[np.ndarray, "trace column"]) -> Float[np.ndarray, " column"]:

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.diagnosis.measures import row_shares
+from stepflow_tl.diagnosis import row_shares
 from stepflow_tl.errors import TraceError
 from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView, circuitsvis_view
 from stepflow_tl.saliency.pooling import Pooling

@@ -141,7 +141,7 @@ def _from_manifest(folder: Path, done: Done, index: ManifestIndex, verify: bool)
         diagnosis = Diagnosis(
             layers=done.layers,
             n_layers=facts.n_layers,
-            **dict(zip(LAYER_METRICS, torch.from_numpy(done.metrics).unbind(), strict=True)),
+            metrics=dict(zip(LAYER_METRICS, torch.from_numpy(done.metrics).unbind(), strict=True)),
             rows_without_mass=torch.zeros(len(done.layers), dtype=torch.int64),  # a manifest does not say
             decay_slope=done.decay_slope,
             window=done.window,

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from stepflow_tl.causal.agreement import AgreementSummary, summarise_agreement
-from stepflow_tl.diagnosis import Comparison
-from stepflow_tl.diagnosis.grouping import compare_groups, pairing_field
+from stepflow_tl.diagnosis import Comparison, compare_groups, pairing_field
 from stepflow_tl.errors import ComparisonError, ResultFileError
 from stepflow_tl.results.files import write_atomically
 from stepflow_tl.runs.entries import RunSettings

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from stepflow_tl.diagnosis.grouping import DEFAULT_PAIR_FIELD
+from stepflow_tl.diagnosis import DEFAULT_PAIR_FIELD
 from stepflow_tl.errors import DiskFullError, InputFileError, ResultFileError
 from stepflow_tl.runs.engines import Engine, Job, LocalEngine
 from stepflow_tl.runs.entries import Done, Entry, Failed, RunSettings

@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from stepflow_tl.diagnosis import LAYER_METRICS, Comparison
-from stepflow_tl.diagnosis.grouping import compare_groups, left_out, pairing_field
+from stepflow_tl.diagnosis import LAYER_METRICS, Comparison, compare_groups, left_out, pairing_field
 from stepflow_tl.errors import ComparisonError, ResultFileError
 from stepflow_tl.results.printable import printable
 from stepflow_tl.results.tables import html_table, number, text_table

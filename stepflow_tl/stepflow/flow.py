@@ -269,6 +269,16 @@ FwdHooks = Sequence[NamedHook] | Callable[[ReasoningTrace], Sequence[NamedHook]]
 """Hooks that stay on for a whole measurement: (name, hook) pairs, or a function from the trace to them."""
 
 
+def standing_notes(stepflow: StepFlow | None, fwd_hooks: FwdHooks) -> dict[str, str]:
+    """What stays on, in words for a result's provenance; nothing where nothing does."""
+    notes = {} if stepflow is None else {"stepflow": repr(stepflow)}
+    if callable(fwd_hooks):
+        notes["fwd_hooks"] = "made for each trace"
+    elif fwd_hooks:
+        notes["fwd_hooks"] = f"{len(fwd_hooks)} of the caller's"
+    return notes
+
+
 def standing_hooks(
     model: Any,
     trace: ReasoningTrace,

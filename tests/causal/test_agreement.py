@@ -3,6 +3,12 @@
 import numpy as np
 import pytest
 
+from stepflow_tl import step_knockout, step_saliency
+from stepflow_tl.causal.agreement import score_maps, summarise_agreement, trace_agreement
+from stepflow_tl.errors import ComparisonError
+from stepflow_tl.saliency.baselines import baseline_maps
+from stepflow_tl.trace import ReasoningTrace
+
 
 @pytest.fixture
 def lower():
@@ -10,8 +16,6 @@ def lower():
 
 
 def agreement(*args, **options):
-    from stepflow_tl.causal.agreement import trace_agreement
-
     return trace_agreement(*args, **options)
 
 
@@ -47,8 +51,6 @@ def test_random_orders_overlap_by_chance(lower):
 
 
 def test_what_does_not_exist_is_left_out_and_counted(lower):
-    from stepflow_tl.causal.agreement import summarise_agreement
-
     rng = np.random.default_rng(3)
     a, b = rng.random((2, 8, 8))
     traces = [agreement({"a": a, "b": a + s * b}, lower) for s in (0.1, 1, 5)]
@@ -71,8 +73,6 @@ def test_what_does_not_exist_is_left_out_and_counted(lower):
     [({"a": np.ones((8, 8))}, 3, "got 1 maps"), ({"a": np.ones((8, 8)), "b": np.ones((8, 8))}, 0, "k=0")],
 )
 def test_too_little_to_compare_is_refused(maps, k, said, lower):
-    from stepflow_tl.errors import ComparisonError
-
     with pytest.raises(ComparisonError, match=said):
         agreement(maps, lower, k=k)
     with pytest.raises(ComparisonError, match="0 pairs"):
@@ -80,9 +80,6 @@ def test_too_little_to_compare_is_refused(maps, k, said, lower):
 
 
 def test_summaries_of_nothing_or_of_different_maps_are_refused(lower):
-    from stepflow_tl.causal.agreement import summarise_agreement
-    from stepflow_tl.errors import ComparisonError
-
     a = np.random.default_rng(4).random((8, 8))
     with pytest.raises(ComparisonError, match="0 traces cannot be summarised"):
         summarise_agreement([])
@@ -91,12 +88,6 @@ def test_summaries_of_nothing_or_of_different_maps_are_refused(lower):
 
 
 def test_the_maps_of_a_trace_are_those_of_their_makers(bridges, tiny_trace):
-    from stepflow_tl import step_knockout, step_saliency
-    from stepflow_tl.causal.agreement import score_maps
-    from stepflow_tl.errors import ComparisonError
-    from stepflow_tl.saliency.baselines import baseline_maps
-    from stepflow_tl.trace import ReasoningTrace
-
     model = bridges("llama")
     saliency = step_saliency(model, tiny_trace, layers=[1, 3])
     knockout = step_knockout(model, tiny_trace)

@@ -6,6 +6,10 @@ import pytest
 import torch
 from tiny_models import FLOAT64_KINDS, TINY_MODEL_KINDS, build_tiny_model
 
+from stepflow_tl.causal import attribution_patching, effect_agreement, step_patching
+from stepflow_tl.errors import ComparisonError, GradientError, ObjectiveError
+from stepflow_tl.trace import ReasoningTrace
+
 GENERATOR_SEED = 5
 
 
@@ -24,14 +28,10 @@ def nudged(model, clean_trace, size):
 @pytest.fixture
 def twin_trace(make_trace, wrong_trace):
     """The tokens of `wrong_trace` in an object of its own."""
-    from stepflow_tl.trace import ReasoningTrace
-
     return ReasoningTrace.from_json(wrong_trace.to_json())
 
 
 def both(*arguments, **options):
-    from stepflow_tl.causal import attribution_patching, step_patching
-
     options = {"metric": "S1", **options}
     return step_patching(*arguments, **options), attribution_patching(*arguments, **options)
 
@@ -123,8 +123,6 @@ def test_a_step_that_cannot_be_reached_is_predicted_as_nothing(tiny_model, right
 
 
 def test_parameters_get_no_gradient_and_no_hook_stays(tiny_model, right_trace, wrong_trace, hooks_untouched):
-    from stepflow_tl.causal import attribution_patching
-
     model = tiny_model()
     with hooks_untouched(model), torch.no_grad():
         attribution_patching(model, right_trace, wrong_trace, metric="S1")
@@ -132,9 +130,6 @@ def test_parameters_get_no_gradient_and_no_hook_stays(tiny_model, right_trace, w
 
 
 def test_a_metric_without_a_gradient_is_refused(tiny_model, right_trace, wrong_trace):
-    from stepflow_tl.causal import attribution_patching
-    from stepflow_tl.errors import GradientError, ObjectiveError
-
     model = tiny_model()
     with pytest.raises(ObjectiveError, match="has no gradient"):
         attribution_patching(
@@ -148,8 +143,6 @@ def test_a_metric_without_a_gradient_is_refused(tiny_model, right_trace, wrong_t
 
 def test_agreement_counts_what_is_not_zero_by_construction(tiny_model, right_trace, wrong_trace):
     from scipy.stats import pearsonr, spearmanr
-
-    from stepflow_tl.causal import effect_agreement
 
     measured, predicted = both(tiny_model(), right_trace, wrong_trace, component="v", layers=[0, 1])
     found = effect_agreement(measured, predicted)
@@ -166,9 +159,6 @@ def test_agreement_counts_what_is_not_zero_by_construction(tiny_model, right_tra
 
 
 def test_maps_of_different_questions_do_not_compare(tiny_model, right_trace, wrong_trace):
-    from stepflow_tl.causal import attribution_patching, effect_agreement
-    from stepflow_tl.errors import ComparisonError
-
     model = tiny_model()
     first = attribution_patching(model, right_trace, wrong_trace, metric="S1", layers=[0, 1])
     for options, message in (

@@ -5,6 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_maps import make_trace
 
+from stepflow_tl.causal import step_patching
+from stepflow_tl.causal.controls import (
+    norm_matched_activations,
+    position_matched_pairs,
+    position_matched_sources,
+    random_sources,
+    random_step_pairs,
+)
+
 
 def index_of(trace):
     return {step.label: step.index for step in trace.steps}
@@ -16,8 +25,6 @@ def all_pairs(trace):
 
 @given(st.integers(1, 6), st.integers(0, 3), st.data())
 def test_pairs_keep_what_they_match_and_avoid_what_is_tested(n_thinking, n_summary, data):
-    from stepflow_tl.causal.controls import position_matched_pairs, random_step_pairs
-
     trace = make_trace(n_thinking, n_summary)
     index, segment = index_of(trace), {step.label: step.segment for step in trace.steps}
     tested = data.draw(st.lists(st.sampled_from(all_pairs(trace)), max_size=4, unique=True))
@@ -39,13 +46,6 @@ def test_pairs_keep_what_they_match_and_avoid_what_is_tested(n_thinking, n_summa
 
 
 def test_every_candidate_is_drawn_by_some_seed():
-    from stepflow_tl.causal.controls import (
-        position_matched_pairs,
-        position_matched_sources,
-        random_sources,
-        random_step_pairs,
-    )
-
     trace = make_trace(4, 1)
     drawn = {random_step_pairs(trace, [("T4", "T1")], seed=seed)["T4", "T1"] for seed in range(60)}
     assert drawn == {("T4", "Q"), ("T4", "T2"), ("T4", "T3")}
@@ -58,13 +58,6 @@ def test_every_candidate_is_drawn_by_some_seed():
 
 
 def test_what_has_no_placebo_is_left_out():
-    from stepflow_tl.causal.controls import (
-        position_matched_pairs,
-        position_matched_sources,
-        random_sources,
-        random_step_pairs,
-    )
-
     trace = make_trace(2, 1)
     assert random_step_pairs(trace, [("T1", "Q"), ("Q", "Q")], seed=0) == {}
     assert position_matched_pairs(trace, [("S1", "Q")], seed=0) == {}
@@ -73,9 +66,6 @@ def test_what_has_no_placebo_is_left_out():
 
 
 def test_sources_go_into_step_patching(tiny_model, right_trace, wrong_trace):
-    from stepflow_tl.causal import step_patching
-    from stepflow_tl.causal.controls import random_sources
-
     options = dict(metric="S1", alignment="mean", layers=[1], steps=["T1", "T2"])
     sources = random_sources(right_trace, ["T1", "T2"], seed=0)
     real = step_patching(tiny_model(), right_trace, wrong_trace, **options)
@@ -85,8 +75,6 @@ def test_sources_go_into_step_patching(tiny_model, right_trace, wrong_trace):
 
 
 def test_norm_matched_activations_move_as_far_per_head_and_only_where_something_moved():
-    from stepflow_tl.causal.controls import norm_matched_activations
-
     generator = torch.Generator().manual_seed(0)
     base, moved = (torch.randn(5, 3, 16, generator=generator, dtype=torch.float64) for _ in range(2))
     moved[2] = base[2]

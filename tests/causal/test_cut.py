@@ -5,10 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from stepflow_tl.causal import cut
+from stepflow_tl.causal.cut import EdgeCut, causal_pair, cut_mask
+from stepflow_tl.errors import AlignmentError, ModelError
+from stepflow_tl.models import hook_names
+from stepflow_tl.models.passes import attached
+
 
 def test_the_mask_marks_queries_and_keys_and_spares_each_token_itself():
-    from stepflow_tl.causal.cut import cut_mask
-
     mask = cut_mask((1, 3), [None, (0, 2), (3, 6)], n_queries=4, n_keys=7)  # queries are keys 3..6
     assert mask.shape == (3, 1, 4, 7) and not mask[0].any()
     expected = torch.zeros(4, 7, dtype=torch.bool)
@@ -18,9 +22,6 @@ def test_the_mask_marks_queries_and_keys_and_spares_each_token_itself():
 
 
 def test_every_layer_and_only_the_chosen_heads_are_cut(tiny_model, tiny_trace, tl_generation):
-    from stepflow_tl.causal.cut import EdgeCut, cut_mask
-    from stepflow_tl.models.passes import attached
-
     model, seen = tiny_model("llama"), {}
     cut = EdgeCut(model, [0, 2], heads=[1])
     n = len(tiny_trace)
@@ -39,9 +40,6 @@ def test_every_layer_and_only_the_chosen_heads_are_cut(tiny_model, tiny_trace, t
 
 
 def test_a_hook_that_does_not_fire_is_an_error(tiny_model):
-    from stepflow_tl.causal.cut import EdgeCut
-    from stepflow_tl.errors import ModelError
-
     cut = EdgeCut(tiny_model("llama"), [1, 3])
     with pytest.raises(ModelError, match=r"scores of layers \[1, 3\] fired \[0\] times .* expected once"):
         cut.check_fired()
@@ -49,9 +47,6 @@ def test_a_hook_that_does_not_fire_is_an_error(tiny_model):
 
 @pytest.mark.parametrize("kind", ["scores", "pattern"])
 def test_a_query_without_any_key_left_is_an_error_not_nan(kind, tiny_model):
-    from stepflow_tl.causal.cut import EdgeCut, cut_mask
-    from stepflow_tl.errors import ModelError
-
     cut = EdgeCut(tiny_model("llama"), [0])
     cut.mask = cut_mask((2, 3), [(0, 2)], 3, 3)
     hook = SimpleNamespace(name="blocks.0.attn.hook_attn_scores")
@@ -69,9 +64,6 @@ def test_a_query_without_any_key_left_is_an_error_not_nan(kind, tiny_model):
 
 
 def test_keys_that_are_not_the_whole_trace_are_an_error(tiny_model):
-    from stepflow_tl.causal.cut import EdgeCut, cut_mask
-    from stepflow_tl.errors import ModelError
-
     cut = EdgeCut(tiny_model("llama"), [0])
     cut.mask = cut_mask((0, 2), [(0, 3)], 2, 9)
     with pytest.raises(ModelError, match=r"\(1, 2, 6\), expected \(1, 2, 9\).*method='full'"):
@@ -79,10 +71,18 @@ def test_keys_that_are_not_the_whole_trace_are_an_error(tiny_model):
 
 
 def test_attention_left_to_the_wrapped_module_is_refused(tiny_model, monkeypatch):
-    from stepflow_tl.causal import cut
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.models import hook_names
-
     monkeypatch.setattr(hook_names, "delegates_attention", lambda model, layer: layer == 2)
     with pytest.raises(ModelError, match="layer 2: .* leaves attention to the wrapped module"):
         cut.EdgeCut(tiny_model("llama"), range(4))
+
+
+def test_a_pair_leads_backwards(right_trace):
+    query, key = causal_pair(right_trace, ("T2", "Q"))
+    assert (query.label, key.label) == ("T2", "Q")
+    with pytest.raises(
+        AlignmentError, match=r"pair \(Q, T2\): the key step comes after the query step, so no attention"
+    ):
+        causal_pair(right_trace, ("Q", "T2"))
+    with pytest.raises(AlignmentError, match=r"pair 'T1': expected two steps, \(query, key\)"):
+        causal_pair(right_trace, "T1")
+    assert causal_pair(right_trace, (2, query)) == (query, query)

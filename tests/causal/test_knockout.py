@@ -3,17 +3,19 @@
 import pytest
 import torch
 from causal.knockout_oracle import all_effects, effect, predictions
-from tiny_models import TL_GENERATION, build_tiny_model, count_hooks
+from tiny_models import TINY_MODEL_KINDS, TL_GENERATION, build_tiny_model, count_hooks
+
+from stepflow_tl import StepFlow, errors
+from stepflow_tl import step_knockout as knockout
+from stepflow_tl.errors import KnockoutError, ModelError
+from stepflow_tl.models import prefix_cache
+from stepflow_tl.models.prefix_cache import fill_prefix
+from stepflow_tl.saliency import LogitDifference
+from stepflow_tl.trace import ReasoningTrace
 
 EXACT = dict(rtol=0, atol=1e-8)
 # GQA everywhere; besides it: windows, windows and soft-capped scores, windows and sinks, a joint projection.
 ARCHITECTURES = ("llama", "mistral", "gemma2", "gpt_oss", "phi3")
-
-
-def knockout(model, trace, **options):
-    from stepflow_tl import step_knockout
-
-    return step_knockout(model, trace, **options)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -118,8 +120,6 @@ def test_a_pair_out_of_every_window_has_no_effect_and_one_within_has(bridges, ti
 
 def test_what_comes_before_the_cut_step_is_left_alone(bridges, tiny_trace):
     """Onto an earlier step there is nothing to measure; onto a later one there is."""
-    from stepflow_tl.errors import KnockoutError
-
     model = bridges("llama")
     with pytest.raises(KnockoutError, match="step T3 has no prediction to change: all of T1 comes before it"):
         knockout(model, tiny_trace, pairs=[("T3", "T2")], onto="T1")
@@ -138,8 +138,6 @@ def test_a_step_cut_from_itself_keeps_each_token_to_itself(bridges, tiny_trace, 
 def test_the_batch_budget_changes_nothing_but_the_batches(
     batch_tokens, bridges, tiny_trace, monkeypatch, float64_throughout
 ):
-    from stepflow_tl.models import prefix_cache
-
     batches, run = [], prefix_cache._TransformersPrefix.run
 
     def counted(self, start, end, n_rows):
@@ -156,8 +154,6 @@ def test_the_batch_budget_changes_nothing_but_the_batches(
 
 
 def test_the_shared_prefix_is_not_written_to(bridges, tiny_trace):
-    from stepflow_tl.models.prefix_cache import fill_prefix
-
     with torch.no_grad():
         prefix, _ = fill_prefix(bridges("gemma2"), tiny_trace.tokens)
         before = [held.clone() for layer in prefix._layers for held in layer]
@@ -186,9 +182,6 @@ def test_a_callable_measure_gets_the_rows_of_the_query_step(method, bridges, tin
 
 
 def test_a_step_that_ends_the_trace_is_measured_on_what_it_predicts(tiny_tokenizer, bridges):
-    from stepflow_tl.errors import KnockoutError
-    from stepflow_tl.trace import ReasoningTrace
-
     trace = ReasoningTrace.from_text(tiny_tokenizer, "Q? a.\n\nx", format="plain", question="Q?")
     assert trace.steps[-1].token_span == (len(trace) - 1, len(trace))
     found = knockout(bridges("llama"), trace)
@@ -226,14 +219,34 @@ def test_hooks_from_outside_stay_and_whole_passes_run(bridges, tiny_trace, float
     assert abs(float(found.effects[1, 0] - plain.effects[1, 0])) > 1e-3
 
 
-def test_stepflow_and_knockout_go_together(tiny_model, tiny_trace):
-    from stepflow_tl import StepFlow
-
-    model, flow = tiny_model(), StepFlow(tau_max=0.5)
-    plain = knockout(model, tiny_trace, layers="deep")
+@pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
+def test_stepflow_given_made_or_attached_outside_is_the_same(tiny_model, tiny_trace, kind, hooks_untouched):
+    model, flow = tiny_model(kind), StepFlow(tau_max=0.5, alpha=0.5)
+    options = dict(layers="deep", pairs=[("T2", "T1"), ("S1", "Q"), ("S1", "T3")])
+    plain = knockout(model, tiny_trace, **options)
+    with hooks_untouched(model):
+        given = knockout(model, tiny_trace, stepflow=flow, **options)
+        made = knockout(model, tiny_trace, fwd_hooks=lambda trace: flow.hooks(model, trace), **options)
     with model.hooks(fwd_hooks=flow.hooks(model, tiny_trace)):
-        repaired = knockout(model, tiny_trace, layers="deep")
-    assert (plain.effects - repaired.effects).abs().max() > 1e-3
+        outside = knockout(model, tiny_trace, **options)
+    assert (plain.effects - given.effects).abs().max() > 1e-3
+    assert torch.equal(given.effects, made.effects) and torch.equal(given.effects, outside.effects)
+    assert [found.provenance.backend for found in (given, made, outside)] == ["full"] * 3
+    assert "may know the positions of a whole pass" in given.provenance.notes["not_cached"]
+    assert given.provenance.notes["stepflow"] == repr(flow) and "fwd_hooks" not in given.provenance.notes
+    assert made.provenance.notes["fwd_hooks"] == "made for each trace"
+    assert not set(plain.provenance.notes) & {"stepflow", "fwd_hooks"}
+
+
+def test_the_shared_prefix_refuses_hooks_that_stay_on(bridges, tiny_trace, hooks_untouched):
+    model = bridges("llama")
+    name = model.hook_dict["blocks.0.hook_mlp_out"].name
+    for options in (dict(stepflow=StepFlow()), dict(fwd_hooks=[(name, lambda x, hook: x / 2)])):
+        with (
+            hooks_untouched(model),
+            pytest.raises(ModelError, match="'cached' cannot serve .* hooks stay on"),
+        ):
+            knockout(model, tiny_trace, method="cached", **options)
 
 
 @pytest.mark.parametrize("method", ["cached", "full"])
@@ -255,8 +268,6 @@ def test_nothing_is_left_behind_even_when_a_pass_fails(method, bridges, tiny_tra
 
 
 def test_a_cache_that_is_not_exact_is_found_out(bridges, tiny_trace, monkeypatch):
-    from stepflow_tl.models import prefix_cache
-
     model = bridges("smollm3")
 
     def mixed_up(self, keys, values, *args, **options):
@@ -280,12 +291,12 @@ def test_a_cache_that_is_not_exact_is_found_out(bridges, tiny_trace, monkeypatch
     [
         (dict(pairs="some"), "KnockoutError", "pairs is 'some': expected 'all' or a list"),
         (dict(pairs=[]), "KnockoutError", "there is no pair to cut"),
-        (dict(pairs=["T1"]), "KnockoutError", r"pair 'T1': expected two steps, \(query, key\)"),
-        (dict(pairs=[("T9", "Q")]), "KnockoutError", "no step 'T9': the trace has 0..4 .Q, T1, T2, T3, S1"),
-        (dict(pairs=[(7, 0)]), "KnockoutError", "no step 7"),
-        (dict(pairs=[("Q", "T1")]), "KnockoutError", r"pair \(Q, T1\): the key step comes after"),
-        (dict(heads=[4]), "KnockoutError", r"heads=\[4\]: expected at least one of the query heads 0..3"),
-        (dict(heads=[]), "KnockoutError", "expected at least one of the query heads"),
+        (dict(pairs=["T1"]), "AlignmentError", r"pair 'T1': expected two steps, \(query, key\)"),
+        (dict(pairs=[("T9", "Q")]), "TraceError", "no step 'T9': its steps are Q, T1, T2, T3, S1 .0..4."),
+        (dict(pairs=[(7, 0)]), "TraceError", "no step 7"),
+        (dict(pairs=[("Q", "T1")]), "AlignmentError", r"pair \(Q, T1\): the key step comes after"),
+        (dict(heads=[4]), "ModelError", r"heads=\[4\]: the model has query heads 0..3; \[4\] are outside it"),
+        (dict(heads=[]), "ModelError", "query heads 0..3; they must be distinct and at least one"),
         (dict(measure="loss"), "KnockoutError", "measure is 'loss': expected 'nll', 'kl', or a callable"),
         (dict(measure=lambda a, b, c: a), "KnockoutError", "returned a tensor of shape"),
         (dict(measure=lambda a, b, c: "x"), "KnockoutError", "returned str: expected one number"),
@@ -298,8 +309,6 @@ def test_a_cache_that_is_not_exact_is_found_out(bridges, tiny_trace, monkeypatch
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_words(options, error, said, bridges, tiny_trace, hooks_untouched):
-    from stepflow_tl import errors
-
     model = bridges("llama")
     kind = getattr(errors, error, ValueError)
     with hooks_untouched(model), pytest.raises(kind, match=said):
@@ -309,15 +318,10 @@ def test_bad_input_is_refused_in_words(options, error, said, bridges, tiny_trace
 def test_other_things_than_transformerlens_models_are_refused(tiny_trace):
     from tiny_architectures import build_hf_model
 
-    from stepflow_tl.errors import ModelError
-
     with pytest.raises(ModelError, match="expected a TransformerLens model"):
         knockout(build_hf_model("llama"), tiny_trace)
 
 
 def test_onto_that_names_no_tokens_is_refused(bridges, tiny_trace):
-    from stepflow_tl.errors import KnockoutError
-    from stepflow_tl.saliency import LogitDifference
-
     with pytest.raises(KnockoutError, match="names no tokens"):
         knockout(bridges("llama"), tiny_trace, onto=LogitDifference(3, 4, 5))

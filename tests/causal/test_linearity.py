@@ -6,13 +6,10 @@ import pytest
 import torch
 from tiny_models import FLOAT64_KINDS, TINY_MODEL_KINDS
 
+from stepflow_tl import StepFlow
+from stepflow_tl.causal import linearity_check as check
+
 PAIRS = [("T1", "Q"), ("T2", "T1"), ("T3", "T3"), ("S1", "Q"), ("S1", "T2")]
-
-
-def check(*arguments, **options):
-    from stepflow_tl.causal import linearity_check
-
-    return linearity_check(*arguments, **options)
 
 
 @pytest.mark.parametrize("n_key_value_heads", [1, 2, 4])
@@ -78,19 +75,21 @@ def test_a_dose_after_the_loss_does_nothing_and_is_predicted_to(tiny_model, righ
     assert found.measured[1].abs() > 1e-5
 
 
-def test_it_holds_under_stepflow(tiny_model, right_trace, hooks_untouched):
-    from stepflow_tl import StepFlow
-
-    model = tiny_model()
-    hooks = StepFlow(tau_max=0.5, alpha=0.5).hooks(model, right_trace)
+def test_it_holds_under_stepflow_given_made_or_attached_outside(tiny_model, right_trace, hooks_untouched):
+    model, flow = tiny_model(), StepFlow(tau_max=0.5, alpha=0.5)
+    hooks = flow.hooks(model, right_trace)
     plain = check(model, right_trace, PAIRS[:2])
     with hooks_untouched(model):
         found = check(model, right_trace, PAIRS[:2], fwd_hooks=hooks)
+        given = check(model, right_trace, PAIRS[:2], stepflow=flow)
+        made = check(model, right_trace, PAIRS[:2], fwd_hooks=lambda trace: flow.hooks(model, trace))
     assert found.max_relative_error < 1e-3
     assert not torch.allclose(found.predicted, plain.predicted, rtol=0.01)
     with model.hooks(fwd_hooks=list(hooks)):
         attached = check(model, right_trace, PAIRS[:2])
     assert torch.allclose(attached.predicted, found.predicted) and attached.max_relative_error < 1e-3
+    for other in (made, found, attached):
+        assert torch.equal(given.predicted, other.predicted) and torch.equal(given.measured, other.measured)
 
 
 def test_patterns_that_nothing_reads_are_seen(tiny_model, right_trace):
@@ -132,11 +131,11 @@ def test_the_table_has_a_line_a_pair(tiny_model, right_trace):
     [
         (PAIRS, {"objective": "per_token"}, "no change of an edge moves only that one"),
         (PAIRS, {"eps": 0.7}, "eps is 0.7: expected a dose between 0 and 0.5"),
-        (PAIRS, {"heads": [4]}, r"heads=\[4\]: expected distinct heads of 0..3"),
+        (PAIRS, {"heads": [4]}, r"heads=\[4\]: the model has query heads 0..3; \[4\] are outside it"),
         (PAIRS, {"layers": [7]}, "the model has layers 0..3"),
         ([], {}, "pairs is empty"),
         ([("T9", "Q")], {}, "no step 'T9'"),
-        ([("Q", "T1")], {}, "T1 comes after Q"),
+        ([("Q", "T1")], {}, r"pair \(Q, T1\): the key step comes after"),
     ],
 )
 def test_what_cannot_be_checked_is_an_error(tiny_model, right_trace, pairs, options, message):

@@ -1,15 +1,25 @@
 """Step patching against loops written here, its laws, the restricted path, and every refusal."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import FLOAT64_KINDS, TINY_MODEL_KINDS, count_hooks
+
+from stepflow_tl import StepFlow, causal, errors
+from stepflow_tl.causal import step_patching
+from stepflow_tl.causal.alignment import answer_logit_difference, match_steps, step_patch_setter
+from stepflow_tl.errors import ModelError
+from stepflow_tl.models import hook_names
+from stepflow_tl.models.hook_names import COMPONENTS as NAMES
+from stepflow_tl.models.hook_names import component_hook
+from stepflow_tl.saliency import LogitDifference
+from stepflow_tl.trace import ReasoningTrace, Segment, Step
 
 COMPONENTS = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z", "v", "k")
 
 
 def patch(*arguments, **options):
-    from stepflow_tl.causal import step_patching
-
     return step_patching(*arguments, **{"metric": "S1", **options})
 
 
@@ -21,8 +31,6 @@ def nll_of_step(logits, trace, label):
 
 def test_the_component_names_are_those_of_transformer_lens():
     import transformer_lens.utilities as utilities
-
-    from stepflow_tl.models.hook_names import COMPONENTS as NAMES
 
     assert set(NAMES) == set(COMPONENTS)
     for component, name in NAMES.items():
@@ -102,9 +110,6 @@ def test_windows_sinks_and_soft_caps_equal_the_loop_too(
 def test_single_token_steps_equal_transformer_lens_positions(tiny_model, right_trace, wrong_trace):
     from transformer_lens.patching import get_act_patch_resid_pre
 
-    from stepflow_tl.saliency import LogitDifference
-    from stepflow_tl.trace import ReasoningTrace, Segment, Step
-
     def first_tokens(trace, n=9):
         starts = torch.arange(n)
         return ReasoningTrace(
@@ -146,8 +151,6 @@ def test_a_trace_patched_into_itself_changes_nothing(tiny_model, wrong_trace, co
 def test_the_only_step_that_differs_carries_the_whole_difference_at_the_embeddings(
     tiny_model, make_trace, wrong_trace, kind
 ):
-    from stepflow_tl.saliency import LogitDifference
-
     other = make_trace("7 = 3*2 + 0.\n\nSo yes!\n\nEve it is.", "No., eve.")
     metric = LogitDifference(len(wrong_trace) - 2, 60, 70)
     found = patch(tiny_model(kind), other, wrong_trace, metric=metric, layers=[0, 1])
@@ -159,10 +162,6 @@ def test_the_only_step_that_differs_carries_the_whole_difference_at_the_embeddin
 
 @pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
 def test_all_steps_patched_at_layer_0_give_the_other_run(tiny_model, right_trace, wrong_trace, kind):
-    from stepflow_tl.causal.alignment import match_steps
-    from stepflow_tl.causal.step_edits import step_patch_setter
-    from stepflow_tl.models.hook_names import component_hook
-
     model = tiny_model(kind)
     matches = match_steps(right_trace, wrong_trace, alignment="tokens")
     name, setter = component_hook(model, "resid_pre", 0), step_patch_setter(matches)
@@ -288,8 +287,6 @@ def test_a_restricted_path_is_none_to_a_metric_read_before_it(tiny_model, right_
 def test_hooks_of_the_request_and_hooks_attached_outside_both_stay_in_force(
     tiny_model, right_trace, wrong_trace, hooks_untouched
 ):
-    from stepflow_tl import StepFlow
-
     model, flow, made = tiny_model(), StepFlow(tau_max=0.5, alpha=0.5), []
     name = model.hook_dict["blocks.2.hook_mlp_out"].name
 
@@ -313,6 +310,30 @@ def test_hooks_of_the_request_and_hooks_attached_outside_both_stay_in_force(
     with model.hooks(fwd_hooks=[(name, halve)]):
         attached = patch(model, right_trace, wrong_trace, **options)
     assert torch.equal(pairs.effects, attached.effects)
+
+
+@pytest.mark.parametrize("function", ["step_patching", "attribution_patching"])
+@pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
+def test_stepflow_given_made_or_attached_outside_is_the_same(
+    tiny_model, wrong_trace, kind, function, hooks_untouched
+):
+    model, flow = tiny_model(kind), StepFlow(tau_max=0.5, alpha=0.5)
+    run = getattr(causal, function)
+    # Hooks attached outside know the positions of one trace, so both traces have the same.
+    clean = replace(wrong_trace, tokens=wrong_trace.tokens.clone())
+    clean.tokens[wrong_trace.steps[1].token_start] += 1
+    options = dict(metric="S1", layers=[1], steps=["T1", "T2"], component="v")
+    plain = run(model, clean, wrong_trace, **options)
+    with hooks_untouched(model):
+        given = run(model, clean, wrong_trace, stepflow=flow, **options)
+        made = run(model, clean, wrong_trace, fwd_hooks=lambda trace: flow.hooks(model, trace), **options)
+    with model.hooks(fwd_hooks=flow.hooks(model, wrong_trace)):
+        outside = run(model, clean, wrong_trace, **options)
+    assert (given.effects[:, 0] != 0).all() and not torch.allclose(plain.effects, given.effects, rtol=1e-2)
+    for other in (made, outside):
+        assert torch.equal(given.effects, other.effects) and given.clean_value == other.clean_value
+    assert given.provenance.notes == {"stepflow": repr(flow)}
+    assert made.provenance.notes == {"fwd_hooks": "made for each trace"} and not outside.provenance.notes
 
 
 def test_the_placebo_is_seeded_and_is_another_effect(tiny_model, right_trace, wrong_trace):
@@ -344,8 +365,6 @@ def test_a_callable_metric_and_the_modes_of_the_model_are_left_as_they_were(
 
 
 def test_the_clean_value_of_a_metric_that_names_positions(tiny_model, longer_trace, wrong_trace):
-    from stepflow_tl.causal.alignment import answer_logit_difference
-
     metric, clean_metric = answer_logit_difference(longer_trace, wrong_trace)
     model, options = tiny_model(), dict(alignment="mean", layers=[0], steps=["T1"])
     unknown = patch(model, longer_trace, wrong_trace, metric=metric, **options)
@@ -368,20 +387,17 @@ def test_the_clean_value_of_a_metric_that_names_positions(tiny_model, longer_tra
         ({"metric": "per_token"}, "ObjectiveError", "metric='per_token' is a loss for each row"),
         ({"metric": "T9"}, "ObjectiveError", "unknown objective 'T9'"),
         ({"metric": lambda logits, tokens: logits[0, -1]}, "ObjectiveError", "expected a scalar tensor"),
-        ({"receiving_step": "T9", "component": "v"}, "AlignmentError", "no step 'T9'"),
+        ({"receiving_step": "T9", "component": "v"}, "TraceError", "no step 'T9'"),
         ({"receiving_step": "T2", "component": "z"}, "ValueError", "'z' is not read by the attention of its"),
     ],
 )
 def test_what_cannot_be_done_is_an_error(tiny_model, right_trace, wrong_trace, options, error, message):
-    from stepflow_tl import errors
-
     with pytest.raises(getattr(errors, error, ValueError), match=message):
         patch(tiny_model(), right_trace, wrong_trace, **options)
 
 
 @pytest.mark.parametrize("function", ["step_patching", "attribution_patching"])
 def test_no_hook_is_left_when_the_metric_raises(tiny_model, right_trace, wrong_trace, function):
-    import stepflow_tl.causal as causal
 
     model, calls = tiny_model(), []
 
@@ -400,9 +416,6 @@ def test_no_hook_is_left_when_the_metric_raises(tiny_model, right_trace, wrong_t
 def test_a_hook_that_never_fires_is_an_error(
     tiny_model, right_trace, wrong_trace, monkeypatch, hooks_untouched, function
 ):
-    import stepflow_tl.causal as causal
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.models import hook_names
 
     monkeypatch.setitem(hook_names.COMPONENTS, "z", "blocks.{layer}.attn.hook_result")
     model = tiny_model()
@@ -418,7 +431,6 @@ def test_a_hook_that_never_fires_is_an_error(
 
 
 def test_a_result_says_what_it_is_and_refuses_what_it_cannot_be(tiny_model, right_trace, wrong_trace):
-    from dataclasses import replace
 
     found = patch(tiny_model(), right_trace, wrong_trace, layers=[2], component="v", receiving_step="T3")
     assert found.labels == ["Q", "T1", "T2", "T3", "S1"] and found.layers == (2,) and found.n_layers == 4

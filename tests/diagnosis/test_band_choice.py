@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 from diagnostic_maps import make_diagnosis
 
+from stepflow_tl.diagnosis import choose_bands
+from stepflow_tl.errors import ComparisonError
+
 
 def group(n, seed, *, lock_in=(0,) * 8, thinking_share=(0,) * 8):
     """Diagnoses of 8 layers around 0.5 with spread 0.1, the given differences added."""
@@ -20,8 +23,6 @@ def group(n, seed, *, lock_in=(0,) * 8, thinking_share=(0,) * 8):
 
 
 def test_a_planted_difference_is_found_where_it_is():
-    from stepflow_tl.diagnosis.band_choice import choose_bands
-
     wrong = group(
         200,
         1,
@@ -38,16 +39,12 @@ def test_a_planted_difference_is_found_where_it_is():
 
 
 def test_the_sign_is_that_of_the_failures():
-    from stepflow_tl.diagnosis.band_choice import choose_bands
-
     other_way = group(100, 1, lock_in=(-0.2,) * 8, thinking_share=(0.2,) * 8)
     found = choose_bands(group(100, 0), other_way)
     assert max(found.shallow_effects.values()) < 0 and max(found.deep_effects.values()) < 0
 
 
 def test_equal_groups_have_no_effect_and_take_the_smaller_band():
-    from stepflow_tl.diagnosis.band_choice import choose_bands
-
     same = [make_diagnosis({"lock_in": [0.5] * 8}) for _ in range(3)]
     found = choose_bands(same, same)
     assert (found.shallow, found.deep) == ((0,), (7,))
@@ -55,9 +52,6 @@ def test_equal_groups_have_no_effect_and_take_the_smaller_band():
 
 
 def test_what_cannot_be_compared_is_refused():
-    from stepflow_tl.diagnosis.band_choice import choose_bands
-    from stepflow_tl.errors import ComparisonError
-
     with pytest.raises(ComparisonError, match="at least 2 traces"):
         choose_bands(group(1, 0), group(5, 1))
     few = [make_diagnosis({"lock_in": [0.5] * 2}, layers=(0, 5), n_layers=8) for _ in range(2)]

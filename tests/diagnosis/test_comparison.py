@@ -1,18 +1,23 @@
 import json
 import math
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from diagnostic_maps import make_diagnosis, random_saliency
 
+from stepflow_tl import diagnosis
+from stepflow_tl.diagnosis import LAYER_METRICS, diagnose
+from stepflow_tl.errors import ComparisonError
+from stepflow_tl.statistics.effects import corrected
+
 FAST = dict(n_bootstrap=200, n_permutations=400)
 
 
 def compare(*args, **options):
-    from stepflow_tl.diagnosis import compare
-
-    return compare(*args, **{**FAST, **options})
+    return diagnosis.compare(*args, **{**FAST, **options})
 
 
 def group(n, seed, *, shift=0.0, problems=None, n_layers=4):
@@ -122,8 +127,6 @@ def test_the_order_of_the_traces_changes_nothing(paired):
 
 
 def test_maps_and_their_diagnoses_give_the_same_comparison():
-    from stepflow_tl.diagnosis import diagnose
-
     one, other = ([random_saliency("QTTTS", seed) for seed in seeds] for seeds in (range(6), range(6, 11)))
     from_maps = compare(one, other, window=1, recent=2, pooling="sum")
     finished = [[diagnose(s, window=1, recent=2, pooling="sum") for s in maps] for maps in (one, other)]
@@ -133,7 +136,6 @@ def test_maps_and_their_diagnoses_give_the_same_comparison():
 
 def test_layers_are_corrected_within_a_metric_and_the_headline_within_itself():
     comparison = compare(group(20, 0), group(20, 1, shift=0.03), correction="holm")
-    from stepflow_tl.statistics.effects import corrected
 
     for metric in ("lock_in", "self_share"):
         of = comparison.of(metric)
@@ -190,8 +192,6 @@ def test_a_metric_no_trace_has_is_blank_and_the_rest_stands():
     ],
 )
 def test_traces_that_cannot_be_compared_are_named(changes, message):
-    from stepflow_tl.errors import ComparisonError
-
     def plain(**options):
         return make_diagnosis({"lock_in": [0.1, 0.2, 0.3]}, **{"n_layers": 4, "layers": (0, 1, 2), **options})
 
@@ -201,8 +201,6 @@ def test_traces_that_cannot_be_compared_are_named(changes, message):
 
 
 def test_groups_that_are_too_small_are_refused_by_name():
-    from stepflow_tl.errors import ComparisonError
-
     with pytest.raises(ComparisonError, match="group 'wrong' is empty"):
         compare(group(3, 0), [])
     with pytest.raises(ComparisonError, match="group 'b' has 1 trace"):
@@ -222,15 +220,11 @@ def test_groups_that_are_too_small_are_refused_by_name():
     ],
 )
 def test_pairing_that_cannot_work_is_refused(pair_by, message):
-    from stepflow_tl.errors import ComparisonError
-
     with pytest.raises(ComparisonError, match=message):
         compare(group(3, 0), group(3, 1), pair_by=pair_by)
 
 
 def test_something_else_in_a_group_is_named():
-    from stepflow_tl.errors import ComparisonError
-
     with pytest.raises(
         ComparisonError, match="item 1 of group 'correct' is a str: expected StepSaliency or Diagnosis"
     ):
@@ -251,8 +245,6 @@ def test_levels_and_counts_out_of_range_are_refused(options, message):
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones():
-    from stepflow_tl.errors import ComparisonError
-
     comparison = compare(group(3, 0), group(3, 1))
     with pytest.raises(
         ComparisonError, match="no metric 'lockin' in this comparison: expected one of lock_in"
@@ -270,7 +262,7 @@ def test_tables_say_who_how_and_what_was_corrected():
         "lock_in", "context_reach", "thinking_share", "self_share", "recency",
     ]  # fmt: skip
     assert "p corrected over the headline numbers: fdr_bh" in str(comparison)
-    assert "thinking steps a trace: right_ones 4.00, wrong_ones 4.00" in str(comparison)
+    assert "thinking steps per trace: right_ones 4.00, wrong_ones 4.00" in str(comparison)
     assert max(map(len, lines)) <= 130
     assert "layer 3" in comparison.table(
         "lock_in"
@@ -286,8 +278,6 @@ def test_the_notebook_view_escapes_group_names():
 
 
 def test_data_frames_hold_every_effect():
-    from stepflow_tl.diagnosis import LAYER_METRICS
-
     comparison = compare(group(3, 0), group(4, 1))
     frame = comparison.to_dataframe()
     assert list(frame.columns) == [
@@ -306,9 +296,6 @@ def test_json_is_plain():
 
 
 def test_importing_the_diagnostics_loads_neither_scipy_nor_pandas():
-    import subprocess
-    import sys
-
     heavy = ("scipy", "pandas", "transformers", "transformer_lens")
     script = f"import sys, stepflow_tl.diagnosis; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

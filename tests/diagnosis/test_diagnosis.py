@@ -1,38 +1,29 @@
 import json
 import math
+import pickle
 import sys
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
 from diagnostic_maps import make_diagnosis, make_saliency, random_saliency
 
-
-def diagnose(*args, **options):
-    from stepflow_tl.diagnosis import diagnose
-
-    return diagnose(*args, **options)
-
-
-def layer_metrics():
-    from stepflow_tl.diagnosis import LAYER_METRICS
-
-    return LAYER_METRICS
+from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis, diagnose
+from stepflow_tl.diagnosis.layer_metrics import decay_slope
+from stepflow_tl.diagnosis.shares import MapShares
+from stepflow_tl.errors import GradientError, MissingExtraError, ResultFileError, TraceError
 
 
 def test_a_diagnosis_holds_the_measures_of_the_map():
-    from stepflow_tl.diagnosis import measures
-
     saliency = random_saliency("QTTTTSS", 1, n_layers=8, head_gains=(1.0, 3.0), lengths=(3, 1, 2, 5, 1, 2, 1))
     diagnosis = diagnose(saliency, window=1, recent=2, pooling="causal_mean")
-    shares, segments = measures.row_shares(saliency, "causal_mean"), measures.step_segments(saliency.trace)
-    torch.testing.assert_close(diagnosis.lock_in, measures.lock_in(shares, segments, 1))
-    torch.testing.assert_close(diagnosis.recency, measures.recency(shares, segments, 2))
-    torch.testing.assert_close(diagnosis.self_share, measures.self_share(shares, segments))
-    torch.testing.assert_close(
-        diagnosis.final_block, measures.final_block(saliency.head_mean("mean"), segments)
-    )
-    slope = measures.decay_slope(measures.thinking_share(shares, segments), saliency.layers, 8)
+    rows = MapShares.of(saliency, "causal_mean", window=1, recent=2)
+    for name, metric in LAYER_METRICS.items():
+        torch.testing.assert_close(getattr(diagnosis, name), metric.values(rows))
+        assert diagnosis.metrics[name] is getattr(diagnosis, name)
+    slope = decay_slope(diagnosis.thinking_share, saliency.layers, 8)
     assert diagnosis.decay_slope == pytest.approx(float(slope))
+    assert torch.equal(diagnosis.rows_without_mass, rows.rows_without_mass)
     assert diagnosis.reasons == {}
     assert (diagnosis.n_question, diagnosis.n_thinking, diagnosis.n_summary) == (1, 4, 2)
 
@@ -60,7 +51,7 @@ def test_what_does_not_apply_is_nan_and_the_reason_is_printed(segments, metric, 
 def test_every_nan_has_a_reason_and_every_reason_a_nan():
     for segments in ("T", "TT", "QT", "S", "QS", "QTS", "QTTS", "QTTTSS", "TTSS"):
         diagnosis = diagnose(random_saliency(segments, 3), recent=2)
-        values = {name: getattr(diagnosis, name) for name in layer_metrics()}
+        values = {name: getattr(diagnosis, name) for name in LAYER_METRICS}
         values["decay_slope"] = torch.tensor(diagnosis.decay_slope)
         assert {name for name, column in values.items() if column.isnan().any()} == set(diagnosis.reasons), (
             segments
@@ -78,8 +69,6 @@ def test_a_layer_without_mass_is_named_and_counted():
 
 
 def test_a_trace_of_a_question_alone_is_refused():
-    from stepflow_tl.errors import TraceError
-
     with pytest.raises(
         TraceError, match="1 question steps and no thinking or summary step: nothing to diagnose"
     ):
@@ -87,8 +76,6 @@ def test_a_trace_of_a_question_alone_is_refused():
 
 
 def test_a_map_without_any_mass_is_refused():
-    from stepflow_tl.errors import GradientError
-
     with pytest.raises(GradientError, match="zero everywhere: no share can be stated. Check the objective"):
         diagnose(make_saliency("QTTS", torch.zeros(2, 4, 4)))
 
@@ -138,26 +125,22 @@ def test_the_notebook_view_escapes_what_it_shows():
 
 def test_the_data_frame_has_one_column_a_metric():
     frame = diagnose(random_saliency("QTTS", 0)).to_dataframe()
-    assert list(frame.columns) == ["layer", *layer_metrics()]
+    assert list(frame.columns) == ["layer", *LAYER_METRICS]
     assert frame["layer"].tolist() == [0, 1, 2, 3]
 
 
 def test_a_missing_pandas_is_named_with_its_install_command(monkeypatch):
-    from stepflow_tl.errors import MissingExtraError
-
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'stepflow-tl\[dataframes\]'"):
         make_diagnosis({"lock_in": [0.1]}).to_dataframe()
 
 
 def test_json_gives_back_every_number_and_no_bare_nan():
-    from stepflow_tl.diagnosis import Diagnosis
-
     diagnosis = diagnose(random_saliency("QTT", 0), window=1)
     text = json.dumps(diagnosis.to_json(), allow_nan=False)
     again = Diagnosis.from_json(json.loads(text))
     assert again.to_json() == diagnosis.to_json()
-    for name in layer_metrics():
+    for name in LAYER_METRICS:
         torch.testing.assert_close(
             getattr(again, name), getattr(diagnosis, name), rtol=0, atol=0, equal_nan=True
         )
@@ -169,15 +152,12 @@ def test_json_gives_back_every_number_and_no_bare_nan():
     [
         ({"schema": "other"}, "not a diagnosis this stepflow_tl reads: schema 'other'"),
         ({"version": 99}, "version 99"),
-        ({"lock_in": [0.1]}, "does not hold together"),
-        ({"lock_in": "text"}, "does not hold together"),
-        ({"layers": [0, 9]}, "does not hold together"),
+        ({"lock_in": [0.1]}, "an inconsistent diagnosis"),
+        ({"lock_in": "text"}, "an inconsistent diagnosis"),
+        ({"layers": [0, 9]}, "an inconsistent diagnosis"),
     ],
 )
 def test_json_that_is_no_diagnosis_is_refused(change, message):
-    from stepflow_tl.diagnosis import Diagnosis
-    from stepflow_tl.errors import ResultFileError
-
     data = make_diagnosis({"lock_in": [0.1, 0.2]}).to_json()
     with pytest.raises(ResultFileError, match=message):
         Diagnosis.from_json({**data, **change})
@@ -190,3 +170,19 @@ def test_columns_must_match_the_layers():
     # jaxtyping is faster here; without it __post_init__ says the same.
     with pytest.raises((ValueError, TypeError), match="self_share"):
         make_diagnosis({"lock_in": [0.1, 0.2], "self_share": [0.1]})
+
+
+def test_a_diagnosis_is_made_copied_and_changed_by_field_or_by_metric():
+    diagnosis = make_diagnosis({"lock_in": [0.1, 0.2]})
+    changed = replace(diagnosis, window=3, recency=torch.tensor([0.7, 0.8], dtype=torch.float64))
+    assert changed.window == 3 and changed.recency.tolist() == [0.7, 0.8]
+    assert changed.lock_in.tolist() == [0.1, 0.2] and diagnosis.recency.tolist() == [0.5, 0.5]
+    assert pickle.loads(pickle.dumps(diagnosis)).to_json() == diagnosis.to_json()
+    with pytest.raises(FrozenInstanceError):
+        diagnosis.window = 4
+    with pytest.raises(AttributeError, match="no attribute 'lockin'; its metrics are lock_in, context_reach"):
+        diagnosis.lockin  # noqa: B018
+    with pytest.raises(ValueError, match=r"there is no metric \['lockin'\]: expected some of lock_in"):
+        replace(diagnosis, lockin=diagnosis.lock_in)
+    alone = replace(diagnosis, metrics={"lock_in": diagnosis.lock_in})
+    assert alone.lock_in.tolist() == [0.1, 0.2] and alone.self_share.isnan().all()
