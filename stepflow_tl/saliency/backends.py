@@ -20,8 +20,8 @@ from stepflow_tl.models.facts import is_transformerlens
 from stepflow_tl.models.hook_names import resolve_hooks
 from stepflow_tl.models.hooking import NamedHook, attached
 from stepflow_tl.saliency.fused.refusal import FusedRefusal
+from stepflow_tl.saliency.hooks_backend import hooks_backend
 from stepflow_tl.saliency.objectives import Objective
-from stepflow_tl.saliency.reference import hooks_backend
 
 Backend = Literal["auto", "hooks", "fused", "layerwise"]
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from stepflow_tl.errors import ObjectiveError
 from stepflow_tl.models.facts import check_fit, check_layers, model_facts
 from stepflow_tl.models.hooking import NamedHook, attached
+from stepflow_tl.saliency.hooks_backend import hooks_backend
 from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective
-from stepflow_tl.saliency.reference import hooks_backend
 from stepflow_tl.trace import ReasoningTrace
 
 

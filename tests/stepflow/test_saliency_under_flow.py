@@ -39,8 +39,8 @@ def separate_rows(model, trace, hooks, rows):
 def test_per_token_rows_equal_separate_backward_passes_under_stepflow(
     flow_model, short_trace, kind, granularity
 ):
+    from stepflow_tl.saliency.hooks_backend import hooks_backend
     from stepflow_tl.saliency.objectives import Objective
-    from stepflow_tl.saliency.reference import hooks_backend
     from stepflow_tl.stepflow import StepFlow
 
     model, trace = flow_model(kind), short_trace

@@ -83,7 +83,7 @@ def test_everything_is_restored_after_an_exception(kind, where, per_token, monke
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_oss"])
 def test_hooks_on_residual_and_projections_take_part(name, per_token, float64_throughout):
     from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.reference import hooks_backend
+    from stepflow_tl.saliency.hooks_backend import hooks_backend
 
     model = build_bridge(name)
     plain = fused_backend(model, TOKENS, STEP_IDS, per_token, ALL_LAYERS)

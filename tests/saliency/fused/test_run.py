@@ -36,7 +36,7 @@ def close(ours, theirs, tolerance):
 @pytest.mark.parametrize("name", ATTENTION_VARIETIES)
 def test_fused_equals_hooks_on_a_bridge(name, compatibility_mode, objective, float64_throughout):
     from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.reference import hooks_backend
+    from stepflow_tl.saliency.hooks_backend import hooks_backend
 
     model = build_bridge(name, compatibility_mode=compatibility_mode)
     for kind in ("per_token", "mean", "function"):
@@ -47,7 +47,7 @@ def test_fused_equals_hooks_on_a_bridge(name, compatibility_mode, objective, flo
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_fused_equals_hooks_in_float32(name, objective):
     from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.reference import hooks_backend
+    from stepflow_tl.saliency.hooks_backend import hooks_backend
 
     model = build_bridge(name, dtype=torch.float32)
     for kind in ("per_token", "mean"):
@@ -268,7 +268,7 @@ def test_a_residual_cut_by_a_hook_is_named(objective):
 
 def test_a_hook_at_the_unembedding_sees_every_position_once(objective, float64_throughout):
     from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.reference import hooks_backend
+    from stepflow_tl.saliency.hooks_backend import hooks_backend
 
     model, shapes = build_bridge("llama"), []
 
