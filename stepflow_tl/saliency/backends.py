@@ -28,12 +28,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepflow_tl.errors import ModelError
+from stepflow_tl.errors import FusedRefusal, ModelError
 from stepflow_tl.models.facts import is_transformerlens, model_facts
 from stepflow_tl.models.hook_names import hook_counts, resolve_hooks
 from stepflow_tl.models.hooking import NamedHook, attached
 from stepflow_tl.saliency.fused.install import refusal_reason
-from stepflow_tl.saliency.fused.refusal import FusedRefusal
 from stepflow_tl.saliency.fused.run import fused_backend
 from stepflow_tl.saliency.hooks_backend import hooks_backend
 from stepflow_tl.saliency.layerwise import layerwise_backend

@@ -290,7 +290,7 @@ def test_the_ladder_is_climbed_down_by_a_run(analyze, make_dataset, out, monkeyp
             raise RuntimeError("out of memory") if len(options_seen) == 1 else MemoryError
         return step_saliency(model, trace, **options)
 
-    from stepflow_tl.saliency.fused.refusal import FusedRefusal
+    from stepflow_tl.errors import FusedRefusal
 
     def refused_by_fused(model, trace, **options):
         if options.get("backend") == "fused":

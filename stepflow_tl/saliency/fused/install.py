@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepflow_tl.errors import FusedRefusal
+from stepflow_tl.models.facts import is_bridge
 from stepflow_tl.models.passes import replaced_forward
-from stepflow_tl.saliency.fused.refusal import FusedRefusal
 from stepflow_tl.saliency.fused.session import IMPLEMENTATION, FusedSession, activate, deactivate
 
 # Components that hand over to the wrapped attention module: by name, since TransformerLens is not imported
@@ -51,7 +52,7 @@ def transformers_model(model: Any) -> Any:
         FusedRefusal: If there is none, or it does not look its attention functions up in
             `AttentionInterface`.
     """
-    inner = getattr(model, "original_model", model)
+    inner = model.original_model if is_bridge(model) else model
     config = getattr(inner, "config", None)
     if not isinstance(inner, nn.Module) or not hasattr(config, "_attn_implementation"):
         raise FusedRefusal(f"{type(model).__name__} is not, and does not wrap, a transformers model")
@@ -124,7 +125,7 @@ def _attention_configs(inner: nn.Module) -> list[Any]:
 
 def _attention_components(model: Any) -> list[Any]:
     """A bridge's attention components; none for a plain transformers model."""
-    if not hasattr(model, "original_model"):
+    if not is_bridge(model):
         return []
     blocks = getattr(model, "blocks", None)
     if blocks is None:
