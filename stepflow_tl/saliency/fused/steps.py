@@ -20,7 +20,7 @@ tokens:
     run_of      0 0  1 2 | 2 2 2 2 | 3
     pairs       0 0  1 2 | 3 3 3 3 | 4      first_pair = 0 3 4 5; step 1 has the pairs 2 and 3
 
-Either way the sums end in a `StepSums`, the one thing here that changes.
+Either way the sums end in a `StepSums`, which changes as `StripSums` does; indices do not.
 
 Memory: the key one-hots of a trace take `T * (steps per tile)` numbers and are built once for all layers.
 Runs cost a few passes over the `T` step ids on the CPU, about a millisecond.
@@ -93,9 +93,9 @@ class StepTiles:
         return self._one_hots[key]
 
 
-@dataclass(frozen=True)
+@dataclass
 class StripSums:
-    """One strip's part of a layer's map: its heads, and the steps that its query rows meet.
+    """Where one strip's part of a layer's map is added up: its heads, and the steps that its query rows meet.
 
     Attributes:
         tiles: The trace's step bins.

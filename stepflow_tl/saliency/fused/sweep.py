@@ -122,9 +122,9 @@ def tiled_backward(
     return dq, None if dk is None else dk.to(call.key.dtype), None if dv is None else dv.to(call.value.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Partial:
-    """What a strip adds to tensors that other strips add to as well; None where nobody asks."""
+    """A strip's growing share of sums that other strips add to as well; None where nobody asks."""
 
     keys: slice
     dk: Tensor | None  # [key, d_head]
