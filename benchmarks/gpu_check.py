@@ -17,8 +17,9 @@ import sys
 
 import torch
 
-from stepflow_tl.saliency.fused.attention import AttentionSpec, saliency_attention
-from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
+from stepflow_tl.saliency.fused import attention
+from stepflow_tl.saliency.fused.call import AttentionSpec, BackwardCall
+from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
 
 # heads, KV heads, width: R1-Distill-Qwen-7B, Llama-3 and Gemma shapes, and two odd ones.
 SHAPES = [(28, 4, 128), (32, 8, 64), (8, 4, 256), (16, 16, 80), (6, 2, 96)]
@@ -46,31 +47,28 @@ def random_steps(n_tokens):
     return StepTiles(ids, int(ids.max()) + 1)
 
 
-def device_path(query, key, value, dz, spec):
+def device_path(query, key, value, dz, spec, sums):
     """Forward and backward by the kernels; the tiles' forward where flash does not serve."""
-    from stepflow_tl.saliency.fused import attention, device
-
-    if device.flash_serves(query, key, value, spec):
-        z, logsumexp = device.flash_forward(query, key, value, spec.scale)
+    if attention.flash_serves(query, key, value, spec):
+        z, logsumexp = attention.flash_forward(query, key, value, spec.scale)
     else:
         z, logsumexp = attention._forward(query, key, value, None, spec)
     delta = torch.einsum("bhtd,bhtd->bht", dz.float(), z.float())
-    return device.attention_backward(query, key, value, z, logsumexp, dz, delta, spec)
+    return attention.kernel_backward(BackwardCall(query, key, value, logsumexp, dz, delta, spec), z, sums)
 
 
-def tile_path(query, key, value, dz, spec):
+def tile_path(query, key, value, dz, spec, sums):
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    from stepflow_tl.saliency.fused import device
-
     # The tiles also where `attention` would pick the kernels by itself.
-    served, device.backward_served = device.backward_served, lambda *_: False
+    serve, attention.kernels_serve = attention.kernels_serve, lambda *_, **__: False
     try:
-        return torch.autograd.grad(saliency_attention(*leaves, spec), leaves, dz)
+        z = attention.saliency_attention(*leaves, spec, sums=sums)
+        return torch.autograd.grad(z, leaves, dz)
     finally:
-        device.backward_served = served
+        attention.kernels_serve = serve
 
 
-def sdpa(query, key, value, dz, spec):
+def sdpa(query, key, value, dz, spec, _):
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
     z = torch.nn.functional.scaled_dot_product_attention(
         *leaves, is_causal=True, scale=spec.scale, enable_gqa=query.shape[1] != key.shape[1]
@@ -97,26 +95,24 @@ def error(ours, theirs):
 
 def check(n_tokens, shape, dtype, options):
     """Print one row; whether all is within bounds."""
-    from stepflow_tl.saliency.fused import device
-
     inputs = draw(n_tokens, *shape, dtype)
     tiles = random_steps(n_tokens)
-    spec = lambda sums: AttentionSpec(shape[-1] ** -0.5, step_sums=sums, **options)  # noqa: E731
+    spec = AttentionSpec(shape[-1] ** -0.5, **options)
     empty = lambda: StepSums.zeros(  # noqa: E731
         tiles, shape[0], dtype=torch.float32, device=torch.device("cuda")
     )
     name = f"{n_tokens:>6} {str(shape):>14} {str(dtype)[6:]:>9} {options or 'all paths'}"
-    if not device.backward_served(*inputs[:3], spec(empty())):
+    if not attention.kernels_serve(*inputs[:3], spec, pooling=True):
         print(f"{name}: not served on this machine, tiles are used")
         return True
     first, second, expected = empty(), empty(), empty()
-    grads = device_path(*inputs, spec(first))
-    again = device_path(*inputs, spec(second))
-    theirs = tile_path(*(x.float() for x in inputs), spec(expected))
+    grads = device_path(*inputs, spec, first)
+    again = device_path(*inputs, spec, second)
+    theirs = tile_path(*(x.float() for x in inputs), spec, expected)
     errors = [error(first.sums, expected.sums)] + [error(a, b) for a, b in zip(grads, theirs, strict=True)]
     same = torch.equal(first.sums, second.sums) and all(map(torch.equal, grads, again))
-    kernels = milliseconds(lambda: device_path(*inputs, spec(first)))
-    plain = milliseconds(lambda: sdpa(*inputs, spec(first)))
+    kernels = milliseconds(lambda: device_path(*inputs, spec, first))
+    plain = milliseconds(lambda: sdpa(*inputs, spec, first))
     fine = max(errors) < BOUNDS[dtype] and same
     print(
         f"{name}: map {errors[0]:.1e} dq {errors[1]:.1e} dk {errors[2]:.1e} dv {errors[3]:.1e}; "
@@ -148,11 +144,11 @@ def main():
         sums = StepSums.zeros(
             random_steps(arguments.long), SHAPES[0][0], dtype=torch.float32, device=torch.device("cuda")
         )
-        spec = AttentionSpec(SHAPES[0][-1] ** -0.5, step_sums=sums, **options)
+        spec = AttentionSpec(SHAPES[0][-1] ** -0.5, **options)
         for run in (device_path, sdpa):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            duration = milliseconds(lambda run=run, inputs=inputs, spec=spec: run(*inputs, spec))
+            duration = milliseconds(lambda run=run, call=(*inputs, spec, sums): run(*call))
             peak = (torch.cuda.max_memory_allocated() - before) / 2**30
             print(
                 f"{arguments.long} tokens, 7B shape, {options or 'all paths'}, {run.__name__}: "

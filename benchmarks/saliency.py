@@ -190,9 +190,9 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
 
 def _prepare(method: str, models: dict[bool, Any], length: int, device: torch.device) -> Callable[[], Any]:
     from stepflow_tl.saliency.fused.run import fused_backend
+    from stepflow_tl.saliency.hooks_backend import hooks_backend
     from stepflow_tl.saliency.layerwise import layerwise_backend
     from stepflow_tl.saliency.objectives import Objective
-    from stepflow_tl.saliency.reference import hooks_backend
 
     base = method.removesuffix(", bridge")
     model = models[method in ON_BRIDGE or base != method]

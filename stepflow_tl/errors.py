@@ -22,6 +22,15 @@ class ModelError(StepflowError, ValueError):
     """The model lacks something the analysis needs (a hook point, context length, vocabulary)."""
 
 
+class FusedRefusal(ModelError):
+    """Fused attention cannot serve this run exactly. `backend="auto"` takes another backend then."""
+
+    def __init__(self, reason: str) -> None:
+        """State the reason; the advice is the same for all."""
+        super().__init__(f"backend='fused' cannot serve this run: {reason}. Use backend='hooks', or 'auto'.")
+        self.reason = reason
+
+
 class ObjectiveError(StepflowError, ValueError):
     """The objective is unknown, is not a scalar, or touches no token it could measure."""
 

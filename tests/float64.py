@@ -15,7 +15,7 @@ def float64_everywhere() -> Iterator[None]:
     import torch
 
     import stepflow_tl.causal.knockout
-    import stepflow_tl.saliency.fused.device
+    import stepflow_tl.saliency.fused.attention
     import stepflow_tl.saliency.layerwise
     import stepflow_tl.saliency.run  # noqa: F401
 

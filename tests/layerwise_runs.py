@@ -2,6 +2,10 @@
 
 import torch
 
+from stepflow_tl.saliency.hooks_backend import hooks_backend
+from stepflow_tl.saliency.layerwise import layerwise_backend
+from stepflow_tl.saliency.objectives import Objective
+
 N_TOKENS = 14
 N_LAYERS = 4
 
@@ -16,34 +20,23 @@ def token_ids() -> torch.Tensor:
 
 
 def both_backends(model, objective, layers=tuple(range(N_LAYERS))):
-    from stepflow_tl.saliency.layerwise import layerwise_backend
-    from stepflow_tl.saliency.reference import hooks_backend
-
     arguments = (model, token_ids(), step_ids(), objective, layers)
     return layerwise_backend(*arguments), hooks_backend(*arguments)
 
 
 def layerwise(model, objective, layers=tuple(range(N_LAYERS))):
-    from stepflow_tl.saliency.layerwise import layerwise_backend
-
     return layerwise_backend(model, token_ids(), step_ids(), objective, layers)
 
 
 def per_token():
-    from stepflow_tl.saliency.objectives import Objective
-
     return Objective("per_token", torch.arange(1, N_TOKENS), per_token=True)
 
 
 def mean_nll():
-    from stepflow_tl.saliency.objectives import Objective
-
     return Objective("mean", torch.tensor([4, 5, 6, 9, 12]))
 
 
 def one_logit():
-    from stepflow_tl.saliency.objectives import Objective
-
     return Objective("one logit", None, function=lambda logits, tokens: logits[0, 11, 3] - logits[0, 7, 5])
 
 

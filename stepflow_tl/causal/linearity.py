@@ -3,7 +3,7 @@
 1. Dose: at `hook_pattern`, the attention from step i's queries to step j's keys is multiplied by `1 - eps`,
    in the chosen layers and heads at once, after the softmax and without renormalising. Then
    `dL / d eps = - sum of A * dL/dA` over the edge's tokens, layers and heads, at eps = 0.
-2. Predicted: that sum, from one backward pass (`saliency.signed`).
+2. Predicted: that sum, from one backward pass (`signed_step_saliency`).
 3. Measured: the slope at 0 by central differences of fourth order, from four forward passes per pair:
    `(8 (L(eps) - L(-eps)) - (L(2 eps) - L(-2 eps))) / (12 eps)`.
 
@@ -35,7 +35,7 @@ from stepflow_tl.models.facts import check_heads, check_layers, model_facts
 from stepflow_tl.models.hook_names import resolve_hooks
 from stepflow_tl.models.passes import NamedHook, attached, frozen, model_device
 from stepflow_tl.saliency.objectives import Objective, ObjectiveLike, resolve_objective
-from stepflow_tl.saliency.signed import signed_step_saliency
+from stepflow_tl.saliency.run import signed_step_saliency
 from stepflow_tl.stepflow.flow import FwdHooks, StepFlow, standing_hooks
 from stepflow_tl.trace import ReasoningTrace, Step
 

@@ -25,8 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from stepflow_tl.errors import StepflowError
-from stepflow_tl.saliency.fused.refusal import FusedRefusal
+from stepflow_tl.errors import FusedRefusal, StepflowError
 
 Result = TypeVar("Result")
 

@@ -47,7 +47,7 @@ from stepflow_tl.runs.outcomes import Status
 from stepflow_tl.runs.plan import Task
 from stepflow_tl.runs.records import Record
 from stepflow_tl.saliency import StepSaliency, step_saliency
-from stepflow_tl.saliency.self_check import check_ahead
+from stepflow_tl.saliency.backends import check_ahead
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.formats import resolve_format
 

@@ -1,4 +1,4 @@
-"""Which backend computes a map, and what it says about that.
+"""Which backend computes a map, and whether its per-token rows hold on this very model.
 
 1. `"fused"`: exact in O(T) memory, wherever attention goes through transformers' attention interface.
 2. `"hooks"`: the reference, wherever there is a pattern hook; holds the T x T patterns of all layers.
@@ -7,23 +7,50 @@
 4. `"auto"`: fused where it can be exact, else hooks; the reason for falling back goes into the provenance.
 
 Hooks on scores or patterns need those tensors to exist, so they alone make `"auto"` choose `"hooks"`.
+
+The one-pass rows of `per_token` are measured once per model, on the first few tokens of a trace: the backend
+that is to run gives them through the trick, and for each position t a backward pass of L_t alone, of which
+only row t is read, gives them the slow obvious way. The hooks backend does that where there are hook points,
+so a fused run is held against the reference too. The check fails where something besides attention mixes
+positions (state-space or convolution layers), where values are transformed between pattern and z, or where
+scores are not `f(q . k)`: exactly the cases that the trick cannot serve. Cost: `n` extra backward passes over
+`n <= 6` tokens, well under a second; remembered per model object.
 """
 
+from __future__ import annotations
+
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepflow_tl.models.facts import is_transformerlens
-from stepflow_tl.models.hook_names import resolve_hooks
+from stepflow_tl.errors import FusedRefusal, ModelError
+from stepflow_tl.models.facts import is_transformerlens, model_facts
+from stepflow_tl.models.hook_names import hook_counts, resolve_hooks
 from stepflow_tl.models.passes import NamedHook, attached
-from stepflow_tl.saliency.fused.refusal import FusedRefusal
+from stepflow_tl.saliency.fused.install import refusal_reason
+from stepflow_tl.saliency.fused.run import fused_backend
+from stepflow_tl.saliency.hooks_backend import hooks_backend
+from stepflow_tl.saliency.layerwise import layerwise_backend
 from stepflow_tl.saliency.objectives import Objective
-from stepflow_tl.saliency.reference import hooks_backend
 
 Backend = Literal["auto", "hooks", "fused", "layerwise"]
+
+#: All take `(model, tokens, step_ids, objective, layers)` and return `[layer head query_step key_bin]`.
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "fused": fused_backend,
+    "hooks": hooks_backend,
+    "layerwise": layerwise_backend,
+}
+N_CHECKED_TOKENS = 6
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
+_HALF_TOLERANCE = 0.15
+
+_checked: weakref.WeakKeyDictionary[Any, dict[str, float]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -56,38 +83,29 @@ def run_backend(
     """Run `backend`, or the best one that holds where it is `"auto"`.
 
     `hooks` are on the model while the map is computed and while it is asked whether fused can serve it, but
-    not during the self-check: they know the trace's positions, and the check runs on a few tokens.
+    not during the check of the per-token rows: they know the trace's positions, and the check runs on a few
+    tokens.
 
     Raises:
         ModelError: If the backend asked for cannot serve the model, with the reason.
         ValueError: If `backend` is unknown, or `checkpoint` or `block_divisor` goes with the hooks backend.
     """
-    from stepflow_tl.saliency.self_check import check_per_token
-
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
     if backend in ("hooks", "layerwise") and checkpoint:
         raise ValueError(f"checkpoint=True needs backend='fused': {backend!r} holds T x T patterns anyway")
     if block_divisor < 1 or (backend in ("hooks", "layerwise") and block_divisor > 1):
         raise ValueError(f"block_divisor is {block_divisor}: expected 1, or more with backend='fused'")
+    arguments = (model, tokens, step_ids, objective, layers)
     notes: dict[str, str] = {}
     if backend in ("auto", "fused"):
         try:
             with attached(model, last=hooks):
-                refuse_early(model)
+                _refuse_early(model)
             if objective.per_token:
                 notes["self_check"] = check_per_token(model, tokens, "fused")
-            fused = backend_function("fused")
             with attached(model, last=hooks):
-                sums = fused(
-                    model,
-                    tokens,
-                    step_ids,
-                    objective,
-                    layers,
-                    checkpoint=checkpoint,
-                    block_divisor=block_divisor,
-                )
+                sums = fused_backend(*arguments, checkpoint=checkpoint, block_divisor=block_divisor)
             if checkpoint or block_divisor > 1:
                 notes["memory"] = f"checkpoint={checkpoint}, block_divisor={block_divisor}"
             return BackendRun(sums, "fused", notes)
@@ -100,34 +118,80 @@ def run_backend(
     if objective.per_token:
         notes["self_check"] = check_per_token(model, tokens, name)
     with attached(model, last=hooks):
-        sums = backend_function(name)(model, tokens, step_ids, objective, layers)
-    return BackendRun(sums, name, notes)
+        return BackendRun(_FUNCTIONS[name](*arguments), name, notes)
 
 
-def refuse_early(model: Any) -> None:
-    """Refuse what can be told from model and hooks alone, before any forward pass.
+def per_token_deviation(model: Any, tokens: Int[Tensor, " token"], backend: str) -> float:
+    """Largest relative deviation of the one-pass rows from separate backward passes, over layers and heads.
+
+    Each token is its own step, so pooled sums are token saliency. The deviation of a layer is taken relative
+    to its largest entry; layers whose saliency is all zero count as 0.
+    """
+    few = tokens[:N_CHECKED_TOKENS]
+    each = torch.arange(len(few))
+    layers = tuple(range(model_facts(model).n_layers))
+    one_pass = _FUNCTIONS[backend](model, few, each, Objective("per_token", each[1:], per_token=True), layers)
+    reference = hooks_backend if is_transformerlens(model) else fused_backend
+    separate = torch.zeros_like(one_pass)
+    for t in range(len(few) - 1):
+        rows = reference(model, few, each, Objective(f"token {t}", each[t + 1 : t + 2]), layers)
+        separate[:, :, t] = rows[:, :, t]
+    scale = separate.flatten(1).amax(1).clamp(min=torch.finfo(separate.dtype).tiny)
+    return float(((one_pass - separate).abs().flatten(1).amax(1) / scale).max())
+
+
+def check_per_token(model: Any, tokens: Int[Tensor, " token"], backend: str) -> str:
+    """Run the check unless this model object has passed it; return a note for the provenance.
+
+    Hooks that are attached from outside belong to the user's run and may know its positions, so the check,
+    which runs on a few tokens only, is left out while there are any.
 
     Raises:
-        FusedRefusal: With the reason.
+        FusedRefusal: If the fused backend deviates by more than the tolerance.
+        ModelError: If the hooks backend does; the message says what that means and what to do.
     """
-    from stepflow_tl.saliency.fused.install import refusal_reason
+    passed = _checked.get(model, {})
+    if backend in passed:
+        return f"max relative deviation {passed[backend]:.1e} over {N_CHECKED_TOKENS} tokens"
+    if is_transformerlens(model) and hook_counts(model):
+        return "not run: hooks were attached from outside"
+    deviation = per_token_deviation(model, tokens, backend)
+    facts = model_facts(model)
+    tolerance = _TOLERANCE.get(facts.dtype, _HALF_TOLERANCE)
+    if not deviation <= tolerance and backend == "fused":
+        raise FusedRefusal(f"its per-token rows deviate from separate backward passes by {deviation:.1e}")
+    if not deviation <= tolerance:
+        raise ModelError(
+            f"objective='per_token' cannot be served on {facts.name!r}: on "
+            f"{min(len(tokens), N_CHECKED_TOKENS)} tokens its one-pass rows deviate from separate backward "
+            f"passes by {deviation:.1e} (tolerance {tolerance:.0e}). Something besides attention mixes "
+            "positions (state-space or convolution layers), or the attention scales its scores or values in "
+            "a way this package does not know. Use an ordinary objective such as 'response'."
+        )
+    _checked[model] = {**passed, backend: deviation}
+    return f"max relative deviation {deviation:.1e} over {N_CHECKED_TOKENS} tokens"
 
+
+def check_ahead(model: Any, tokens: Int[Tensor, " token"]) -> None:
+    """Run the check that `backend="auto"` would run, on tokens of the caller's choice.
+
+    The note that results carry is that of the first check of a model object; after this one it no longer
+    depends on which trace came first.
+
+    Raises:
+        ModelError: As `check_per_token`.
+    """
+    try:
+        _refuse_early(model)
+        check_per_token(model, tokens, "fused")
+    except FusedRefusal:
+        if not is_transformerlens(model):
+            raise
+        check_per_token(model, tokens, "hooks")
+
+
+def _refuse_early(model: Any) -> None:
+    """Refuse what can be told from model and hooks alone, before any forward pass."""
     reason = refusal_reason(model)
     if reason is not None:
         raise FusedRefusal(reason)
-
-
-def backend_function(name: str) -> Callable[..., Tensor]:
-    """The function behind a backend's name; fused imports transformers, so each is imported when needed.
-
-    All take `(model, tokens, step_ids, objective, layers)` and return `[layer head query_step key_bin]`.
-    """
-    if name == "fused":
-        from stepflow_tl.saliency.fused.run import fused_backend
-
-        return fused_backend
-    if name == "layerwise":
-        from stepflow_tl.saliency.layerwise import layerwise_backend
-
-        return layerwise_backend
-    return hooks_backend

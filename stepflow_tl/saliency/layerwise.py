@@ -1,18 +1,22 @@
-"""The `layerwise` backend: one block's patterns at a time, from cached residuals, the last block first.
+"""The `layerwise` backend: the hooks backend with one block's patterns in memory at a time.
 
-1. One forward pass up to the last block keeps the residual that enters each block (`block_calls`).
+1. One forward pass up to the last block, each block under a checkpoint: it keeps what enters it and lets
+   everything else go. The hooks of the `hooks` backend are on; they build the same graph.
 2. The gradient at the final residual comes from the model's own final norm and unembedding. They work on
    each position by itself, so NLL objectives take them a few hundred rows at a time. A callable objective,
    or a hook outside the blocks that may know its positions, gets the logits of the whole trace, once.
-3. From the last block down to the lowest layer asked for: run the block again from its residual, this time
-   with pattern gradient hooks (and `PositionLocalGradients` for `per_token`), pool `|A * dL/dA|`, pass the
-   gradient on to the residual below, and let the block's graph go.
-4. Every block must give the same output again; if not, a hook with state (a counter, random numbers) is at
-   work, and that is an error.
+3. One backward pass from there to what enters the lowest layer asked for. A block runs again when its turn
+   comes, its pattern meets its gradient and is pooled, and the block's tensors are let go.
+4. Every block must give the same output again; if not, something with state (a hook that counts, random
+   numbers) is at work, and that is an error.
 
 The numbers are those of the `hooks` backend, for HookedTransformer and TransformerBridge alike. Hooks from
 outside stay in force: inside a block they run twice (forward pass, second run), at the embeddings twice
 (forward pass, tail), at the final norm and unembedding once, backward hooks once.
+
+Nothing here knows an architecture: masks, ALiBi, rotary tables and shortformer's position embeddings are what
+the model itself handed to its blocks. A KV cache has no use in a pass over the whole trace and would grow in
+the second run; it is left out.
 
 Memory `O(H T^2 + L T d_model)` where the `hooks` backend takes `O(L H T^2)`. Cost: a second forward pass
 through the blocks.
@@ -20,20 +24,20 @@ through the blocks.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.models.block_calls import BlockCall, RecordedBlocks, record_blocks, run_tail
-from stepflow_tl.models.hook_names import LayerHooks, hook_counts, resolve_hooks
-from stepflow_tl.models.passes import attached, frozen, model_device
+from stepflow_tl.models.hook_names import hook_counts
+from stepflow_tl.models.passes import attached, frozen, model_device, replaced_forward
+from stepflow_tl.saliency.hooks_backend import PatternTaps
 from stepflow_tl.saliency.objectives import Objective, token_nll
-from stepflow_tl.saliency.position_local import PositionLocalGradients
-from stepflow_tl.saliency.reference import PatternTaps
 
 _TAIL_ROWS = 256
 # A second run of the same operations on the same numbers; kernels may still sum in another order.
@@ -61,46 +65,178 @@ def layerwise_backend(
         Sums of `|A * dL/dA|` on the CPU, in at least float32; the last key bin is TEMPLATE.
 
     Raises:
-        ModelError: If the model lacks a hook point, a pattern hook never fires, blocks share more than the
-            residual, or a block's second run gives another output.
+        ModelError: If the model lacks a hook point, a pattern hook never fires, blocks do not run once each
+            in their order, or a block's second run gives another output.
         GradientError: If a pattern gets no gradient, or one that is not finite.
         ObjectiveError: If a callable objective does not return a differentiable scalar.
     """
-    resolved = resolve_hooks(model, None if objective.per_token else layers).layers
-    hooks = {layer_hooks.layer: layer_hooks for layer_hooks in resolved}
-    taps = PatternTaps(step_ids, layers)
+    taps = PatternTaps(model, step_ids, layers, per_token=objective.per_token, recomputed=True)
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         batch = tokens[None].to(model_device(model))
-        recorded = record_blocks(model, batch, lowest=min(layers))
-        calls, output = recorded.calls, recorded.final_residual
-        grad = _gradient_at_final_residual(model, recorded, objective, batch)
-        del recorded
-        while calls and grad is not None:
-            layer, call = calls.popitem()
-            local = PositionLocalGradients(model, (hooks[layer],)) if objective.per_token else None
-            tapped = hooks[layer] if layer in layers else None
-            rerun, leaf = _run_again(model, layer, call, taps, local, tapped)
-            _check_same(rerun.detach(), output, layer)
-            output = call.residual
-            grad = _gradient_below(rerun, leaf, grad, taps)
-            del rerun, leaf, call, local
+        blocks = CheckpointedBlocks(list(model.blocks))
+        with attached(model, first=taps.first, last=taps.last):
+            with attached(model, last=taps.start):
+                final = blocks.run(model, batch)
+            taps.check_fired()
+            gradient = _gradient_at_final_residual(model, blocks, final.detach(), objective, batch)
+            if gradient is not None and final.requires_grad:
+                down_to = [*blocks.entered[min(layers)], *taps.constants]
+                _backward(final, gradient, down_to)
     return taps.collect()
 
 
+class CheckpointedBlocks:
+    """A model's blocks during one forward pass, each under a checkpoint.
+
+    Nothing that a checkpoint calls refers back to this object: it holds the graph, and such a circle would
+    never be collected.
+
+    Attributes:
+        entered: Per block, the tensors with a gradient that entered it, the residual among them.
+        output_sizes: Per block, the length of the tuple it returned, or None for a bare tensor.
+    """
+
+    def __init__(self, blocks: list[Any]) -> None:
+        """Nothing has run yet."""
+        self._blocks = blocks
+        self._order: list[int] = []
+        self._outputs: dict[int, Tensor] = {}
+        self._final: Tensor | None = None
+        self.entered: list[list[Tensor]] = []
+        self.output_sizes: list[int | None] = []
+
+    def run(self, model: Any, tokens: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token d_model"]:
+        """The final residual, with its graph; grad mode must be on.
+
+        Raises:
+            ModelError: If a block does not run exactly once, or not in order.
+
+        Memory: `O(L T d_model)` kept, and one block's tensors at a time.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(set_checkpoint_early_stop(False))  # a second run goes on to its output
+            for layer, block in enumerate(self._blocks):
+                forward = partial(self._run_block, block.forward, layer)
+                stack.enter_context(replaced_forward(block, forward))
+            stack.callback(self._blocks[-1].register_forward_hook(self._stop).remove)
+            try:
+                model(tokens, return_type="logits")
+            except _LastBlockDone:
+                pass
+        if self._final is None:
+            absent = sorted(set(range(len(self._blocks))) - set(self._order))
+            raise ModelError(
+                f"blocks {absent} did not run in the model's forward pass: this model computes its layers "
+                "elsewhere. Running it block by block cannot serve it; use backend='hooks'."
+            )
+        return self._final
+
+    def tail(
+        self, model: Any, tokens: Int[Tensor, "batch row"], residual: Float[Tensor, "batch row d_model"]
+    ) -> Float[Tensor, "batch row vocabulary"]:
+        """Logits of some rows of the final residual, by the model's own final norm and unembedding.
+
+        Args:
+            model: The model; its blocks are passed over.
+            tokens: As many token ids as there are rows; their embedding is computed and dropped.
+            residual: Rows of the final residual, in any order: norm and unembedding work on each by itself.
+        """
+
+        def shaped(tensor: Any, size: int | None) -> Any:
+            return tensor if size is None else (tensor, *[None] * (size - 1))
+
+        def pass_over(size: int | None, *args: Any, **kwargs: Any) -> Any:
+            return shaped(args[0] if args else kwargs.get("hidden_states", kwargs.get("resid_pre")), size)
+
+        def put_in(block: Any, args: Any, output: Any) -> Any:
+            return shaped(residual.clone(), self.output_sizes[-1])
+
+        with ExitStack() as stack:
+            for block, size in zip(self._blocks, self.output_sizes, strict=True):
+                stack.enter_context(replaced_forward(block, partial(pass_over, size)))
+            stack.callback(self._blocks[-1].register_forward_hook(put_in).remove)
+            return model(tokens, return_type="logits")
+
+    def _run_block(self, forward: Any, layer: int, *args: Any, **kwargs: Any) -> Any:
+        self._order.append(layer)
+        if layer != len(self._order) - 1:
+            raise ModelError(
+                f"blocks ran in the order {self._order}: expected each once, from the first to the last. "
+                "Running it block by block cannot serve this model; use backend='hooks'."
+            )
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False
+        inputs = (*args, *kwargs.values())
+        self.entered.append([x for x in inputs if isinstance(x, Tensor) and x.requires_grad])
+        run = partial(_run_and_compare, forward, layer, self._outputs)
+        output = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        self.output_sizes.append(len(output) if isinstance(output, tuple) else None)
+        return output
+
+    def _stop(self, block: Any, args: tuple[Any, ...], output: Any) -> None:
+        self._final = _first(output)
+        raise _LastBlockDone
+
+
+class _LastBlockDone(Exception):
+    """Ends a forward pass before logits of `[T, vocabulary]` are made."""
+
+
+def _run_and_compare(
+    forward: Any, layer: int, outputs: dict[int, Tensor], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Run a block; a second run with another output would give another model's map."""
+    output = forward(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
+    found = _first(output).detach()
+    if layer not in outputs:
+        outputs[layer] = found
+        return output
+    expected = outputs.pop(layer)
+    tolerance = _SAME_OUTPUT.get(found.dtype, _SAME_OUTPUT_HALF)
+    scale = float(expected.nan_to_num(0, 0, 0).abs().max())
+    if found.shape != expected.shape or not torch.allclose(
+        found, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True
+    ):
+        raise ModelError(f"block {layer} gave another output when it was run a second time: {_STATE}")
+    return output
+
+
+_STATE = (
+    "something with state is at work in it, such as a hook that counts or draws random numbers, a random "
+    "layer, or a store that blocks share and overwrite. Make it depend on its input alone, or use "
+    "backend='hooks', which runs everything once."
+)
+
+
+def _own(value: Any) -> Any:
+    """A block's argument as the block gets it: a copy of what a hook may write into, and no KV cache."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        return value.clone()
+    return None if hasattr(value, "get_seq_length") else value
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
 def _gradient_at_final_residual(
-    model: Any, recorded: RecordedBlocks, objective: Objective, batch: Int[Tensor, "1 token"]
+    model: Any,
+    blocks: CheckpointedBlocks,
+    final: Float[Tensor, "1 token d_model"],
+    objective: Objective,
+    batch: Int[Tensor, "1 token"],
 ) -> Float[Tensor, "1 token d_model"] | None:
-    final, sizes = recorded.final_residual, recorded.output_sizes
+    """Derivative of the objective by the final residual; None where it does not depend on it."""
     if objective.targets is None or any(not name.startswith("blocks.") for name in hook_counts(model)):
         leaf = final.clone().requires_grad_(True)
-        loss = objective.loss(run_tail(model, sizes, batch, leaf), batch)
+        loss = objective.loss(blocks.tail(model, batch, leaf), batch)
         return torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
     gradient = torch.zeros_like(final)
     weight = 1.0 if objective.per_token else 1.0 / len(objective.targets)
     for targets in objective.targets.to(final.device).split(_TAIL_ROWS):
         leaf = final[:, targets - 1].requires_grad_(True)
         targets_at_input = targets.to(batch.device)
-        logits = run_tail(model, sizes, batch[:, targets_at_input - 1], leaf)
+        logits = blocks.tail(model, batch[:, targets_at_input - 1], leaf)
         nll = token_nll(logits[0], batch[0, targets_at_input].to(logits.device))
         del logits
         (grad,) = torch.autograd.grad(nll.sum() * weight, leaf)
@@ -109,58 +245,9 @@ def _gradient_at_final_residual(
     return gradient
 
 
-def _run_again(
-    model: Any,
-    layer: int,
-    call: BlockCall,
-    taps: PatternTaps,
-    local: PositionLocalGradients | None,
-    tapped: LayerHooks | None,
-) -> tuple[Float[Tensor, "1 token d_model"], Float[Tensor, "1 token d_model"]]:
-    """One block with graph: what leaves it, and the leaf that enters it."""
-    leaf = call.residual.detach().requires_grad_(True)
-    last = list(local.last) if local is not None else []
-    last += [(tapped.pattern, partial(taps.attach, layer=layer))] if tapped is not None else []
-    with attached(model, first=local.first if local is not None else (), last=last):
-        output = call.run(leaf)
-    if tapped is not None and layer not in taps.fired:
-        raise ModelError(
-            f"the pattern hook `{tapped.pattern}` never fired: this attention implementation does not "
-            "compute patterns at its hook points. Boot the model with eager attention."
-        )
-    if local is not None and layer not in local.completed:
-        raise ModelError(
-            f"`hook_z` never fired in layers {[layer]}: objective='per_token' cannot be served here"
-        )
-    return output, leaf
-
-
-def _gradient_below(
-    output: Float[Tensor, "1 token d_model"],
-    leaf: Float[Tensor, "1 token d_model"],
-    grad: Float[Tensor, "1 token d_model"],
-    taps: PatternTaps,
-) -> Float[Tensor, "1 token d_model"] | None:
-    """Backward through one block; patterns are pooled on the way. None where the residual is cut."""
-    if not output.requires_grad:
-        return None
-    leaves = [leaf, *taps.leaves]
-    taps.leaves.clear()
-    return torch.autograd.grad(output, leaves, grad.to(output.device), allow_unused=True)[0]
-
-
-def _check_same(
-    found: Float[Tensor, "1 token d_model"], expected: Float[Tensor, "1 token d_model"], layer: int
-) -> None:
-    """A block that gives another output the second time would give another model's map."""
-    expected = expected.to(found.device)
-    tolerance = _SAME_OUTPUT.get(found.dtype, _SAME_OUTPUT_HALF)
-    scale = float(expected.nan_to_num(0, 0, 0).abs().max())
-    if found.shape != expected.shape or not torch.allclose(
-        found, expected, rtol=tolerance, atol=tolerance * scale, equal_nan=True
-    ):
-        raise ModelError(
-            f"block {layer} gave another output when it was run a second time: a hook with state (a counter, "
-            "random numbers) or a random layer is at work in it. Make it depend on its input alone, or use "
-            "backend='hooks', which runs every hook once."
-        )
+def _backward(final: Tensor, gradient: Tensor, down_to: list[Tensor]) -> None:
+    """From the final residual down to these tensors; blocks run again on the way."""
+    try:
+        torch.autograd.grad(final, down_to, gradient.to(final.device), allow_unused=True)
+    except CheckpointError as error:
+        raise ModelError(f"a block kept other tensors when it was run a second time: {_STATE}") from error

@@ -20,7 +20,7 @@ and values of position t. So:
 Order among hooks: what detaches or reads runs after a user's hooks, what gives a path back runs before them,
 so that an edit of scores, pattern or z acts on the diagonal path as it does on all others.
 
-Exact for models in which attention alone mixes positions. `self_check` measures that on the model at hand.
+Exact for models in which attention alone mixes positions. `backends` measures that on the model at hand.
 Cost: one backward pass without cross-position dk, dv; memory `O(H T)` per layer beyond the hooks backend's
 own.
 """

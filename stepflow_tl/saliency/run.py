@@ -1,16 +1,22 @@
-"""`step_saliency`: check the inputs, choose a backend, run it, label the result."""
+"""`step_saliency` and its signed form: check the inputs, choose a backend, run it, label the result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from stepflow_tl.models.facts import check_fit, check_layers, model_facts
+from jaxtyping import Float
+from torch import Tensor
+
+from stepflow_tl.errors import ModelError, ObjectiveError
+from stepflow_tl.models.facts import check_fit, check_layers, is_transformerlens, model_facts
+from stepflow_tl.models.passes import attached
 from stepflow_tl.results.provenance import Provenance, package_versions
 from stepflow_tl.saliency.backends import Backend, run_backend
+from stepflow_tl.saliency.hooks_backend import hooks_backend
 from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective
 from stepflow_tl.saliency.result import StepSaliency
-from stepflow_tl.stepflow.flow import StepFlow
+from stepflow_tl.stepflow.flow import FwdHooks, StepFlow, standing_hooks, standing_notes
 from stepflow_tl.trace import ReasoningTrace
 
 
@@ -24,6 +30,7 @@ def step_saliency(
     checkpoint: bool = False,
     block_divisor: int = 1,
     stepflow: StepFlow | None = None,
+    fwd_hooks: FwdHooks = (),
 ) -> StepSaliency:
     """Step-to-step saliency map of one trace (paper: Step-Saliency; docs/method.md sections 2 to 4).
 
@@ -53,13 +60,17 @@ def step_saliency(
             scratch memory, some more time, and sums that round otherwise.
         stepflow: Map the repaired flow: the passes run under this StepFlow. Its bridge edits scores, so
             `"auto"` takes `"hooks"`; momentum alone goes with `"fused"`.
+        fwd_hooks: Hooks `(name, hook)` in force in the passes, after those already attached and before
+            StepFlow's, or a function from the trace to them. The map is that of `model.hooks(fwd_hooks=...)`
+            around the call; `"auto"` takes `"hooks"` where they listen at scores or patterns.
 
     Returns:
         Sums per layer, head and step pair, in nats, on the CPU.
 
     Raises:
         ModelError: If the trace does not fit the model (vocabulary, context), a hook point is missing or
-            silent, or `per_token` does not hold on this model.
+            silent, `per_token` does not hold on this model, or hooks are given for a model without hook
+            points.
         ObjectiveError: If the objective is unknown, no scalar, or touches no token.
         GradientError: If a gradient is missing or not finite.
         ValueError: If `backend` is unknown, or cannot do with `checkpoint` or `block_divisor`.
@@ -71,7 +82,13 @@ def step_saliency(
     check_fit(facts, trace)
     chosen = check_layers(facts, layers)
     resolved = resolve_objective(objective, trace)
-    hooks = stepflow.hooks(model, trace, detach_values=resolved.per_token) if stepflow is not None else ()
+    own = standing_hooks(model, trace, fwd_hooks=fwd_hooks)
+    if own and not is_transformerlens(model):
+        raise ModelError(
+            f"{type(model).__name__} has no hook points for `fwd_hooks`: wrap it with "
+            "TransformerBridge.boot_transformers(name, hf_model=..., tokenizer=...)"
+        )
+    hooks = standing_hooks(model, trace, stepflow=stepflow, fwd_hooks=own, detach_values=resolved.per_token)
     run = run_backend(
         backend,
         model,
@@ -83,11 +100,7 @@ def step_saliency(
         block_divisor=block_divisor,
         hooks=hooks,
     )
-    notes = dict(run.notes)
-    if stepflow is not None:
-        notes["stepflow"] = repr(stepflow)
-        if stepflow.placebo is not None:
-            notes["placebo"] = str(stepflow.placebo)
+    notes = {**run.notes, **standing_notes(stepflow, own)}
     return StepSaliency(
         sums=run.sums[..., :-1].contiguous(),
         template_sums=run.sums[..., -1].contiguous(),
@@ -104,3 +117,52 @@ def step_saliency(
             notes=notes,
         ),
     )
+
+
+def signed_step_saliency(
+    model: Any,
+    trace: ReasoningTrace,
+    *,
+    objective: ObjectiveLike = "response",
+    layers: Sequence[int] | None = None,
+    stepflow: StepFlow | None = None,
+    fwd_hooks: FwdHooks = (),
+) -> Float[Tensor, "layer head query_step key_step"]:
+    """Sums of `A * dL/dA` over step pairs, so that opposite signs cancel; L one scalar, through all paths.
+
+    Step-Saliency says how strongly a loss hangs on an edge; this says what a small change of the edge does.
+    Scale the attention of an edge by `1 - eps` (after the softmax, without renormalising) and the loss
+    changes by `- eps * sum of A * dL/dA` over its tokens, layers and heads, to first order.
+    `causal.linearity` measures it.
+
+    Args:
+        model: A TransformerLens model whose patterns are live.
+        trace: The trace, in this model's token ids.
+        objective: Any objective of `step_saliency` but "per_token", whose rows each have a loss of their own:
+            no intervention on an edge changes only that.
+        layers: Layers to keep, in order; all by default.
+        stepflow: Map the repaired flow, as in `step_saliency`.
+        fwd_hooks: Hooks in force in the pass, as in `step_saliency`.
+
+    Returns:
+        Signed sums on the CPU, in the objective's unit (nats).
+
+    Raises:
+        ModelError: If the trace does not fit, or a hook point is missing or silent.
+        ObjectiveError: If the objective is "per_token", unknown, no scalar, or touches no token.
+        GradientError: If a gradient is missing or not finite.
+
+    Cost: that of `step_saliency(backend="hooks")`, `O(L H T^2)` memory.
+    """
+    facts = model_facts(model)
+    check_fit(facts, trace)
+    chosen = check_layers(facts, layers)
+    resolved = resolve_objective(objective, trace)
+    if resolved.per_token:
+        raise ObjectiveError(
+            "objective='per_token' has a loss for each row, and no change of an edge moves only that one: "
+            "use a scalar such as 'response', 'summary' or a step's label"
+        )
+    with attached(model, last=standing_hooks(model, trace, stepflow=stepflow, fwd_hooks=fwd_hooks)):
+        sums = hooks_backend(model, trace.tokens, trace.step_ids, resolved, chosen, signed=True)
+    return sums[..., :-1].contiguous()

@@ -272,10 +272,12 @@ FwdHooks = Sequence[NamedHook] | Callable[[ReasoningTrace], Sequence[NamedHook]]
 def standing_notes(stepflow: StepFlow | None, fwd_hooks: FwdHooks) -> dict[str, str]:
     """What stays on, in words for a result's provenance; nothing where nothing does."""
     notes = {} if stepflow is None else {"stepflow": repr(stepflow)}
+    if stepflow is not None and stepflow.placebo is not None:
+        notes["placebo"] = str(stepflow.placebo)
     if callable(fwd_hooks):
         notes["fwd_hooks"] = "made for each trace"
     elif fwd_hooks:
-        notes["fwd_hooks"] = f"{len(fwd_hooks)} of the caller's"
+        notes["fwd_hooks"] = ", ".join(dict.fromkeys(name for name, _ in fwd_hooks))
     return notes
 
 

@@ -149,7 +149,7 @@ class Checks:
     def check_map(self, objective: str, backend: str) -> None:
         """Against the hooks backend; `per_token` also against one backward pass a token."""
         from stepflow_tl.errors import ModelError
-        from stepflow_tl.saliency.self_check import per_token_deviation
+        from stepflow_tl.saliency.backends import per_token_deviation
 
         found = self.saliency(objective, backend)
         if objective == "per_token":

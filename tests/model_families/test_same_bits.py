@@ -31,7 +31,7 @@ def traces():
         ids = ReasoningTrace.from_parts(tiny_tokenizer(), "Is 7 odd?", thinking, summary).tokens
         return ReasoningTrace.from_tokens(tiny_tokenizer(), ids)
 
-    # Longer than `cores.SHORTEST_SHARED`, so that the fused backend's work is shared out among threads.
+    # Longer than `sweep.SHORTEST_SHARED`, so that the fused backend's work is shared out among threads.
     long = "7 = 2*3 + 1.\n\nSo yes.\n\nOdd it is" + ", and odd it stays" * 20 + "."
     return make(long, "Yes, odd."), make(long.replace("yes", "no.").replace("+ 1", "+ 0"), "No., odd.")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stepflow_tl.errors import FusedRefusal
 from stepflow_tl.runs.memory import (
     LAYERWISE,
     OutOfMemoryError,
@@ -17,7 +18,6 @@ from stepflow_tl.runs.memory import (
     with_less_and_less,
 )
 from stepflow_tl.saliency import step_saliency
-from stepflow_tl.saliency.fused.refusal import FusedRefusal
 
 GPU = RuntimeError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
 

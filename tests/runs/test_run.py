@@ -94,7 +94,7 @@ def test_two_runs_and_any_order_of_the_input_give_the_same_bytes(analyze, make_d
 
 def test_the_first_trace_does_not_show_in_the_others(tiny_model, make_dataset, out, tmp_path):
     """The self-check's figure stands in every result; a resumed run begins with another trace."""
-    from stepflow_tl.saliency.self_check import _checked
+    from stepflow_tl.saliency.backends import _checked
 
     path = make_dataset(3)
     run(tiny_model(), out, path)
@@ -290,7 +290,7 @@ def test_the_ladder_is_climbed_down_by_a_run(analyze, make_dataset, out, monkeyp
             raise RuntimeError("out of memory") if len(options_seen) == 1 else MemoryError
         return step_saliency(model, trace, **options)
 
-    from stepflow_tl.saliency.fused.refusal import FusedRefusal
+    from stepflow_tl.errors import FusedRefusal
 
     def refused_by_fused(model, trace, **options):
         if options.get("backend") == "fused":

@@ -1,5 +1,6 @@
 """The layerwise backend against the hooks backend, and what it holds in memory."""
 
+import gc
 import weakref
 
 import pytest
@@ -16,7 +17,13 @@ from layerwise_runs import (
     step_ids,
     token_ids,
 )
-from tiny_models import TINY_MODEL_KINDS, count_hooks
+from tiny_models import TINY_MODEL_KINDS, build_tiny_tokenizer, count_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stepflow_tl.saliency import layerwise as module
+from stepflow_tl.saliency.hooks_backend import hooks_backend
+from stepflow_tl.saliency.layerwise import CheckpointedBlocks, layerwise_backend
 
 # Both backends run the same operations; only the rows of the tail are summed in another order. The llama
 # and qwen2 kinds take softmax and norms in float32, whose rounding that order may move.
@@ -39,26 +46,21 @@ def test_equal_to_the_hooks_backend(tiny_model, kind, objective):
 
 @pytest.mark.parametrize("rows", [1, 4, 13])
 def test_the_tail_may_be_cut_into_rows_anywhere(tiny_model, rows, monkeypatch):
-    from stepflow_tl.saliency import layerwise as module
-
     monkeypatch.setattr(module, "_TAIL_ROWS", rows)
     for objective in (per_token(), mean_nll()):
         assert deviation(*both_backends(tiny_model(), objective)) < 1e-12
 
 
 def test_the_tail_never_makes_more_logits_than_its_rows(tiny_model, monkeypatch):
-    from stepflow_tl.models import block_calls
-    from stepflow_tl.saliency import layerwise as module
-
-    widths = []
+    widths, tail = [], CheckpointedBlocks.tail
 
     def watched(*arguments):
-        logits = block_calls.run_tail(*arguments)
+        logits = tail(*arguments)
         widths.append(logits.shape[1])
         return logits
 
     monkeypatch.setattr(module, "_TAIL_ROWS", 5)
-    monkeypatch.setattr(module, "run_tail", watched)
+    monkeypatch.setattr(CheckpointedBlocks, "tail", watched)
     layerwise(tiny_model(), per_token())
     assert widths == [5, 5, 3]
     widths.clear()
@@ -131,7 +133,6 @@ def test_equal_under_hooks_attached_outside(tiny_model, kind, edit):
 
 def test_equal_where_blocks_get_different_masks_and_logits_are_capped():
     """Gemma-2: sliding and full attention in turn, soft-caps on scores and on logits, scaled embeddings."""
-    from tiny_models import build_tiny_tokenizer
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -167,29 +168,29 @@ def test_a_constant_pattern_still_has_saliency(tiny_model):
         assert deviation(*both_backends(model, mean_nll())) < 1e-12
 
 
-class GraphMeter(torch.autograd.graph.saved_tensors_hooks):
-    """Counts, for every moment of a run, the layers of which autograd holds a `[.., T, T]` tensor."""
+class PatternMeter(TorchDispatchMode):
+    """Counts, for every moment of a run, the layers of which a `[.., head, T, T]` tensor is in memory."""
 
     def __init__(self, model):
+        super().__init__()
         self.layer, self.live, self.most = 0, {}, 0
+        self.n_heads = model.cfg.n_heads
         names = [model.hook_dict[f"blocks.{layer}.hook_resid_pre"].name for layer in range(N_LAYERS)]
         self.hooks = [(name, self._enter) for name in names]
-        super().__init__(self._pack, lambda packed: packed[0])
 
     def _enter(self, residual, hook):
         self.layer = int(hook.name.split(".")[1])
 
-    def _pack(self, tensor):
-        packed = _Packed([tensor.detach()])  # with its graph, an output saved by its own node would never die
-        if tensor.shape[-2:] == (N_TOKENS, N_TOKENS) and tensor.requires_grad:
-            self.live[id(packed)] = self.layer
-            weakref.finalize(packed, self.live.pop, id(packed))
-            self.most = max(self.most, len(set(self.live.values())))
-        return packed
-
-
-class _Packed(list):
-    """A list that can be referred to weakly."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-3:] == (self.n_heads, N_TOKENS, N_TOKENS):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.live:
+                    self.live[storage._cdata] = self.layer
+                    weakref.finalize(storage, self.live.pop, storage._cdata)
+        self.most = max(self.most, len(set(self.live.values())))
+        return result
 
 
 @pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
@@ -197,14 +198,20 @@ class _Packed(list):
 def test_patterns_of_one_layer_live_at_a_time_and_of_all_layers_in_the_hooks_backend(
     tiny_model, kind, objective
 ):
-    from stepflow_tl.saliency.layerwise import layerwise_backend
-    from stepflow_tl.saliency.reference import hooks_backend
-
     model, most = tiny_model(kind), {}
     for backend in (layerwise_backend, hooks_backend):
-        meter = GraphMeter(model)
+        meter = PatternMeter(model)
         with model.hooks(fwd_hooks=meter.hooks), meter:
             backend(model, token_ids(), step_ids(), OBJECTIVES[objective](), tuple(range(N_LAYERS)))
         most[backend.__name__] = meter.most
         assert not meter.live, "nothing may outlive the run"
     assert most == {"layerwise_backend": 1, "hooks_backend": N_LAYERS}
+
+
+def test_no_tensor_outlives_a_run_of_which_half_the_graph_was_never_walked(tiny_model):
+    """Checkpoints below the lowest layer are let go with everything they hold."""
+    model, inputs = tiny_model(), []
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda x, hook: inputs.append(weakref.ref(x)))]):
+        layerwise(model, per_token(), (3,))
+    gc.collect()
+    assert len(inputs) == 1 and inputs[0]() is None

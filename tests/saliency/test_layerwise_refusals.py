@@ -5,6 +5,10 @@ import torch
 from layerwise_runs import layerwise, mean_nll, one_logit, per_token, token_ids
 from tiny_models import TINY_MODEL_KINDS, count_hooks
 
+from stepflow_tl.errors import GradientError, ModelError, ObjectiveError
+from stepflow_tl.saliency.layerwise import CheckpointedBlocks
+from stepflow_tl.saliency.objectives import Objective
+
 
 def as_found(model):
     """What must be the same before and after: hooks at hook points, on blocks, and the blocks' forward."""
@@ -65,8 +69,6 @@ def test_the_model_works_as_before_afterwards(tiny_model):
 
 
 def test_nan_in_a_gradient_is_an_error_that_names_the_layer(tiny_model):
-    from stepflow_tl.errors import GradientError
-
     model = tiny_model()
 
     def poison(residual, hook):
@@ -79,8 +81,6 @@ def test_nan_in_a_gradient_is_an_error_that_names_the_layer(tiny_model):
 
 
 def test_nan_in_a_weight_is_the_same_error(tiny_model):
-    from stepflow_tl.errors import GradientError
-
     model = tiny_model()
     with model.hooks(fwd_hooks=[("blocks.2.attn.hook_v", lambda value, hook: value * float("nan"))]):
         with pytest.raises(GradientError, match="is not finite"):
@@ -93,8 +93,6 @@ def test_nan_in_a_weight_is_the_same_error(tiny_model):
     [("blocks.2.hook_resid_post", r"\[0, 1, 2\]"), ("unembed.hook_in", r"\[0, 1, 2, 3\]")],
 )
 def test_a_residual_stream_cut_above_is_an_error(tiny_model, where, layers, objective):
-    from stepflow_tl.errors import GradientError, ObjectiveError
-
     model = tiny_model()
     if where.startswith("unembed") and objective is one_logit:
         error, message = ObjectiveError, "does not depend on the logits"
@@ -107,8 +105,6 @@ def test_a_residual_stream_cut_above_is_an_error(tiny_model, where, layers, obje
 
 
 def test_a_hook_that_does_something_else_each_time_is_an_error_that_names_the_block(tiny_model):
-    from stepflow_tl.errors import ModelError
-
     model, calls = tiny_model(), []
 
     def counting(residual, hook):
@@ -122,22 +118,19 @@ def test_a_hook_that_does_something_else_each_time_is_an_error_that_names_the_bl
 
 
 def test_a_callable_that_is_no_differentiable_scalar_is_an_error(tiny_model):
-    from stepflow_tl.errors import ObjectiveError
-    from stepflow_tl.saliency.objectives import Objective
-
     for function in (lambda logits, tokens: logits[0], lambda logits, tokens: logits.detach().sum()):
         with pytest.raises(ObjectiveError):
             layerwise(tiny_model(), Objective("wrong", None, function=function))
 
 
 def test_a_silent_pattern_hook_is_an_error_that_names_it(tiny_model, monkeypatch):
-    from stepflow_tl.errors import ModelError
-
     model = tiny_model()
     point = model.hook_dict["blocks.3.attn.hook_pattern"]
     monkeypatch.setitem(point.__dict__, "forward", point.forward)
     monkeypatch.setattr(point, "add_hook", lambda function, **_: point.fwd_hooks.append(_NoHandle()))
-    with pytest.raises(ModelError, match=r"blocks.3.attn.hook_pattern` never fired.*eager attention"):
+    with pytest.raises(
+        ModelError, match=r"pattern hooks never fired .blocks.3.attn.hook_pattern.*eager attention"
+    ):
         layerwise(model, mean_nll())
 
 
@@ -146,49 +139,83 @@ class _NoHandle:
         remove = staticmethod(lambda: None)
 
 
+def test_a_hook_that_saves_other_tensors_each_time_is_an_error(tiny_model):
+    model, calls = tiny_model(), []
+
+    def detached_the_second_time(value, hook):
+        calls.append(hook)
+        return value if len(calls) == 1 else value.detach()
+
+    with model.hooks(fwd_hooks=[("blocks.2.attn.hook_v", detached_the_second_time)]):
+        with pytest.raises(ModelError, match=r"other tensors .* second time: .*backend='hooks'"):
+            layerwise(model, mean_nll())
+    assert count_hooks(model) == 0
+
+
 class SharingModel(torch.nn.Module):
     """Two blocks; the second also reads what the first left in a dictionary."""
 
     class Block(torch.nn.Module):
         def forward(self, hidden_states, shared):
-            hidden_states = hidden_states + shared.get("value", 0)
+            hidden_states = hidden_states * hidden_states + shared.get("value", 0)
             shared["value"] = 2 * hidden_states
             return hidden_states
 
     def __init__(self):
         super().__init__()
         self.blocks = torch.nn.ModuleList([self.Block(), self.Block()])
+        self.embedding = torch.linspace(0.5, 1.5, 14, dtype=torch.float64)[None, :, None].requires_grad_(True)
 
     def forward(self, tokens, return_type):
-        residual, shared = tokens[..., None].double(), {}
+        residual, shared = self.embedding, {}
         for block in self.blocks:
             residual = block(residual, shared=shared)
         return residual
 
 
-def test_blocks_that_share_more_than_the_residual_are_refused():
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.models.block_calls import record_blocks
+def run_blocks(model):
+    """The final residual of the checkpointed blocks, and its gradient by the embedding."""
+    final = CheckpointedBlocks(list(model.blocks)).run(model, token_ids()[None])
+    return final, torch.autograd.grad(final.sum(), model.embedding)[0]
 
-    with pytest.raises(ModelError, match=r"block 1 receives `shared` from an earlier block"):
-        record_blocks(SharingModel(), token_ids()[None])
+
+def test_blocks_that_overwrite_what_they_share_are_refused():
+    with pytest.raises(ModelError, match=r"block 1 gave another output .* blocks share and overwrite"):
+        run_blocks(SharingModel())
+
+
+def test_blocks_that_read_what_an_earlier_block_computed_are_exact():
+    """A later layer reads the keys and values of an earlier one: gradients take both paths."""
+
+    class Reader(torch.nn.Module):
+        def forward(self, hidden_states, shared):
+            return hidden_states * hidden_states + shared["value"]
+
+    class Model(SharingModel):
+        def forward(self, tokens, return_type):
+            residual = self.blocks[0](self.embedding, shared={"value": 1})
+            return self.blocks[1](residual, shared={"value": residual * residual})
+
+    model = Model()
+    model.blocks = torch.nn.ModuleList([Reader(), Reader()])
+    final, gradient = run_blocks(model)
+    plain = model(token_ids()[None], return_type="logits")
+    assert torch.equal(final, plain)
+    assert torch.equal(gradient, torch.autograd.grad(plain.sum(), model.embedding)[0])
 
 
 def test_blocks_that_run_twice_or_never_are_refused():
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.models.block_calls import record_blocks
-
     class Looped(SharingModel):
         order = (0, 0, 1)
 
         def forward(self, tokens, return_type):
-            residual = tokens[..., None].double()
+            residual = self.embedding
             for layer in self.order:
                 residual = self.blocks[layer](residual, shared={})
             return residual
 
     with pytest.raises(ModelError, match=r"blocks ran in the order \[0, 0\]: expected each once"):
-        record_blocks(Looped(), token_ids()[None])
+        run_blocks(Looped())
     Looped.order = (0,)
     with pytest.raises(ModelError, match=r"blocks \[1\] did not run"):
-        record_blocks(Looped(), token_ids()[None])
+        run_blocks(Looped())

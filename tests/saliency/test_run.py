@@ -6,12 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import FLOAT64_KINDS, TINY_MODEL_KINDS, build_tiny_model
+from transformers import LlamaForCausalLM
+
+from stepflow_tl import StepFlow, step_saliency
+from stepflow_tl.errors import ModelError
+from stepflow_tl.trace import ReasoningTrace
 
 
 @pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
 def test_a_trace_goes_in_and_a_labelled_map_comes_out(tiny_model, tiny_trace, hooks_untouched, kind):
-    from stepflow_tl import step_saliency
-
     model = tiny_model(kind)
     with hooks_untouched(model):
         saliency = step_saliency(model, tiny_trace)
@@ -31,8 +34,6 @@ def test_a_trace_goes_in_and_a_labelled_map_comes_out(tiny_model, tiny_trace, ho
 
 
 def test_a_selection_of_layers_is_what_the_whole_map_holds_there(tiny_model, tiny_trace):
-    from stepflow_tl import step_saliency
-
     model = tiny_model()
     whole = step_saliency(model, tiny_trace)
     some = step_saliency(model, tiny_trace, layers=[3, 1])
@@ -43,16 +44,12 @@ def test_a_selection_of_layers_is_what_the_whole_map_holds_there(tiny_model, tin
 
 
 def test_an_objective_of_one_step_leaves_later_rows_empty(tiny_model, tiny_trace):
-    from stepflow_tl import step_saliency
-
     saliency = step_saliency(tiny_model(), tiny_trace, objective="T2")
     assert (saliency.sums[:, :, 2].sum((1, 2)) > 0).all()
     assert (saliency.sums[:, :, 3:] == 0).all()
 
 
 def test_float32_agrees_with_float64(tiny_model, tiny_trace, tiny_tokenizer):
-    from stepflow_tl import step_saliency
-
     double_model = tiny_model()
     single_model = build_tiny_model(tokenizer=tiny_tokenizer, dtype=torch.float32)
     for single, double in zip(single_model.parameters(), double_model.parameters(), strict=True):
@@ -65,9 +62,6 @@ def test_float32_agrees_with_float64(tiny_model, tiny_trace, tiny_tokenizer):
 
 
 def test_the_self_check_is_left_out_under_foreign_hooks_and_says_so(tiny_trace, tiny_tokenizer):
-
-    from stepflow_tl import step_saliency
-
     model = build_tiny_model(tokenizer=tiny_tokenizer)
     with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda pattern, hook: None)]):
         assert "not run" in step_saliency(model, tiny_trace).provenance.notes["self_check"]
@@ -75,10 +69,6 @@ def test_the_self_check_is_left_out_under_foreign_hooks_and_says_so(tiny_trace, 
 
 
 def test_a_model_that_mixes_positions_outside_attention_is_refused_for_per_token(tiny_trace, tiny_tokenizer):
-
-    from stepflow_tl import step_saliency
-    from stepflow_tl.errors import ModelError
-
     model = build_tiny_model(tokenizer=tiny_tokenizer)
     mix = model.blocks[1].mlp.register_forward_pre_hook(
         lambda mlp, x: (x[0] + 0.5 * x[0].roll(1, dims=1), *x[1:])
@@ -92,17 +82,11 @@ def test_a_model_that_mixes_positions_outside_attention_is_refused_for_per_token
 
 @pytest.mark.parametrize("layers", [[4], [-1], [], [1, 1]])
 def test_layers_the_model_does_not_have_are_refused(tiny_model, tiny_trace, layers):
-    from stepflow_tl import step_saliency
-    from stepflow_tl.errors import ModelError
-
     with pytest.raises(ModelError, match=r"the model has layers 0\.\.3"):
         step_saliency(tiny_model(), tiny_trace, layers=layers)
 
 
 def test_tokens_outside_the_vocabulary_are_named(tiny_model, tiny_trace):
-    from stepflow_tl import step_saliency
-    from stepflow_tl.errors import ModelError
-
     small = tiny_model(d_vocab=100)
     first = int((tiny_trace.tokens >= 100).nonzero()[0])
     bad = int(tiny_trace.tokens[first])
@@ -112,9 +96,6 @@ def test_tokens_outside_the_vocabulary_are_named(tiny_model, tiny_trace):
 
 
 def test_a_trace_longer_than_the_context_is_refused(tiny_model, tiny_trace):
-    from stepflow_tl import step_saliency
-    from stepflow_tl.errors import ModelError
-
     with pytest.raises(
         ModelError, match=rf"{len(tiny_trace)} tokens, but the model's context holds 32: shorten"
     ):
@@ -122,17 +103,11 @@ def test_a_trace_longer_than_the_context_is_refused(tiny_model, tiny_trace):
 
 
 def test_something_that_is_no_transformerlens_model_is_refused(tiny_trace):
-    from stepflow_tl import step_saliency
-    from stepflow_tl.errors import ModelError
-
     with pytest.raises(ModelError, match="Linear is neither a TransformerLens model.*boot_transformers"):
         step_saliency(torch.nn.Linear(2, 2), tiny_trace)
 
 
 def test_a_layer_without_a_pattern_hook_is_named(tiny_model, tiny_trace):
-    from stepflow_tl import step_saliency
-    from stepflow_tl.errors import ModelError
-
     model = tiny_model()
     blind = SimpleNamespace(
         hook_dict={
@@ -147,16 +122,11 @@ def test_a_layer_without_a_pattern_hook_is_named(tiny_model, tiny_trace):
 
 
 def test_an_unknown_backend_is_named(tiny_model, tiny_trace):
-    from stepflow_tl import step_saliency
-
     with pytest.raises(Exception, match="eager"):
         step_saliency(tiny_model(), tiny_trace, backend="eager")
 
 
 def test_a_last_token_that_stands_alone_in_its_step_has_an_empty_row(tiny_model, tiny_tokenizer):
-    from stepflow_tl import step_saliency
-    from stepflow_tl.trace import ReasoningTrace
-
     trace = ReasoningTrace.from_parts(tiny_tokenizer, "Q?", "A b.\n\nC")
     assert trace.steps[-1].token_end == len(trace) and trace.steps[-1].n_tokens == 1
     saliency = step_saliency(tiny_model(), trace)
@@ -169,8 +139,6 @@ BRIDGED_KINDS = [kind for kind in TINY_MODEL_KINDS if kind not in FLOAT64_KINDS]
 @pytest.mark.parametrize("kind", BRIDGED_KINDS)
 @pytest.mark.parametrize("objective", ["per_token", "response"])
 def test_auto_takes_fused_and_agrees_with_hooks(tiny_model, tiny_trace, hooks_untouched, kind, objective):
-    from stepflow_tl import step_saliency
-
     model = tiny_model(kind)
     with hooks_untouched(model):
         auto = step_saliency(model, tiny_trace, objective=objective)
@@ -185,9 +153,6 @@ def test_auto_takes_fused_and_agrees_with_hooks(tiny_model, tiny_trace, hooks_un
 
 @pytest.mark.parametrize("kind", BRIDGED_KINDS)
 def test_a_pattern_hook_makes_auto_fall_back_and_fused_refuse(tiny_model, tiny_trace, kind):
-    from stepflow_tl import step_saliency
-    from stepflow_tl.errors import ModelError
-
     model = tiny_model(kind)
     with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * 1.0)]):
         saliency = step_saliency(model, tiny_trace)
@@ -201,8 +166,6 @@ def test_a_pattern_hook_makes_auto_fall_back_and_fused_refuse(tiny_model, tiny_t
 
 @pytest.mark.parametrize("kind", BRIDGED_KINDS)
 def test_fused_composes_with_a_hook_on_the_residual(tiny_model, tiny_trace, kind):
-    from stepflow_tl import step_saliency
-
     model = tiny_model(kind)
     steer = [("blocks.1.hook_resid_pre", lambda residual, hook: residual * 1.3 + 0.1)]
     plain = step_saliency(model, tiny_trace)
@@ -216,9 +179,6 @@ def test_fused_composes_with_a_hook_on_the_residual(tiny_model, tiny_trace, kind
 
 def test_a_plain_transformers_model_is_served_by_fused(tiny_model, tiny_trace, tiny_tokenizer):
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import LlamaForCausalLM
-
-    from stepflow_tl import step_saliency
 
     torch.manual_seed(0)
     plain = LlamaForCausalLM(tiny_model("llama").original_model.config).double().eval()
@@ -235,8 +195,6 @@ def test_a_plain_transformers_model_is_served_by_fused(tiny_model, tiny_trace, t
 @pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
 @pytest.mark.parametrize("objective", ["per_token", "response"])
 def test_layerwise_agrees_with_hooks(tiny_model, tiny_trace, hooks_untouched, kind, objective):
-    from stepflow_tl import step_saliency
-
     model = tiny_model(kind)
     with hooks_untouched(model):
         layerwise = step_saliency(model, tiny_trace, objective=objective, backend="layerwise")
@@ -246,10 +204,70 @@ def test_layerwise_agrees_with_hooks(tiny_model, tiny_trace, hooks_untouched, ki
 
 
 def test_checkpointing_goes_with_fused_only(tiny_model, tiny_trace):
-    from stepflow_tl import step_saliency
-    from stepflow_tl.errors import ModelError
-
     with pytest.raises(ValueError, match="checkpoint=True needs backend='fused'"):
         step_saliency(tiny_model(), tiny_trace, backend="hooks", checkpoint=True)
     with pytest.raises(ModelError, match="cannot serve this run"):
         step_saliency(tiny_model(FLOAT64_KINDS[0]), tiny_trace, checkpoint=True)
+
+
+def dampen(tensor, hook):
+    return tensor * torch.linspace(0.5, 1.5, tensor.shape[-1], dtype=tensor.dtype)
+
+
+@pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
+@pytest.mark.parametrize("where", ["hook_resid_pre", "attn.hook_z", "attn.hook_pattern"])
+@pytest.mark.parametrize("backend", ["auto", "hooks", "layerwise"])
+def test_fwd_hooks_give_the_map_of_hooks_attached_around_the_call(
+    tiny_model, tiny_trace, hooks_untouched, kind, where, backend
+):
+    model = tiny_model(kind)
+    edits = [(f"blocks.{layer}.{where}", dampen) for layer in (1, 2)]
+    with hooks_untouched(model):
+        found = step_saliency(model, tiny_trace, backend=backend, fwd_hooks=edits)
+        plain = step_saliency(model, tiny_trace, backend=backend)
+    with model.hooks(fwd_hooks=[(model.hook_dict[name].name, hook) for name, hook in edits]):
+        around = step_saliency(model, tiny_trace, backend=backend)
+    assert torch.equal(found.sums, around.sums) and torch.equal(found.template_sums, around.template_sums)
+    assert not torch.allclose(found.sums, plain.sums, rtol=1e-2)
+    assert found.provenance.backend == around.provenance.backend
+    assert found.provenance.notes["fwd_hooks"] == f"blocks.1.{where}, blocks.2.{where}"
+    assert "max relative deviation" in found.provenance.notes["self_check"], "the check runs without them"
+
+
+@pytest.mark.parametrize("kind", BRIDGED_KINDS)
+def test_auto_takes_hooks_only_where_fwd_hooks_listen_at_scores_or_patterns(tiny_model, tiny_trace, kind):
+    model = tiny_model(kind)
+    chosen = {}
+    for where in ("hook_attn_scores", "hook_pattern", "hook_q", "hook_z"):
+        edits = [(f"blocks.1.attn.{where}", lambda tensor, hook: None)]
+        chosen[where] = step_saliency(model, tiny_trace, fwd_hooks=edits).provenance.backend
+    assert chosen == {
+        "hook_attn_scores": "hooks",
+        "hook_pattern": "hooks",
+        "hook_q": "fused",
+        "hook_z": "fused",
+    }
+    with pytest.raises(ModelError, match=r"'fused' cannot serve this run: .*hook_pattern"):
+        edits = [("blocks.1.attn.hook_pattern", dampen)]
+        step_saliency(model, tiny_trace, backend="fused", fwd_hooks=edits)
+
+
+@pytest.mark.parametrize("backend", ["auto", "layerwise"])
+def test_fwd_hooks_as_a_function_of_the_trace_run_before_stepflow(tiny_model, tiny_trace, backend):
+    model, flow = tiny_model(), StepFlow(alpha=0.7, tau_max=0.3)
+    edit = ("blocks.0.attn.hook_pattern", dampen)
+    both = step_saliency(
+        model, tiny_trace, backend=backend, stepflow=flow, fwd_hooks=lambda t: [edit] * (t is tiny_trace)
+    )
+    with model.hooks(fwd_hooks=[edit]):
+        around = step_saliency(model, tiny_trace, backend=backend, stepflow=flow)
+    assert torch.equal(both.sums, around.sums)
+    for part in ({"stepflow": flow}, {"fwd_hooks": [edit]}):
+        alone = step_saliency(model, tiny_trace, backend=backend, **part)
+        assert not torch.allclose(both.sums, alone.sums, rtol=1e-3)
+
+
+def test_fwd_hooks_on_a_model_without_hook_points_are_refused(tiny_model, tiny_trace):
+    plain = LlamaForCausalLM(tiny_model("llama").original_model.config).eval()
+    with pytest.raises(ModelError, match="LlamaForCausalLM has no hook points for `fwd_hooks`: wrap it"):
+        step_saliency(plain, tiny_trace, fwd_hooks=[("blocks.0.attn.hook_z", dampen)])

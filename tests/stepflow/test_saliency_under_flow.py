@@ -5,9 +5,8 @@ import torch
 from tiny_models import TINY_MODEL_KINDS
 
 from stepflow_tl import step_saliency
-from stepflow_tl.saliency import self_check
+from stepflow_tl.saliency.hooks_backend import hooks_backend
 from stepflow_tl.saliency.objectives import Objective
-from stepflow_tl.saliency.reference import hooks_backend
 from stepflow_tl.stepflow import StepFlow
 
 TOLERANCE = {"hooked": 1e-11, "native": 1e-7, "llama": 2e-6, "qwen2": 2e-6, "gemma2": 2e-6, "gpt_oss": 2e-5}
@@ -87,7 +86,7 @@ def test_step_saliency_maps_the_repaired_flow(flow_model, short_trace, hooks_unt
 @pytest.mark.parametrize("backend", ["auto", "hooks", "layerwise"])
 def test_the_self_check_runs_without_the_flow_even_at_first_use(flow_model, short_trace, backend):
     model = flow_model("qwen2") if "qwen2" in TINY_MODEL_KINDS else flow_model("hooked")
-    self_check._checked.pop(model, None)
+    backends._checked.pop(model, None)
     for flow in (StepFlow(), StepFlow(tau_max=0)):
         notes = step_saliency(model, short_trace, stepflow=flow, backend=backend).provenance.notes
         assert "max relative deviation" in notes["self_check"]

@@ -17,22 +17,39 @@ An attention sink (gpt-oss) is one more logit in the softmax without a value: it
 A's rows sum to less than one, and steps 2 to 5 hold unchanged; its own gradient is `-sum_t A[t, sink]
 delta[t]`.
 
+On a CPU the tiles of `sweep` do all of this. On an NVIDIA GPU:
+
+* Forward: PyTorch's flash kernel, where it serves; it returns the logsumexp of each row as well.
+* Backward, ordinary objectives: PyTorch's flash backward gives dq, dk and dv from that logsumexp, and
+  `pool_on_device` the map. An attention sink is in the logsumexp and in z already, and the flash backward
+  uses nothing else of the softmax, so it holds with sinks too. It adds up dq in no fixed order unless PyTorch
+  is told otherwise, so it is told: equal inputs give equal bits.
+* Backward, `diagonal_only`: `pool_on_device` gives the map and dq in one sweep of three matrix products; dk
+  and dv are the diagonal's. Windows, soft-caps and sinks are all served. The flash backward is not used: it
+  would spend five products to throw two of its three gradients away.
+* What is not served so (float64, ordinary objectives under a window or a soft-cap, no Triton) goes through
+  the tiles, on any device.
+
 Memory beyond the inputs: q, k, v, z and one number per row saved; two or three tile buffers while backward
-runs. Time: 2 matrix products forward, 3 (`diagonal_only`) or 5 backward, over the visible part of the
-square.
+runs, or what the two kernels need on a GPU (`triton_pooling.LINE_BYTES`, and flash attention's float32 copy
+of dq, a few times over in its deterministic mode). Time: 2 matrix products forward, 3 (`diagonal_only`) or 5
+backward, over the visible part of the square.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.saliency.fused import device
-from stepflow_tl.saliency.fused.spec import AttentionSpec
-from stepflow_tl.saliency.fused.sweep import accumulation_dtype, tiled_backward, tiled_forward
+from stepflow_tl.saliency.fused.call import AttentionSpec, BackwardCall, accumulation_dtype
+from stepflow_tl.saliency.fused.steps import StepSums
+from stepflow_tl.saliency.fused.sweep import tiled_backward, tiled_forward
+from stepflow_tl.saliency.fused.triton_pooling import available, pool_on_device
 
 
 def saliency_attention(
@@ -41,21 +58,23 @@ def saliency_attention(
     value: Float[Tensor, "batch kv_head token d_value"],
     spec: AttentionSpec,
     *,
+    sums: StepSums | None = None,
     sinks: Float[Tensor, " head"] | None = None,
     anchor: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, "batch head token d_value"]:
-    """Causal attention that adds its token saliency to `spec.step_sums` when a gradient comes back.
+    """Causal attention that adds its token saliency to `sums` when a gradient comes back.
 
     Args:
         query: Queries; consecutive heads share a KV head.
         key: Keys.
         value: Values.
         spec: Scale, mask, soft-cap and what backward does.
+        sums: Where the pooled saliency goes; None to pool nothing.
         sinks: One logit per head that joins the softmax without a value.
         anchor: A scalar that requires a gradient, so that backward runs even where q, k and v require none.
             It is given a zero gradient.
     """
-    return _SaliencyAttention.apply(query, key, value, sinks, anchor, spec)  # pyright: ignore[reportReturnType]
+    return _SaliencyAttention.apply(query, key, value, sinks, anchor, spec, sums)  # pyright: ignore[reportReturnType]
 
 
 class _SaliencyAttention(torch.autograd.Function):
@@ -67,11 +86,12 @@ class _SaliencyAttention(torch.autograd.Function):
         value: Tensor,
         sinks: Tensor | None,
         anchor: Tensor | None,
-        spec: Any,
+        spec: AttentionSpec,
+        sums: StepSums | None,
     ) -> Tensor:
         z, logsumexp = _forward(query, key, value, sinks, spec)
         ctx.save_for_backward(query, key, value, sinks, z, logsumexp)
-        ctx.spec = spec
+        ctx.spec, ctx.sums = spec, sums
         return z
 
     @staticmethod
@@ -79,33 +99,37 @@ class _SaliencyAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dz,) = grad_outputs
         query, key, value, sinks, z, logsumexp = ctx.saved_tensors
-        needs_query, needs_key, needs_value, needs_sinks, needs_anchor, _ = ctx.needs_input_grad
+        needs_query, needs_key, needs_value, needs_sinks, needs_anchor, *_ = ctx.needs_input_grad
         work = accumulation_dtype(query.dtype)
         delta = (dz.to(work) * z.to(work)).sum(-1)
-        if device.backward_served(query, key, value, ctx.spec):
-            dq, dk, dv = device.attention_backward(query, key, value, z, logsumexp, dz, delta, ctx.spec)
+        call = BackwardCall(query, key, value, logsumexp, dz, delta, ctx.spec)
+        if kernels_serve(query, key, value, ctx.spec, pooling=ctx.sums is not None):
+            dq, dk, dv = kernel_backward(call, z, ctx.sums)
         else:
             diagonal = ctx.spec.diagonal_only
             needed = (needs_query, needs_key and not diagonal, needs_value and not diagonal)
-            dq, dk, dv = tiled_backward(query, key, value, logsumexp, dz, delta, ctx.spec, needed)
+            dq, dk, dv = tiled_backward(call, ctx.sums, needed)
             if diagonal and (needs_key or needs_value):
-                dk, dv = device.diagonal_gradients(query, key, value, logsumexp, dz, delta, ctx.spec)
+                dk, dv = diagonal_gradients(call)
         dsinks = None
         if needs_sinks:
             dsinks = -(torch.exp(sinks.to(work)[:, None] - logsumexp) * delta).sum((0, 2)).to(sinks.dtype)
         danchor = dz.new_zeros(()) if needs_anchor else None
-        return dq, dk, dv, dsinks, danchor, None
+        return dq, dk, dv, dsinks, danchor, None, None
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """Return z and the logsumexp of each row's scores, sink included."""
-    banded = spec.window is not None and spec.window < query.shape[2]
-    flash = query.device.type == "cpu" and value.shape[-1] == query.shape[-1]
-    if device.flash_serves(query, key, value, spec):
-        z, logsumexp = device.flash_forward(query, key, value, spec.scale)
-    elif flash and not banded and spec.softcap is None:
+    if flash_serves(query, key, value, spec):
+        z, logsumexp = flash_forward(query, key, value, spec.scale)
+    elif (
+        query.device.type == "cpu"
+        and value.shape[-1] == query.shape[-1]
+        and spec.window_within(query.shape[2]) is None
+        and spec.softcap is None
+    ):
         z, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, True, scale=spec.scale
         )
@@ -116,3 +140,127 @@ def _forward(
         z = z * torch.exp(logsumexp - with_sink)[..., None].to(z.dtype)
         logsumexp = with_sink
     return z, logsumexp
+
+
+def flash_serves(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> bool:
+    """Whether PyTorch's flash kernels compute this call, forward and backward."""
+    if not query.is_cuda or spec.softcap is not None or query.shape[-1] % 8:
+        return False
+    if spec.window_within(query.shape[2]) is not None:
+        return False
+    grouped = query.shape[1] != key.shape[1]
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, grouped)
+    return query.shape[-1] == value.shape[-1] and torch.backends.cuda.can_use_flash_attention(parameters)
+
+
+def kernels_serve(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, *, pooling: bool) -> bool:
+    """Whether `kernel_backward` computes this call, its pooled map included if there is `pooling`."""
+    kernel = query.is_cuda and available(query.device, query.dtype)
+    if spec.diagonal_only:
+        return kernel
+    return (kernel or not pooling) and flash_serves(query, key, value, spec)
+
+
+def flash_forward(
+    query: Float[Tensor, "batch head token d_head"],
+    key: Float[Tensor, "batch kv_head token d_head"],
+    value: Float[Tensor, "batch kv_head token d_head"],
+    scale: float,
+) -> tuple[Float[Tensor, "batch head token d_head"], Float[Tensor, "batch head token"]]:
+    """Causal attention: z, and the natural logarithm of each row's normaliser in float32."""
+    z, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, True, scale=scale
+    )
+    return z, logsumexp
+
+
+def kernel_backward(
+    call: BackwardCall, z: Float[Tensor, "batch head token d_value"], sums: StepSums | None
+) -> tuple[
+    Float[Tensor, "batch head token d_head"],
+    Float[Tensor, "batch kv_head token d_head"],
+    Float[Tensor, "batch kv_head token d_value"],
+]:
+    """Add the token saliency to `sums`, if given, and return dq, dk and dv, all by GPU kernels.
+
+    Args:
+        call: What `kernels_serve` has accepted.
+        z: What the forward pass returned, sink included.
+        sums: Where the pooled saliency goes.
+    """
+    spec, n_tokens = call.spec, call.n_tokens
+    dq = torch.empty_like(call.query) if spec.diagonal_only else None
+    for batch in range(call.query.shape[0]):
+        _pool(call.sequence(batch), sums, None if dq is None else dq[batch])
+    if dq is not None:
+        return dq, *diagonal_gradients(call)
+    # The state of the dropout's random numbers, which nothing reads without dropout.
+    state = torch.zeros(2, dtype=torch.uint64, device=z.device)
+    lengths = (None, None, n_tokens, n_tokens)
+    with _deterministic():
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            call.dz,
+            call.query,
+            call.key,
+            call.value,
+            z,
+            call.logsumexp,
+            *lengths,
+            0.0,
+            True,
+            state,
+            state[:0],
+            scale=spec.scale,
+        )
+
+
+def _pool(call: BackwardCall, sums: StepSums | None, dq: Tensor | None) -> None:
+    """Add one sequence's saliency to `sums` and write its dq, whichever of the two is wanted."""
+    if sums is None and dq is None:
+        return
+    tiles = None if sums is None else sums.tiles
+    found, own_dq = pool_on_device(
+        call,
+        None if tiles is None else tiles.step_ids,
+        0 if tiles is None else tiles.n_steps,
+        with_dq=dq is not None,
+    )
+    if sums is not None and found is not None:
+        sums.add(found)
+    if dq is not None and own_dq is not None:
+        dq.copy_(own_dq)
+
+
+def diagonal_gradients(
+    call: BackwardCall,
+) -> tuple[Float[Tensor, "batch kv_head token d_head"], Float[Tensor, "batch kv_head token d_value"]]:
+    """Each token's dk and dv through its own query alone: `dk_t = scale ds_tt q_t`, `dv_t = A_tt dz_t`."""
+    spec = call.spec
+    dk, dv = torch.empty_like(call.key), torch.empty_like(call.value)
+    work = accumulation_dtype(call.query.dtype)
+    groups = call.heads_per_group
+    for kv_head in range(call.key.shape[1]):  # one KV head at a time: the float32 copies stay small
+        heads = slice(kv_head * groups, (kv_head + 1) * groups)
+        q, own_dz = call.query[:, heads].to(work), call.dz[:, heads].to(work)
+        scores = torch.einsum("bhtd,btd->bht", q, call.key[:, kv_head].to(work)) * spec.scale
+        slope = 1.0
+        if spec.softcap is not None:
+            bounded = torch.tanh(scores / spec.softcap)
+            scores, slope = bounded * spec.softcap, 1 - bounded.square()
+        pattern = torch.exp(scores - call.logsumexp[:, heads])
+        dpattern = torch.einsum("bhtd,btd->bht", own_dz, call.value[:, kv_head].to(work))
+        dscores = pattern * (dpattern - call.delta[:, heads]) * slope
+        dk[:, kv_head] = torch.einsum("bht,bhtd->btd", dscores * spec.scale, q).to(dk.dtype)
+        dv[:, kv_head] = torch.einsum("bht,bhtd->btd", pattern, own_dz).to(dv.dtype)
+    return dk, dv
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepflow_tl.errors import FusedRefusal
 from stepflow_tl.models.facts import class_names, computes_pattern_inside, is_bridge, wrapped_model
 from stepflow_tl.models.passes import replaced_forward
-from stepflow_tl.saliency.fused.refusal import FusedRefusal
 from stepflow_tl.saliency.fused.session import IMPLEMENTATION, FusedSession, activate, deactivate
 
 # Components that hand over to the wrapped attention module: by name, since TransformerLens is not imported

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed_call
 
-from stepflow_tl.errors import GradientError
+from stepflow_tl.errors import FusedRefusal, GradientError
 from stepflow_tl.models.facts import is_bridge
 from stepflow_tl.models.passes import frozen, replaced_forward
 from stepflow_tl.saliency.fused.install import installed, transformers_model
-from stepflow_tl.saliency.fused.refusal import FusedRefusal
 from stepflow_tl.saliency.fused.session import FusedSession
-from stepflow_tl.saliency.fused.tiles import StepTiles
+from stepflow_tl.saliency.fused.steps import StepTiles
 from stepflow_tl.saliency.objectives import Objective
 from stepflow_tl.saliency.pooling import stack_layers
 
@@ -179,12 +179,10 @@ def _collect(
 
 @contextmanager
 def _checkpointed(block: nn.Module) -> Iterator[None]:
-    from torch.utils.checkpoint import checkpoint
-
     forward = block.forward
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpointed_call(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     with replaced_forward(block, recomputed):
         yield

@@ -1,35 +1,58 @@
 """The tile sweeps behind `attention`: z and the logsumexp forward; the pooled map, dq, dk and dv backward.
 
-1. A call is cut into strips (`cores`), a strip into blocks of query rows, and the keys that a block sees into
-   a fixed grid of columns. One (block, column) pair is a tile; the rows of its heads are stacked into one
-   matrix. Tiles above the diagonal or before the band are never visited.
+1. A call is cut into strips: the heads of one KV head times a range of query rows. A strip is cut into
+   blocks of query rows, and the keys that a block sees into a fixed grid of columns. One block of rows and
+   one column are a tile; the rows of its heads are stacked into one matrix. Tiles above the diagonal or
+   before the band are never visited.
 2. Per tile, as `attention` numbers it: the pattern again, the saliency, its pooling, the scores' gradient.
    What the mask hides inside a tile is zeroed in the pattern, and so in everything made from it.
 3. A strip owns its rows of z and dq. Its parts of dk, dv and of the pooled map are added up after all strips
    are done, in the order of the strips.
 
-Memory: two or three tiles a worker. If several strips share a KV head, dk and dv are held once more for each
-of them; the pooled map is held twice.
+A tile's operations are too small for PyTorch's own threading: on two cores the products, the exponentials
+and the pooling of a tile together take as long as on one. So each core is given strips of its own and runs
+them single-threaded. Strips have equal numbers of visible keys, and there are as few as keep all cores busy.
+Results come back in the order of the strips, whichever core finished first, so equal inputs on equally many
+threads give equal bits. `torch.set_num_threads` is the only control, as for PyTorch's own operations; with
+one thread, on a GPU and for short calls nothing is shared out. Threads live as long as one call: about 0.1 ms
+to start.
+
+Memory: two or three tiles per worker. If several strips share a KV head, dk and dv are held once more for
+each of them; the pooled map is held twice.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stepflow_tl.saliency.fused.cores import Strip, count_workers, cut_into_strips, share_out
-from stepflow_tl.saliency.fused.spec import AttentionSpec
-from stepflow_tl.saliency.fused.tiles import KEYS_PER_TILE, ROWS_PER_TILE, StripSums, keys_per_tile
+from stepflow_tl.saliency.fused.call import AttentionSpec, BackwardCall, accumulation_dtype
+from stepflow_tl.saliency.fused.steps import StepSums, StripSums, keys_per_tile
 
+ROWS_PER_TILE = 512  # query rows of all heads that share one KV head
+SHORTEST_SHARED = 256  # tokens; below, starting threads costs more than they save
 LOG2_E = math.log2(math.e)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A range of query rows `[start, end)` of the heads that share one KV head."""
+
+    batch: int
+    kv_head: int
+    start: int
+    end: int
 
 
 def tiled_forward(
@@ -46,7 +69,7 @@ def tiled_forward(
     groups = n_heads // key.shape[1]
 
     def forward_strip(strip: Strip) -> None:
-        at = (strip.batch, slice(strip.kv_head * groups, (strip.kv_head + 1) * groups))
+        at = (strip.batch, _heads(strip, groups))
         k, v = key[strip.batch, strip.kv_head].to(work), value[strip.batch, strip.kv_head].to(work)
         for start, end in _query_blocks(strip, groups, spec.block_divisor):
             first = spec.first_key(start)
@@ -63,73 +86,45 @@ def tiled_forward(
 
 
 def tiled_backward(
-    query: Float[Tensor, "batch head token d_head"],
-    key: Float[Tensor, "batch kv_head token d_head"],
-    value: Float[Tensor, "batch kv_head token d_value"],
-    logsumexp: Float[Tensor, "batch head token"],
-    dz: Float[Tensor, "batch head token d_value"],
-    delta: Float[Tensor, "batch head token"],
-    spec: AttentionSpec,
-    needed: tuple[bool, bool, bool],
+    call: BackwardCall, sums: StepSums | None, needed: tuple[bool, bool, bool]
 ) -> tuple[Any, Any, Any]:
-    """Pool the saliency into `spec.step_sums`; return dq, dk, dv like q, k, v, or None where not `needed`."""
-    work = logsumexp.dtype
-    dq = torch.empty_like(query) if needed[0] else None
-    dk = torch.zeros_like(key, dtype=work) if needed[1] else None
-    dv = torch.zeros_like(value, dtype=work) if needed[2] else None
-    groups = query.shape[1] // key.shape[1]
+    """Pool the saliency into `sums`, if given; return dq, dk, dv like q, k, v, or None where not `needed`."""
+    work = call.logsumexp.dtype
+    dq = torch.empty_like(call.query) if needed[0] else None
+    dk = torch.zeros_like(call.key, dtype=work) if needed[1] else None
+    dv = torch.zeros_like(call.value, dtype=work) if needed[2] else None
+    groups = call.heads_per_group
     own = threading.local()
 
     def backward_strip(strip: Strip) -> _Partial:
         if not hasattr(own, "buffers"):
-            own.buffers = _TileBuffers(query.device, work)
-        at = (strip.batch, slice(strip.kv_head * groups, (strip.kv_head + 1) * groups))
-        group = _Group(
-            query=query[at],
-            key=key[strip.batch, strip.kv_head].to(work).contiguous(),
-            value=value[strip.batch, strip.kv_head].to(work).contiguous(),
-            dz=dz[at],
-            delta=delta[at],
-            logsumexp=logsumexp[at],
-            dq=None if dq is None else dq[at],
-        )
-        sums = None if spec.step_sums is None else spec.step_sums.strip(groups, strip.start, strip.end)
-        keys = slice(spec.first_key(strip.start), strip.end)
+            own.buffers = _TileBuffers(call.query.device, work)
+        group = call.sequence(strip.batch).kv_heads(strip.kv_head, strip.kv_head + 1)
+        key, value = (x[0].to(work).contiguous() for x in (group.key, group.value))
+        keys = slice(call.spec.first_key(strip.start), strip.end)
         partial = _Partial(
             keys=keys,
-            dk=None if dk is None else torch.zeros_like(group.key[keys]),
-            dv=None if dv is None else torch.zeros_like(group.value[keys]),
-            sums=sums,
+            dk=None if dk is None else torch.zeros_like(key[keys]),
+            dv=None if dv is None else torch.zeros_like(value[keys]),
+            sums=None if sums is None else sums.strip(groups, strip.start, strip.end),
         )
-        _backward_strip(group, strip, spec, partial, own.buffers)
+        own_dq = None if dq is None else dq[strip.batch, _heads(strip, groups)]
+        _backward_strip(group, key, value, strip, partial, own_dq, own.buffers)
         return partial
 
-    for strip, partial in _over_strips(backward_strip, query, key, spec):
+    for strip, partial in _over_strips(backward_strip, call.query, call.key, call.spec):
         if dk is not None and partial.dk is not None:
             dk[strip.batch, strip.kv_head, partial.keys] += partial.dk
         if dv is not None and partial.dv is not None:
             dv[strip.batch, strip.kv_head, partial.keys] += partial.dv
-        if spec.step_sums is not None and partial.sums is not None:
-            spec.step_sums.merge(slice(strip.kv_head * groups, (strip.kv_head + 1) * groups), partial.sums)
-    return dq, None if dk is None else dk.to(key.dtype), None if dv is None else dv.to(value.dtype)
+        if sums is not None and partial.sums is not None:
+            sums.merge(_heads(strip, groups), partial.sums)
+    return dq, None if dk is None else dk.to(call.key.dtype), None if dv is None else dv.to(call.value.dtype)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The query heads that share one KV head."""
-
-    query: Tensor  # [head, token, d_head]
-    key: Tensor  # [token, d_head]
-    value: Tensor  # [token, d_value]
-    dz: Tensor  # [head, token, d_value]
-    delta: Tensor  # [head, token]
-    logsumexp: Tensor  # [head, token]
-    dq: Tensor | None  # [head, token, d_head], written
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Partial:
-    """What a strip adds to tensors that other strips add to as well; None where nobody asks."""
+    """A strip's growing share of sums that other strips add to as well; None where nobody asks."""
 
     keys: slice
     dk: Tensor | None  # [key, d_head]
@@ -152,9 +147,16 @@ class _TileBuffers:
 
 
 def _backward_strip(
-    group: _Group, strip: Strip, spec: AttentionSpec, partial: _Partial, buffers: _TileBuffers
+    group: BackwardCall,
+    key: Float[Tensor, "token d_head"],
+    value: Float[Tensor, "token d_value"],
+    strip: Strip,
+    partial: _Partial,
+    dq_out: Float[Tensor, "head token d_head"] | None,
+    buffers: _TileBuffers,
 ) -> None:
-    """One sweep over the tiles of one strip."""
+    """One sweep over the tiles of one strip; `key` and `value` are the group's own in the working type."""
+    spec = group.spec
     n_heads, _, d_head = group.query.shape
     # Scores come out of the product in units of log 2: exp2 is a third of the price of exp on a CPU.
     unit = spec.scale * LOG2_E if spec.softcap is None else spec.scale / spec.softcap
@@ -163,16 +165,14 @@ def _backward_strip(
         n_rows = n_heads * (end - start)
         q = buffers.matrix("q", n_rows, d_head)
         torch.mul(group.query[:, rows], unit, out=q.view(n_heads, end - start, d_head))
-        dz = buffers.matrix("dz", n_rows, group.value.shape[-1])
+        dz = buffers.matrix("dz", n_rows, value.shape[-1])
         dz.view(n_heads, end - start, -1).copy_(group.dz[:, rows])
         row_logsumexp = (group.logsumexp[:, rows] * LOG2_E).reshape(n_rows, 1)
         row_delta = group.delta[:, rows].reshape(n_rows, 1)
-        dq = buffers.matrix("dq", n_rows, d_head).zero_() if group.dq is not None else None
-        for first, last in _key_tiles(
-            spec.first_key(start), end, keys_per_tile(KEYS_PER_TILE, spec.block_divisor)
-        ):
+        dq = buffers.matrix("dq", n_rows, d_head).zero_() if dq_out is not None else None
+        for first, last in _key_tiles(spec.first_key(start), end, keys_per_tile(spec.block_divisor)):
             own = slice(first - partial.keys.start, last - partial.keys.start)
-            k, v = group.key[first:last], group.value[first:last]
+            k, v = key[first:last], value[first:last]
             pattern = buffers.matrix("pattern", n_rows, len(k))
             torch.mm(q, k.T, out=pattern)
             capped = None
@@ -196,8 +196,8 @@ def _backward_strip(
             if partial.sums is not None:
                 tile = saliency.abs_().view(n_heads, end - start, len(k))
                 partial.sums.add((start, end), (first, last), tile)
-        if dq is not None and group.dq is not None:
-            group.dq[:, rows] = dq.mul_(spec.scale).view(n_heads, end - start, d_head)
+        if dq is not None and dq_out is not None:
+            dq_out[:, rows] = dq.mul_(spec.scale).view(n_heads, end - start, d_head)
     if partial.dk is not None:
         partial.dk.mul_(spec.scale / unit)
 
@@ -234,24 +234,62 @@ def _hide(pattern: Tensor, queries: tuple[int, int], keys: tuple[int, int], spec
 
 def _hidden(
     queries: tuple[int, int], keys: tuple[int, int], spec: AttentionSpec, device: torch.device
-) -> Tensor:
-    """`[query, key]` bool: True where the query does not see the key."""
-    shape = (queries[1] - queries[0], keys[1] - keys[0])
-    return _band(shape, keys[0] - queries[0], spec.window, device)
+) -> Bool[Tensor, "query key"]:
+    """True where the query does not see the key."""
+    rows = torch.arange(*queries, device=device)[:, None]
+    columns = torch.arange(*keys, device=device)
+    hidden = columns > rows
+    return hidden if spec.window is None else hidden | (columns <= rows - spec.window)
 
 
-@functools.lru_cache(maxsize=64)
-def _band(shape: tuple[int, int], offset: int, window: int | None, device: torch.device) -> Tensor:
-    # What is hidden depends on positions only through the tile's distance from the diagonal, so tiles share
-    # masks.
-    distance = (
-        torch.arange(shape[0], device=device)[:, None]
-        - torch.arange(shape[1], device=device)[None, :]
-        - offset
-    )
-    return distance < 0 if window is None else (distance < 0) | (distance >= window)
+def _heads(strip: Strip, groups: int) -> slice:
+    return slice(strip.kv_head * groups, (strip.kv_head + 1) * groups)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """At least float32."""
-    return torch.promote_types(dtype, torch.float32)
+def cut_into_strips(
+    n_batches: int, n_kv_heads: int, n_tokens: int, window: int | None, n_workers: int
+) -> list[Strip]:
+    """Strips of equal work that tile the call, as few as `n_workers` can share evenly."""
+    n_ranges = n_workers // math.gcd(n_workers, n_batches * n_kv_heads)
+    n_ranges = max(1, min(n_ranges, n_tokens // (SHORTEST_SHARED // 2)))
+    edges = _equal_ranges(n_tokens, window, n_ranges)
+    return [
+        Strip(batch, kv_head, start, end)
+        for batch in range(n_batches)
+        for kv_head in range(n_kv_heads)
+        for start, end in zip(edges[:-1], edges[1:], strict=True)
+    ]
+
+
+def count_workers(device: torch.device, n_tokens: int) -> int:
+    """How many threads share a call of this length."""
+    return torch.get_num_threads() if device.type == "cpu" and n_tokens >= SHORTEST_SHARED else 1
+
+
+def share_out(function: Callable[[Item], Result], items: Sequence[Item], n_workers: int) -> list[Result]:
+    """`[function(item) for item in items]` without gradients, on `n_workers` single-threaded workers."""
+    n_workers = min(n_workers, len(items))
+    if n_workers <= 1:
+        with torch.no_grad():
+            return [function(item) for item in items]
+
+    def quietly(item: Item) -> Result:
+        with torch.no_grad():  # the grad mode is a thread's own
+            return function(item)
+
+    n_threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(quietly, items))
+    finally:
+        # The setting is a thread's own, but also the default of threads that start later.
+        torch.set_num_threads(n_threads)
+
+
+def _equal_ranges(n_tokens: int, window: int | None, n_ranges: int) -> list[int]:
+    if n_ranges == 1:
+        return [0, n_tokens]
+    visible = torch.arange(1, n_tokens + 1).clamp(max=window if window is not None else n_tokens).cumsum(0)
+    shares = visible[-1] * torch.arange(1, n_ranges) / n_ranges
+    inner = torch.searchsorted(visible.to(shares.dtype), shares).tolist()
+    return sorted({0, *inner, n_tokens})

@@ -2,14 +2,15 @@
 
 1. Cut the tokens into runs of one bin, and list the pairs of a query block and a run that it meets. Runs tile
    the sequence, so there are fewer than `blocks + runs` pairs, and the pairs of one run follow each other.
-2. Launch `pool_block` over (query block, head), which fills one line of key runs a pair.
+2. Launch `pool_block` over (query block, head), which fills one line of key runs per pair.
 3. Launch `fold_pairs`, which adds the lines of each query step. TEMPLATE queries are dropped.
 4. Put each step's key run into its column and the sum of all TEMPLATE runs into the last one.
 
 The order of every sum is fixed by the token count and the runs: equal inputs give equal bits on one machine.
 
-Memory: the lines of a few heads at a time, `pairs * runs` float32 numbers a head, at most `line_bytes` unless
-one KV group alone takes more. Time: two matrix products over the visible part of the square, three with dq.
+Memory: the lines of a few heads at a time, `pairs * runs` float32 numbers per head, at most `line_bytes`
+unless one KV group alone takes more. Time: two matrix products over the visible part of the square, three
+with dq.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ import functools
 import importlib.util
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepflow_tl.saliency.fused.refusal import FusedRefusal
-from stepflow_tl.saliency.fused.step_runs import StepRuns
+from stepflow_tl.errors import FusedRefusal
+from stepflow_tl.saliency.fused.call import BackwardCall
+from stepflow_tl.saliency.fused.steps import StepRuns
 
 LINE_BYTES = 64 << 20
 _TILE_BYTES = (
@@ -60,74 +62,51 @@ def _interpreted() -> bool:
 
 
 def pool_on_device(
-    query: Float[Tensor, "head token d_head"],
-    key: Float[Tensor, "kv_head token d_head"],
-    value: Float[Tensor, "kv_head token d_value"],
-    dz: Float[Tensor, "head token d_value"],
-    logsumexp: Float[Tensor, "head token"],
+    call: BackwardCall,
     step_ids: Int[Tensor, " token"] | None,
     n_steps: int,
     *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    delta: Float[Tensor, "head token"] | None = None,
+    with_dq: bool = False,
     line_bytes: int = LINE_BYTES,
 ) -> tuple[Float[Tensor, "head query_step key_bin"] | None, Float[Tensor, "head token d_head"] | None]:
     """Token saliency of one sequence, pooled into step bins, and dL/dq.
 
     Args:
-        query: Queries; consecutive heads share a KV head. float32, bfloat16 or float16; any strides.
-        key: Keys.
-        value: Values.
-        dz: dL/dz.
-        logsumexp: Natural logarithm of each row's normaliser, after scale and soft-cap, sink included.
+        call: One sequence, float32, bfloat16 or float16; any strides.
         step_ids: Step of each token, -1 on TEMPLATE; a step's tokens are consecutive. None to pool nothing.
         n_steps: Number of steps.
-        scale: Factor on `q . k`.
-        window: How many keys a query sees, itself included; None for all earlier ones.
-        softcap: Bound of the scores, `softcap * tanh(score / softcap)`; None for none.
-        delta: `<dz, z>` of each row; given, dq is computed too.
+        with_dq: Whether dq is computed.
         line_bytes: What the lines of one launch may take; it decides how many heads are launched together.
 
     Returns:
-        The sums in float32, the last bin being TEMPLATE (None without `step_ids`), and dq (None without
-        `delta`).
+        The sums in float32, the last bin being TEMPLATE (None without `step_ids`), and dq (None unless
+        wanted).
 
     Raises:
-        FusedRefusal: If it cannot run on this device or type, if shapes do not fit, or if a step's tokens are
-            not consecutive.
+        FusedRefusal: If it cannot run on this device or type, if the steps are not those of the call's
+            tokens, or if a step's tokens are not consecutive.
     """
-    _check(query, key, value, dz, logsumexp, delta, step_ids)
-    n_heads, n_tokens, d_head = query.shape
-    groups = n_heads // key.shape[0]
-    query, key, value, dz = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value, dz))
-    logsumexp = logsumexp.to(torch.float32).contiguous()
-    shape = _BlockShape.of(d_head, value.shape[-1], query.element_size())
-    runs = None if step_ids is None else StepRuns.of(step_ids, shape.size).to(query.device)
-    if delta is not None:
-        delta = delta.to(torch.float32).contiguous()
-    dq = None if delta is None else torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    sums = None
-    chunk = n_heads
+    _check(call, step_ids)
+    n_heads = call.query.shape[0]
+    groups = call.heads_per_group
+    # Kernels take any strides but that of the last axis, and rows of numbers as they come.
+    rows = {name: getattr(call, name).to(torch.float32).contiguous() for name in ("logsumexp", "delta")}
+    matrices = {name: _last_axis_dense(getattr(call, name)) for name in ("query", "key", "value", "dz")}
+    call = replace(call, **rows, **matrices)
+    shape = _BlockShape.of(call.query.shape[-1], call.value.shape[-1], call.query.element_size())
+    runs = None if step_ids is None else StepRuns.of(step_ids, shape.size).to(call.query.device)
+    dq = torch.empty(call.query.shape, dtype=call.query.dtype, device=call.query.device) if with_dq else None
+    sums, chunk = None, n_heads
     if runs is not None:
-        sums = logsumexp.new_zeros(n_heads, n_steps, n_steps + 1)
+        sums = call.logsumexp.new_zeros(n_heads, n_steps, n_steps + 1)
         chunk = max(1, line_bytes // (4 * runs.n_pairs * runs.n_runs * groups)) * groups
     for first in range(0, n_heads, chunk):
         heads = slice(first, min(first + chunk, n_heads))
-        kv_heads = slice(heads.start // groups, heads.stop // groups)
-        lines = None if runs is None else logsumexp.new_zeros(heads.stop - first, runs.n_pairs, runs.n_runs)
-        _launch(
-            shape,
-            (query[heads], key[kv_heads], value[kv_heads], dz[heads], logsumexp[heads]),
-            None if delta is None else delta[heads],
-            None if dq is None else dq[heads],
-            runs,
-            lines,
-            scale=scale,
-            window=None if window is None or window >= n_tokens else window,
-            softcap=softcap,
+        part = call.kv_heads(heads.start // groups, heads.stop // groups)
+        lines = (
+            None if runs is None else call.logsumexp.new_zeros(heads.stop - first, runs.n_pairs, runs.n_runs)
         )
+        _launch(shape, part, None if dq is None else dq[heads], runs, lines)
         if runs is not None and lines is not None and sums is not None:
             runs.add_into(sums[heads], _fold(lines, runs))
     return sums, dq
@@ -151,41 +130,40 @@ class _BlockShape:
 
 def _launch(
     shape: _BlockShape,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    delta: Tensor | None,
+    call: BackwardCall,
     dq: Tensor | None,
     runs: StepRuns | None,
     lines: Tensor | None,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
 ) -> None:
     from stepflow_tl.saliency.fused import triton_kernels
 
     kernel: Any = triton_kernels.pool_block  # launch options are no parameters of the function
-    query, key, value, dz, logsumexp = inputs
-    n_heads, n_tokens, d_head = query.shape
-    unused = logsumexp  # any pointer: the switches keep the kernel from following it
+    n_heads, n_tokens, d_head = call.query.shape
+    unused = call.logsumexp  # any pointer: the switches keep the kernel from following it
+    window, softcap = call.spec.window_within(n_tokens), call.spec.softcap
     grid = (-(-n_tokens // shape.size), n_heads)
-    with _on_device(query.device):
+    with _on_device(call.query.device):
         kernel[grid](
-            *inputs,
-            unused if delta is None else delta,
+            call.query,
+            call.key,
+            call.value,
+            call.dz,
+            call.logsumexp,
+            call.delta,
             unused if dq is None else dq,
             unused if lines is None else lines,
             unused if runs is None else runs.run_of,
             unused if runs is None else runs.first_pair,
-            *(x.stride(axis) for x in (query, key, value, dz) for axis in (0, 1)),
+            *(x.stride(axis) for x in (call.query, call.key, call.value, call.dz) for axis in (0, 1)),
             n_tokens,
             0 if runs is None else runs.n_runs,
             0 if runs is None else runs.n_pairs,
-            float(scale),
+            float(call.spec.scale),
             float(softcap or 1.0),
             window or 0,
-            GROUPS=n_heads // key.shape[0],
+            GROUPS=call.heads_per_group,
             D_HEAD=d_head,
-            D_VALUE=value.shape[-1],
+            D_VALUE=call.value.shape[-1],
             BLOCK_D_HEAD=shape.d_head,
             BLOCK_D_VALUE=shape.d_value,
             BLOCK_QUERIES=shape.size,
@@ -195,11 +173,15 @@ def _launch(
             HAS_WINDOW=window is not None,
             POOL=runs is not None,
             DQ=dq is not None,
-            UPCAST=query.device.type == "cpu",
+            UPCAST=call.query.device.type == "cpu",
             num_warps=8 if shape.size > 16 else 4,
             num_stages=2,
             enable_fp_fusion=True,
         )
+
+
+def _last_axis_dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _fold(lines: Tensor, runs: StepRuns) -> Tensor:
@@ -229,37 +211,19 @@ def _on_device(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dz: Tensor,
-    logsumexp: Tensor,
-    delta: Tensor | None,
-    step_ids: Tensor | None,
-) -> None:
-    if not available(query.device, query.dtype):
+def _check(call: BackwardCall, step_ids: Tensor | None) -> None:
+    if not available(call.query.device, call.query.dtype):
         raise FusedRefusal(
-            f"the Triton kernel cannot run with {query.dtype} on {query.device}: it needs Triton, an Ampere "
-            "or later NVIDIA GPU and float32, bfloat16 or float16 (on a CPU: TRITON_INTERPRET=1)"
+            f"the Triton kernel cannot run with {call.query.dtype} on {call.query.device}: it needs Triton, "
+            "an Ampere or later NVIDIA GPU and float32, bfloat16 or float16 (on a CPU: TRITON_INTERPRET=1)"
         )
-    n_heads, n_tokens, d_head = query.shape
-    n_kv_heads, d_value = key.shape[0], value.shape[-1]
-    if n_heads % n_kv_heads:
-        raise FusedRefusal(f"{n_heads} query heads cannot share {n_kv_heads} KV heads evenly")
-    expected = {
-        "key": (key, (n_kv_heads, n_tokens, d_head)),
-        "value": (value, (n_kv_heads, n_tokens, d_value)),
-        "dz": (dz, (n_heads, n_tokens, d_value)),
-        "logsumexp": (logsumexp, (n_heads, n_tokens)),
-        "delta": (delta, (n_heads, n_tokens)),
-        "step_ids": (step_ids, (n_tokens,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
+    if step_ids is not None and tuple(step_ids.shape) != (call.n_tokens,):
+        raise FusedRefusal(
+            f"`step_ids` has shape {tuple(step_ids.shape)}; {(call.n_tokens,)} goes with query "
+            f"{tuple(call.query.shape)}"
+        )
+    for name in ("key", "value", "dz"):
+        if getattr(call, name).dtype != call.query.dtype:
             raise FusedRefusal(
-                f"`{name}` has shape {tuple(tensor.shape)}; {shape} goes with query {tuple(query.shape)}"
+                f"`{name}` is {getattr(call, name).dtype} and query {call.query.dtype}: they must agree"
             )
-    for name, tensor in (("key", key), ("value", value), ("dz", dz)):
-        if tensor.dtype != query.dtype:
-            raise FusedRefusal(f"`{name}` is {tensor.dtype} and query {query.dtype}: they must agree")

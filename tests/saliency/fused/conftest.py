@@ -13,13 +13,11 @@ def threads():
 @pytest.fixture(params=["small", "default"])
 def tile_size(request, monkeypatch, threads):
     """Tiles so small that a short sequence has many, cut at odd places, on three threads; and real ones."""
-    import stepflow_tl.saliency.fused.cores as cores
+    import stepflow_tl.saliency.fused.steps as steps
     import stepflow_tl.saliency.fused.sweep as sweep
-    import stepflow_tl.saliency.fused.tiles as tiles
 
     if request.param == "small":
-        monkeypatch.setattr(sweep, "KEYS_PER_TILE", 16)
-        monkeypatch.setattr(tiles, "KEYS_PER_TILE", 16)
+        monkeypatch.setattr(steps, "KEYS_PER_TILE", 16)
         monkeypatch.setattr(sweep, "ROWS_PER_TILE", 40)
-        monkeypatch.setattr(cores, "SHORTEST_SHARED", 8)
+        monkeypatch.setattr(sweep, "SHORTEST_SHARED", 8)
         threads(3)

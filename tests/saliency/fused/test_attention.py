@@ -1,9 +1,15 @@
 """The Function against attention written out: values, gradients and pooled maps."""
 
+import gc
 import math
 
 import pytest
 import torch
+
+from stepflow_tl.saliency.fused import steps, sweep
+from stepflow_tl.saliency.fused.attention import saliency_attention
+from stepflow_tl.saliency.fused.call import AttentionSpec
+from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
 
 HEADS, KV_HEADS, D = 6, 2, 8
 
@@ -79,14 +85,9 @@ def pool_by_loops(saliency, step_ids, n_steps):
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
 def small_tiles(request, monkeypatch, threads):
     """Tiles so small that a short sequence has many of them, cut at odd places."""
-    import stepflow_tl.saliency.fused.cores as cores
-    import stepflow_tl.saliency.fused.sweep as sweep
-    import stepflow_tl.saliency.fused.tiles as tiles
-
-    monkeypatch.setattr(sweep, "KEYS_PER_TILE", 32)
-    monkeypatch.setattr(tiles, "KEYS_PER_TILE", 32)
+    monkeypatch.setattr(steps, "KEYS_PER_TILE", 32)
     monkeypatch.setattr(sweep, "ROWS_PER_TILE", 60)
-    monkeypatch.setattr(cores, "SHORTEST_SHARED", 4)
+    monkeypatch.setattr(sweep, "SHORTEST_SHARED", 4)
     threads(request.param)
 
 
@@ -106,10 +107,6 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("n_tokens", [1, 2, 20, 101])
 def test_values_gradients_and_map_equal_attention_written_out(small_tiles, case, n_tokens, diagonal_only):
-    from stepflow_tl.saliency.fused.attention import saliency_attention
-    from stepflow_tl.saliency.fused.spec import AttentionSpec
-    from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
-
     options = dict(CASES[case])
     query, key, value, dz, sinks = draw(n_tokens)
     sinks = sinks if options.pop("sinks", False) else None
@@ -117,10 +114,10 @@ def test_values_gradients_and_map_equal_attention_written_out(small_tiles, case,
     sums = StepSums.zeros(
         StepTiles(step_ids, n_steps), HEADS, dtype=torch.float64, device=torch.device("cpu")
     )
-    spec = AttentionSpec(scale=0.3, diagonal_only=diagonal_only, step_sums=sums, **options)
+    spec = AttentionSpec(scale=0.3, diagonal_only=diagonal_only, **options)
     leaves = [query, key, value] + ([] if sinks is None else [sinks])
 
-    z = saliency_attention(query, key, value, spec, sinks=sinks)
+    z = saliency_attention(query, key, value, spec, sums=sums, sinks=sinks)
     grads = torch.autograd.grad(z, leaves, dz)
 
     detached = {"own_key": key, "own_value": value} if diagonal_only else {}
@@ -139,9 +136,6 @@ def test_values_gradients_and_map_equal_attention_written_out(small_tiles, case,
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradcheck_of_the_ordinary_backward(small_tiles, case):
-    from stepflow_tl.saliency.fused.attention import saliency_attention
-    from stepflow_tl.saliency.fused.spec import AttentionSpec
-
     options = dict(CASES[case])
     with_sinks = options.pop("sinks", False)
     query, key, value, _, sinks = draw(17)
@@ -152,9 +146,6 @@ def test_gradcheck_of_the_ordinary_backward(small_tiles, case):
 
 
 def test_gradcheck_element_by_element(small_tiles):
-    from stepflow_tl.saliency.fused.attention import saliency_attention
-    from stepflow_tl.saliency.fused.spec import AttentionSpec
-
     generator = torch.Generator().manual_seed(1)
     inputs = [
         torch.randn(2, h, 5, 3, generator=generator, dtype=torch.float64).requires_grad_() for h in (4, 2, 2)
@@ -163,18 +154,14 @@ def test_gradcheck_element_by_element(small_tiles):
 
 
 def test_rows_of_a_batch_are_added_together(small_tiles):
-    from stepflow_tl.saliency.fused.attention import saliency_attention
-    from stepflow_tl.saliency.fused.spec import AttentionSpec
-    from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
-
     step_ids, n_steps = ragged_steps(50)
     tiles = StepTiles(step_ids, n_steps)
     query, key, value, dz, _ = draw(50, batch=2)
 
     def pooled(rows):
         sums = StepSums.zeros(tiles, HEADS, dtype=torch.float64, device=torch.device("cpu"))
-        spec = AttentionSpec(scale=0.3, step_sums=sums)
-        torch.autograd.grad(saliency_attention(query[rows], key[rows], value[rows], spec), query, dz[rows])
+        z = saliency_attention(query[rows], key[rows], value[rows], AttentionSpec(scale=0.3), sums=sums)
+        torch.autograd.grad(z, query, dz[rows])
         return sums.sums
 
     torch.testing.assert_close(pooled(slice(0, 2)), pooled(slice(0, 1)) + pooled(slice(1, 2)))
@@ -182,10 +169,6 @@ def test_rows_of_a_batch_are_added_together(small_tiles):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_inputs_are_pooled_in_float32(dtype):
-    from stepflow_tl.saliency.fused.attention import saliency_attention
-    from stepflow_tl.saliency.fused.spec import AttentionSpec
-    from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
-
     step_ids, n_steps = ragged_steps(300)
     exact, rounded = draw(300), [x.detach().to(dtype) for x in draw(300)]
     cpu = torch.device("cpu")
@@ -193,9 +176,10 @@ def test_low_precision_inputs_are_pooled_in_float32(dtype):
     for query, key, value, dz, _ in ([x.to(torch.float64) for x in rounded], rounded):
         work = torch.promote_types(query.dtype, torch.float32)
         sums = StepSums.zeros(StepTiles(step_ids, n_steps), HEADS, dtype=work, device=cpu)
-        spec = AttentionSpec(scale=0.3, diagonal_only=True, step_sums=sums)
+        spec = AttentionSpec(scale=0.3, diagonal_only=True)
         query = query.requires_grad_()
-        grad = torch.autograd.grad(saliency_attention(query, key, value, spec), query, dz)[0]
+        z = saliency_attention(query, key, value, spec, sums=sums)
+        grad = torch.autograd.grad(z, query, dz)[0]
         assert grad.dtype == query.dtype
         maps.append(sums.sums.double())
     assert maps[0].sum() > 0 and exact[0].dtype == torch.float64
@@ -204,16 +188,30 @@ def test_low_precision_inputs_are_pooled_in_float32(dtype):
 
 
 def test_backward_runs_for_the_anchor_alone_and_gives_it_zero():
-    from stepflow_tl.saliency.fused.attention import saliency_attention
-    from stepflow_tl.saliency.fused.spec import AttentionSpec
-    from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
-
     step_ids, n_steps = ragged_steps(40)
     query, key, value, dz, _ = (x.detach() for x in draw(40))
     anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
     sums = StepSums.zeros(
         StepTiles(step_ids, n_steps), HEADS, dtype=torch.float64, device=torch.device("cpu")
     )
-    z = saliency_attention(query, key, value, AttentionSpec(scale=0.3, step_sums=sums), anchor=anchor)
+    z = saliency_attention(query, key, value, AttentionSpec(scale=0.3), sums=sums, anchor=anchor)
     (grad,) = torch.autograd.grad(z, anchor, dz)
     assert grad == 0 and sums.sums.sum() > 0
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["flash", "tiled forward"])
+def test_no_tensor_outlives_a_run_under_a_window(small_tiles, softcap):
+    """Masks of tiles lie on the device of their call: a cache beyond the run would pin its memory."""
+
+    def alive():
+        gc.collect()
+        return {id(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
+
+    def run():
+        query, key, value, dz, _ = draw(101)
+        spec = AttentionSpec(scale=0.3, window=37, softcap=softcap)
+        torch.autograd.grad(saliency_attention(query, key, value, spec), (query, key, value), dz)
+
+    before = alive()
+    run()
+    assert not alive() - before

@@ -6,11 +6,18 @@ from saliency.fused.test_run import ALL_LAYERS, N_TOKENS, STEP_IDS, TOKENS
 from tiny_architectures import build_bridge, build_hf_model
 from tiny_models import TL_GENERATION, build_tiny_model, count_hooks
 
+from stepflow_tl.errors import FusedRefusal
+from stepflow_tl.saliency.fused import attention, session
+from stepflow_tl.saliency.fused.install import installed, refusal_reason
+from stepflow_tl.saliency.fused.run import fused_backend
+from stepflow_tl.saliency.fused.session import FusedSession, band_mask, window_of
+from stepflow_tl.saliency.fused.steps import StepTiles
+from stepflow_tl.saliency.hooks_backend import hooks_backend
+from stepflow_tl.saliency.objectives import Objective
+
 
 @pytest.fixture
 def per_token():
-    from stepflow_tl.saliency.objectives import Objective
-
     return Objective("per_token", torch.arange(1, N_TOKENS), per_token=True)
 
 
@@ -47,9 +54,6 @@ MODELS = {
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_everything_is_restored(kind, per_token):
-    from stepflow_tl.saliency.fused import session
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     model = MODELS[kind]()
     before, logits = state_of(model), logits_of(model)
     fused_backend(model, TOKENS, STEP_IDS, per_token, ALL_LAYERS, checkpoint=True)
@@ -60,10 +64,6 @@ def test_everything_is_restored(kind, per_token):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("where", ["forward", "objective", "backward"])
 def test_everything_is_restored_after_an_exception(kind, where, per_token, monkeypatch):
-    from stepflow_tl.saliency.fused import attention, session
-    from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.objectives import Objective
-
     def fail(*args, **kwargs):
         raise InterruptedError(where)
 
@@ -82,9 +82,6 @@ def test_everything_is_restored_after_an_exception(kind, where, per_token, monke
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_oss"])
 def test_hooks_on_residual_and_projections_take_part(name, per_token, float64_throughout):
-    from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.reference import hooks_backend
-
     model = build_bridge(name)
     plain = fused_backend(model, TOKENS, STEP_IDS, per_token, ALL_LAYERS)
     edits = [
@@ -105,8 +102,6 @@ def test_hooks_on_residual_and_projections_take_part(name, per_token, float64_th
 
 
 def test_hooks_see_the_same_activations_as_on_the_ordinary_path(per_token, float64_throughout):
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     for name in ("llama", "phi3", "gemma2"):
         model = build_bridge(name)
         names = [f"blocks.2.attn.hook_{x}" for x in ("q", "k", "v", "z")] + [
@@ -129,10 +124,6 @@ def test_hooks_see_the_same_activations_as_on_the_ordinary_path(per_token, float
 
 @pytest.mark.parametrize("hook", ["hook_pattern", "hook_attn_scores", "hook_rot_q", "hook_hidden_states"])
 def test_a_hook_that_cannot_fire_is_a_reason_to_refuse(hook, per_token):
-    from stepflow_tl.saliency.fused.install import refusal_reason
-    from stepflow_tl.saliency.fused.refusal import FusedRefusal
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     model = build_bridge("llama")
     assert refusal_reason(model) is None
     with model.hooks(fwd_hooks=[(f"blocks.1.attn.{hook}", lambda x, hook: x)]):
@@ -146,25 +137,18 @@ def test_a_hook_that_cannot_fire_is_a_reason_to_refuse(hook, per_token):
 
 @pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_in", "use_attn_result"])
 def test_flags_that_add_hook_points_are_refused(flag):
-    from stepflow_tl.saliency.fused.install import refusal_reason
-
     model = build_bridge("llama")
     setattr(model.cfg, flag, True)
     assert flag in str(refusal_reason(model))
 
 
 def test_what_is_no_transformers_model_is_refused(tiny_model):
-    from stepflow_tl.saliency.fused.install import refusal_reason
-
     assert "not, and does not wrap, a transformers model" in str(refusal_reason(torch.nn.Linear(2, 2)))
     own = tiny_model("native" if TL_GENERATION >= 4 else "hooked")
     assert refusal_reason(own) is not None
 
 
 def test_padding_is_refused(per_token):
-    from stepflow_tl.saliency.fused.masks import band_mask
-    from stepflow_tl.saliency.fused.refusal import FusedRefusal
-
     padded = torch.ones(1, 5, dtype=torch.bool)
     padded[0, 0] = False
     with pytest.raises(FusedRefusal, match="padding"):
@@ -173,8 +157,6 @@ def test_padding_is_refused(per_token):
 
 @pytest.mark.parametrize("window", [1, 3, 50])
 def test_a_causal_band_is_recognised_by_its_width(window):
-    from stepflow_tl.saliency.fused.masks import band_mask, window_of
-
     mask = band_mask(q_length=50, kv_length=50, mask_function=lambda b, h, q, k: (k <= q) & (k > q - window))
     assert window_of(mask, is_causal=True, n_tokens=50) == (None if window == 50 else window)
 
@@ -189,52 +171,33 @@ def test_a_causal_band_is_recognised_by_its_width(window):
     ],
 )
 def test_every_other_mask_is_refused(mask_function):
-    from stepflow_tl.saliency.fused.masks import band_mask
-    from stepflow_tl.saliency.fused.refusal import FusedRefusal
-
     with pytest.raises(FusedRefusal, match="neither causal nor a causal sliding window"):
         band_mask(q_length=50, kv_length=50, mask_function=mask_function)
 
 
 def test_a_cache_is_refused():
-    from stepflow_tl.saliency.fused.masks import band_mask
-    from stepflow_tl.saliency.fused.refusal import FusedRefusal
-
     with pytest.raises(FusedRefusal, match="KV cache"):
         band_mask(q_length=1, kv_length=50, q_offset=49, mask_function=lambda b, h, q, k: k <= q)
 
 
 def test_a_materialised_mask_is_refused(per_token):
-    from stepflow_tl.saliency.fused.install import installed
-    from stepflow_tl.saliency.fused.refusal import FusedRefusal
-    from stepflow_tl.saliency.fused.session import FusedSession
-    from stepflow_tl.saliency.fused.tiles import StepTiles
-
     model = build_hf_model("llama")
-    session = FusedSession(StepTiles(STEP_IDS, 5), frozenset(ALL_LAYERS), diagonal_only=True)
+    run = FusedSession(StepTiles(STEP_IDS, 5), frozenset(ALL_LAYERS), diagonal_only=True)
     mask = torch.zeros(1, 1, N_TOKENS, N_TOKENS, dtype=torch.float64)
-    with installed(model, session), pytest.raises(FusedRefusal, match="builds its own attention mask"):
+    with installed(model, run), pytest.raises(FusedRefusal, match="builds its own attention mask"):
         model(input_ids=TOKENS[None], attention_mask=mask, use_cache=False)
 
 
 def test_a_model_is_not_installed_twice(per_token):
-    from stepflow_tl.saliency.fused.install import installed
-    from stepflow_tl.saliency.fused.refusal import FusedRefusal
-    from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.fused.session import FusedSession
-    from stepflow_tl.saliency.fused.tiles import StepTiles
-
     model = build_hf_model("llama")
     before = state_of(model)
-    session = FusedSession(StepTiles(STEP_IDS, 5), frozenset(ALL_LAYERS), diagonal_only=True)
-    with installed(model, session):
+    run = FusedSession(StepTiles(STEP_IDS, 5), frozenset(ALL_LAYERS), diagonal_only=True)
+    with installed(model, run):
         with pytest.raises(FusedRefusal, match="another fused run"):
             fused_backend(model, TOKENS, STEP_IDS, per_token, ALL_LAYERS)
     assert state_of(model) == before
 
 
 def test_tiny_models_of_the_suite_are_served(per_token):
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     for kind in ("llama", "qwen2"):
         assert fused_backend(build_tiny_model(kind), TOKENS, STEP_IDS, per_token, ALL_LAYERS).sum() > 0

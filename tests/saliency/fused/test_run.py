@@ -6,6 +6,15 @@ import pytest
 import torch
 from tiny_architectures import ATTENTION_VARIETIES, N_LAYERS, build_bridge, build_hf_model
 
+from stepflow_tl.errors import GradientError, ObjectiveError
+from stepflow_tl.saliency.fused import run
+from stepflow_tl.saliency.fused.install import installed
+from stepflow_tl.saliency.fused.run import fused_backend
+from stepflow_tl.saliency.fused.session import FusedSession
+from stepflow_tl.saliency.fused.steps import StepTiles
+from stepflow_tl.saliency.hooks_backend import hooks_backend
+from stepflow_tl.saliency.objectives import Objective
+
 ALL_LAYERS = tuple(range(N_LAYERS))
 # TEMPLATE at the start, inside and at the end; steps of one token; lengths that no tile divides.
 STEP_IDS = torch.tensor([-1] * 2 + [0] * 5 + [1] + [-1] * 3 + [2] * 14 + [3] * 15 + [4] + [-1])
@@ -15,8 +24,6 @@ TOKENS = torch.randint(3, 260, (N_TOKENS,), generator=torch.Generator().manual_s
 
 @pytest.fixture
 def objective():
-    from stepflow_tl.saliency.objectives import Objective
-
     def make(name, n_tokens=N_TOKENS):
         if name == "per_token":
             return Objective(name, torch.arange(1, n_tokens), per_token=True)
@@ -35,9 +42,6 @@ def close(ours, theirs, tolerance):
 @pytest.mark.parametrize("compatibility_mode", [False, True], ids=["raw", "compatibility mode"])
 @pytest.mark.parametrize("name", ATTENTION_VARIETIES)
 def test_fused_equals_hooks_on_a_bridge(name, compatibility_mode, objective, float64_throughout):
-    from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.reference import hooks_backend
-
     model = build_bridge(name, compatibility_mode=compatibility_mode)
     for kind in ("per_token", "mean", "function"):
         arguments = (model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS)
@@ -46,9 +50,6 @@ def test_fused_equals_hooks_on_a_bridge(name, compatibility_mode, objective, flo
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_fused_equals_hooks_in_float32(name, objective):
-    from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.reference import hooks_backend
-
     model = build_bridge(name, dtype=torch.float32)
     for kind in ("per_token", "mean"):
         arguments = (model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS)
@@ -109,8 +110,6 @@ def pooled_by_loops(saliency):
 
 @pytest.mark.parametrize("name", ATTENTION_VARIETIES)
 def test_per_token_equals_one_backward_pass_a_token(name, objective, eager, tile_size, float64_throughout):
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     model = build_hf_model(name)
     ours = fused_backend(model, TOKENS, STEP_IDS, objective("per_token"), ALL_LAYERS)
 
@@ -128,8 +127,6 @@ def test_per_token_equals_one_backward_pass_a_token(name, objective, eager, tile
 
 @pytest.mark.parametrize("name", ATTENTION_VARIETIES)
 def test_mean_loss_equals_retained_gradients(name, objective, eager, tile_size, float64_throughout):
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     model = build_hf_model(name)
     kinds = ("mean", "function")
     ours = [fused_backend(model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS) for kind in kinds]
@@ -150,10 +147,6 @@ def test_mean_loss_equals_retained_gradients(name, objective, eager, tile_size, 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_model_gradients_equal_sdpa(name, float64_throughout):
-    from stepflow_tl.saliency.fused.install import installed
-    from stepflow_tl.saliency.fused.session import FusedSession
-    from stepflow_tl.saliency.fused.tiles import StepTiles
-
     model = build_hf_model(name)
     session = FusedSession(StepTiles(STEP_IDS, 5), frozenset(ALL_LAYERS), diagonal_only=False)
 
@@ -170,8 +163,6 @@ def test_model_gradients_equal_sdpa(name, float64_throughout):
 
 @pytest.mark.parametrize("kind", ["per_token", "mean", "function"])
 def test_checkpointing_changes_nothing(kind, objective):
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     for model in (build_hf_model("gemma2"), build_bridge("phi3")):
         plain = fused_backend(model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS)
         again = fused_backend(model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS, checkpoint=True)
@@ -179,8 +170,6 @@ def test_checkpointing_changes_nothing(kind, objective):
 
 
 def test_a_layer_subset_is_that_part_of_the_whole_in_the_order_asked_for(objective):
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     model = build_hf_model("llama")
     whole = fused_backend(model, TOKENS, STEP_IDS, objective("mean"), ALL_LAYERS)
     for layers in ((2,), (3, 1), (0,)):
@@ -190,8 +179,6 @@ def test_a_layer_subset_is_that_part_of_the_whole_in_the_order_asked_for(objecti
 
 
 def test_layers_below_the_lowest_one_asked_for_build_no_graph(objective):
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     model, needed = build_hf_model("llama"), {}
     for layer, block in enumerate(model.model.layers):
         block.register_forward_hook(
@@ -203,8 +190,6 @@ def test_layers_below_the_lowest_one_asked_for_build_no_graph(objective):
 
 @pytest.mark.parametrize("name", ["granite", "gemma2", "llama"])
 def test_the_unembedding_chunk_size_changes_nothing(name, objective, monkeypatch):
-    from stepflow_tl.saliency.fused import run
-
     model = build_hf_model(name)
     whole = run.fused_backend(model, TOKENS, STEP_IDS, objective("mean"), ALL_LAYERS)
     monkeypatch.setattr(run, "LOGITS_PER_CHUNK", 1)
@@ -214,9 +199,6 @@ def test_the_unembedding_chunk_size_changes_nothing(name, objective, monkeypatch
 
 @pytest.mark.parametrize("step_ids", [[0], [0, 0], [-1, 0], [0, -1], [0, 1, 2, 3]])
 def test_traces_of_one_to_four_tokens(step_ids, objective):
-    from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.objectives import Objective
-
     model, n = build_hf_model("llama"), len(step_ids)
     last_logit = Objective("last", None, function=lambda logits, tokens: logits[0, -1, 5])
     for chosen in [last_logit] + ([objective("per_token", n)] if n > 1 else []):
@@ -226,8 +208,6 @@ def test_traces_of_one_to_four_tokens(step_ids, objective):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_are_pooled_in_float32(dtype, objective):
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     half = build_hf_model("llama", dtype=dtype)
     exact = build_hf_model("llama", dtype=dtype).to(torch.float32)
     ours = fused_backend(half, TOKENS, STEP_IDS, objective("per_token"), ALL_LAYERS)
@@ -237,19 +217,12 @@ def test_half_precision_weights_are_pooled_in_float32(dtype, objective):
 
 
 def test_a_callable_that_ignores_the_logits_is_refused(objective):
-    from stepflow_tl.errors import ObjectiveError
-    from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.objectives import Objective
-
     constant = Objective("constant", None, function=lambda logits, tokens: torch.zeros(()))
     with pytest.raises(ObjectiveError, match="does not depend on the logits"):
         fused_backend(build_hf_model("llama"), TOKENS, STEP_IDS, constant, ALL_LAYERS)
 
 
 def test_nan_weights_are_named_by_layer_and_head(objective):
-    from stepflow_tl.errors import GradientError
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     model = build_hf_model("llama")
     model.model.layers[2].self_attn.v_proj.weight.data[0] = float("nan")
     with pytest.raises(GradientError, match="layer 0, head 0 is not finite"):
@@ -257,9 +230,6 @@ def test_nan_weights_are_named_by_layer_and_head(objective):
 
 
 def test_a_residual_cut_by_a_hook_is_named(objective):
-    from stepflow_tl.errors import GradientError
-    from stepflow_tl.saliency.fused.run import fused_backend
-
     model = build_bridge("llama")
     with model.hooks(fwd_hooks=[("blocks.2.hook_resid_pre", lambda residual, hook: residual.detach())]):
         with pytest.raises(GradientError, match=r"layers \[0, 1\]"):
@@ -267,9 +237,6 @@ def test_a_residual_cut_by_a_hook_is_named(objective):
 
 
 def test_a_hook_at_the_unembedding_sees_every_position_once(objective, float64_throughout):
-    from stepflow_tl.saliency.fused.run import fused_backend
-    from stepflow_tl.saliency.reference import hooks_backend
-
     model, shapes = build_bridge("llama"), []
 
     def dampen(residual, hook):
@@ -289,8 +256,6 @@ def test_a_hook_at_the_unembedding_sees_every_position_once(objective, float64_t
 def test_a_model_spread_over_devices_and_disk_gives_the_same_map(kind, objective, tmp_path):
     """What `device_map` does: blocks and embeddings are brought in one by one, and taken away again."""
     from accelerate import dispatch_model
-
-    from stepflow_tl.saliency.fused.run import fused_backend
 
     model = build_hf_model("llama")
     expected = fused_backend(model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS)

@@ -3,6 +3,7 @@
 The interpreter must be on before Triton is first imported, so kernels run in a process of their own.
 """
 
+import inspect
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +13,13 @@ import jaxtyping
 import pytest
 import torch
 
+from stepflow_tl.errors import FusedRefusal
+from stepflow_tl.saliency.fused import attention, triton_pooling
+from stepflow_tl.saliency.fused.attention import saliency_attention
+from stepflow_tl.saliency.fused.call import AttentionSpec, BackwardCall
+from stepflow_tl.saliency.fused.steps import StepRuns, StepSums, StepTiles
+from stepflow_tl.saliency.fused.triton_pooling import _check, available, pool_on_device
+
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 HEADS, KV_HEADS, SCALE = 4, 2, 0.2
@@ -20,8 +28,6 @@ HEADS, KV_HEADS, SCALE = 4, 2, 0.2
 @pytest.fixture(scope="module")
 def interpreted():
     """`interpreted(function, *args)`: the call's result from a process where Triton interprets."""
-    from stepflow_tl.saliency.fused.triton_pooling import available
-
     pool = ProcessPoolExecutor(
         1,
         mp_context=multiprocessing.get_context("spawn"),
@@ -47,6 +53,13 @@ def draw(n_tokens, d_head, *, d_value=None, dtype=torch.float32, batch=None, see
         randn(KV_HEADS, n_tokens, d_value),
         randn(HEADS, n_tokens, d_value),
     )
+
+
+def backward_call(query, key, value, dz, logsumexp, delta=None, **options):
+    """What a backward pass has to work with; delta is of no account where no dq is asked for."""
+    logsumexp = logsumexp.float()
+    delta = torch.zeros_like(logsumexp) if delta is None else delta.float()
+    return BackwardCall(query, key, value, logsumexp, dz, delta, AttentionSpec(SCALE, **options))
 
 
 def ragged_steps(n_tokens):
@@ -127,8 +140,6 @@ CASES = {
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_equals_attention_written_out(interpreted, case):
-    from stepflow_tl.saliency.fused.triton_pooling import pool_on_device
-
     options = dict(CASES[case])
     n_tokens, d_head = options.pop("n_tokens"), options.pop("d_head", 64)
     dtype = options.pop("dtype", torch.float32)
@@ -137,16 +148,8 @@ def test_kernel_equals_attention_written_out(interpreted, case):
     step_ids, n_steps = ragged_steps(n_tokens)
     saliency, dq, logsumexp, delta = dense(*tensors, sinks=sinks, **options)
 
-    sums, ours = interpreted(
-        pool_on_device,
-        *tensors,
-        logsumexp.float(),
-        step_ids,
-        n_steps,
-        scale=SCALE,
-        delta=delta.float(),
-        **options,
-    )
+    call = backward_call(*tensors, logsumexp, delta, **options)
+    sums, ours = interpreted(pool_on_device, call, step_ids, n_steps, with_dq=True)
 
     expected = pooled(saliency, step_ids, n_steps)
     assert sums.dtype == torch.float32 and ours.dtype == dtype
@@ -161,8 +164,6 @@ def test_kernel_equals_attention_written_out(interpreted, case):
 
 @needs_triton
 def test_every_token_a_step_and_every_token_one_step_and_no_step_at_all(interpreted):
-    from stepflow_tl.saliency.fused.triton_pooling import pool_on_device
-
     tensors = draw(40, 16)
     saliency, _, logsumexp, _ = dense(*tensors)
     for step_ids, n_steps in [
@@ -171,20 +172,18 @@ def test_every_token_a_step_and_every_token_one_step_and_no_step_at_all(interpre
         (torch.full((40,), -1), 3),
         (torch.arange(40).flip(0) // 8, 6),  # steps out of order, and one that has no token
     ]:
-        sums, dq = interpreted(pool_on_device, *tensors, logsumexp.float(), step_ids, n_steps, scale=SCALE)
+        sums, dq = interpreted(pool_on_device, backward_call(*tensors, logsumexp), step_ids, n_steps)
         assert dq is None and sums.shape == (HEADS, n_steps, n_steps + 1)
         assert relative_error(sums, pooled(saliency, step_ids, n_steps)) < 1e-4
 
 
 @needs_triton
 def test_strides_and_launches_by_kv_group_do_not_matter_and_equal_inputs_give_equal_bits(interpreted):
-    from stepflow_tl.saliency.fused.triton_pooling import pool_on_device
-
     tensors = draw(70, 32)
     step_ids, n_steps = ragged_steps(70)
     _, _, logsumexp, delta = dense(*tensors)
-    options = {"scale": SCALE, "delta": delta.float()}
-    first = interpreted(pool_on_device, *tensors, logsumexp.float(), step_ids, n_steps, **options)
+    call = backward_call(*tensors, logsumexp, delta)
+    first = interpreted(pool_on_device, call, step_ids, n_steps, with_dq=True)
     query, key, value, dz = tensors
     strided = (
         query.transpose(0, 1).contiguous().transpose(0, 1),
@@ -193,23 +192,14 @@ def test_strides_and_launches_by_kv_group_do_not_matter_and_equal_inputs_give_eq
         dz.transpose(0, 1).contiguous().transpose(0, 1),
     )
     assert not any(x.is_contiguous() for x in strided)
-    again = interpreted(
-        pool_on_device,
-        *strided,
-        logsumexp.float().mT.contiguous().mT,
-        step_ids,
-        n_steps,
-        line_bytes=1,
-        **options,
-    )
+    call = backward_call(*strided, logsumexp.float().mT.contiguous().mT, delta)
+    again = interpreted(pool_on_device, call, step_ids, n_steps, with_dq=True, line_bytes=1)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
 @pytest.mark.parametrize("block", [1, 16, 64])
 @pytest.mark.parametrize("n_tokens", [1, 64, 150])
 def test_runs_tile_the_sequence_and_pairs_are_what_blocks_meet(n_tokens, block):
-    from stepflow_tl.saliency.fused.step_runs import StepRuns
-
     step_ids, _ = ragged_steps(n_tokens)
     runs = StepRuns.of(step_ids, block)
     pairs = []
@@ -227,8 +217,6 @@ def test_runs_tile_the_sequence_and_pairs_are_what_blocks_meet(n_tokens, block):
 
 
 def test_the_example_of_the_docstring_holds():
-    from stepflow_tl.saliency.fused.step_runs import StepRuns
-
     runs = StepRuns.of(torch.tensor([0, 0, -1, 1, 1, 1, 1, 1, 2]), 4)
     assert runs.run_of.tolist() == [0, 0, 1, 2, 2, 2, 2, 2, 3]
     assert runs.first_pair.tolist() == [0, 3, 4, 5]
@@ -236,22 +224,16 @@ def test_the_example_of_the_docstring_holds():
 
 
 def test_a_step_in_two_places_is_refused():
-    from stepflow_tl.saliency.fused.refusal import FusedRefusal
-    from stepflow_tl.saliency.fused.step_runs import StepRuns
-
     with pytest.raises(FusedRefusal, match="step 1 occurs in two places"):
         StepRuns.of(torch.tensor([0, 1, 1, -1, 1]), 16)
 
 
 def test_a_cpu_without_the_interpreter_and_float64_are_not_available_and_say_so(monkeypatch):
-    from stepflow_tl.saliency.fused.refusal import FusedRefusal
-    from stepflow_tl.saliency.fused.triton_pooling import available, pool_on_device
-
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert not available(torch.device("cpu"), torch.float32)
     tensors = draw(5, 8)
     with pytest.raises(FusedRefusal, match="float32 on cpu: it needs Triton, an Ampere or later NVIDIA GPU"):
-        pool_on_device(*tensors, torch.zeros(HEADS, 5), torch.zeros(5, dtype=torch.long), 1, scale=1.0)
+        pool_on_device(backward_call(*tensors, torch.zeros(HEADS, 5)), torch.zeros(5, dtype=torch.long), 1)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert available(torch.device("cpu"), torch.float32) == HAS_TRITON
     assert not available(torch.device("cpu"), torch.float64)
@@ -259,8 +241,6 @@ def test_a_cpu_without_the_interpreter_and_float64_are_not_available_and_say_so(
 
 
 def test_without_triton_nothing_is_available(monkeypatch):
-    import stepflow_tl.saliency.fused.triton_pooling as triton_pooling
-
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(triton_pooling, "_has_triton", lambda: False)
     assert not triton_pooling.available(torch.device("cpu"), torch.float32)
@@ -268,24 +248,21 @@ def test_without_triton_nothing_is_available(monkeypatch):
 
 @needs_triton
 def test_tensors_that_do_not_fit_together_are_refused_by_name(monkeypatch):
-    from stepflow_tl.saliency.fused.refusal import FusedRefusal
-    from stepflow_tl.saliency.fused.triton_pooling import _check
-
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     query, key, value, dz = draw(5, 8)
     lse, ids = torch.zeros(HEADS, 5), torch.zeros(5, dtype=torch.long)
-    _check(query, key, value, dz, lse, None, ids)
+    _check(backward_call(query, key, value, dz, lse), ids)
     for name, arguments in {
         "`value` has shape": (query, key, value[:1], dz, lse, None, ids),
         "`dz` has shape": (query, key, value, dz[:, :4], lse, None, ids),
-        "`logsumexp` has shape": (query, key, value, dz, lse[:, :4], None, ids),
+        "`logsumexp` has shape": (query, key, value, dz, lse[:, :4], lse, ids),
         "`delta` has shape": (query, key, value, dz, lse, lse[:2], ids),
         "`step_ids` has shape": (query, key, value, dz, lse, None, ids[:4]),
         "4 query heads cannot share 3 KV heads": (query, query[:3], query[:3], dz, lse, None, ids),
         "`dz` is torch.float16 and query torch.float32": (query, key, value, dz.half(), lse, None, ids),
     }.items():
         with pytest.raises(FusedRefusal, match=name):
-            _check(*arguments)
+            _check(backward_call(*arguments[:-1]), arguments[-1])
 
 
 def written_out_flash_forward(query, key, value, dropout_p, is_causal, *, scale):
@@ -320,19 +297,14 @@ def written_out_flash_backward(
 @pytest.fixture
 def stand_ins(monkeypatch, interpreted):
     """The device path on a CPU: kernels interpreted, flash attention's two calls written out."""
-    from stepflow_tl.saliency.fused import device
-    from stepflow_tl.saliency.fused.triton_pooling import pool_on_device
-
     aten = torch.ops.aten
     monkeypatch.setattr(aten, "_scaled_dot_product_flash_attention", written_out_flash_forward)
     monkeypatch.setattr(aten, "_scaled_dot_product_flash_attention_backward", written_out_flash_backward)
-    monkeypatch.setattr(device, "pool_on_device", lambda *a, **k: interpreted(pool_on_device, *a, **k))
-    return device
+    monkeypatch.setattr(attention, "pool_on_device", lambda *a, **k: interpreted(pool_on_device, *a, **k))
+    return attention
 
 
 def step_sums(n_tokens):
-    from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
-
     tiles = StepTiles(*ragged_steps(n_tokens))
     return StepSums.zeros(tiles, HEADS, dtype=torch.float32, device=torch.device("cpu"))
 
@@ -350,16 +322,13 @@ def step_sums(n_tokens):
 )
 @pytest.mark.parametrize("wanted", [True, False], ids=["pooled", "not pooled"])
 def test_device_path_equals_the_tiles(stand_ins, options, wanted):
-    from stepflow_tl.saliency.fused.attention import saliency_attention
-    from stepflow_tl.saliency.fused.spec import AttentionSpec
-
     options = dict(options)
     query, key, value, dz = draw(45, 16, batch=2)
     sinks = torch.linspace(-2, 3, HEADS) if options.pop("sinks", False) else None
     ours, theirs = (step_sums(45), step_sums(45)) if wanted else (None, None)
-    spec = AttentionSpec(SCALE, step_sums=theirs, **options)
+    spec = AttentionSpec(SCALE, **options)
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    z = saliency_attention(*leaves, spec, sinks=sinks)
+    z = saliency_attention(*leaves, spec, sums=theirs, sinks=sinks)
     expected = torch.autograd.grad(z, leaves, dz)
 
     if spec.window is None and spec.softcap is None:
@@ -370,9 +339,8 @@ def test_device_path_equals_the_tiles(stand_ins, options, wanted):
     else:
         logsumexp = dense(query, key, value, dz, sinks=sinks, window=13, softcap=2.0)[2].float()
     delta = (dz * z.detach()).sum(-1)
-    got = stand_ins.attention_backward(
-        query, key, value, z.detach(), logsumexp, dz, delta, AttentionSpec(SCALE, step_sums=ours, **options)
-    )
+    call = BackwardCall(query, key, value, logsumexp, dz, delta, spec)
+    got = stand_ins.kernel_backward(call, z.detach(), ours)
 
     assert not torch.are_deterministic_algorithms_enabled()
     for mine, other in zip(got, expected, strict=True):
@@ -384,28 +352,22 @@ def test_device_path_equals_the_tiles(stand_ins, options, wanted):
 
 
 def test_flash_attentions_real_signatures_take_what_is_passed():
-    from stepflow_tl.saliency.fused import device
-    from stepflow_tl.saliency.fused.spec import AttentionSpec
-
     query, key, value, dz = (x.to("meta") for x in draw(45, 16, batch=1, dtype=torch.bfloat16))
-    z, logsumexp = device.flash_forward(query, key, value, SCALE)
+    z, logsumexp = attention.flash_forward(query, key, value, SCALE)
     assert z.shape == query.shape and logsumexp.shape == query.shape[:-1]
     assert logsumexp.dtype == torch.float32
-    grads = device.attention_backward(
-        query, key, value, z, logsumexp, dz, logsumexp, AttentionSpec(SCALE, step_sums=None)
-    )
+    call = BackwardCall(query, key, value, logsumexp, dz, logsumexp, AttentionSpec(SCALE))
+    grads = attention.kernel_backward(call, z, None)
     assert [x.shape for x in grads] == [x.shape for x in (query, key, value)]
 
 
 def test_nothing_off_a_gpu_is_served_by_the_device_path():
-    from stepflow_tl.saliency.fused import device
-    from stepflow_tl.saliency.fused.spec import AttentionSpec
-
     query, key, value, _ = draw(5, 8, batch=1)
     for diagonal_only in (True, False):
         spec = AttentionSpec(SCALE, diagonal_only=diagonal_only)
-        assert not device.backward_served(query, key, value, spec)
-    assert not device.flash_serves(query, key, value, AttentionSpec(SCALE))
+        assert not attention.kernels_serve(query, key, value, spec, pooling=True)
+        assert not attention.kernels_serve(query, key, value, spec, pooling=False)
+    assert not attention.flash_serves(query, key, value, AttentionSpec(SCALE))
 
 
 class OnCuda:
@@ -421,7 +383,7 @@ class OnCuda:
         ({}, True, True, True),
         ({}, True, False, False),
         ({}, False, True, False),
-        ({"step_sums": None}, False, True, True),
+        ({"pooling": False}, False, True, True),
         ({"window": 3}, True, True, False),
         ({"window": 5}, True, True, True),
         ({"softcap": 2.0}, True, True, False),
@@ -430,16 +392,13 @@ class OnCuda:
     ],
 )
 def test_the_device_path_is_taken_where_its_kernels_serve(monkeypatch, options, kernel, flash, served):
-    import inspect
 
-    from stepflow_tl.saliency.fused import device
-    from stepflow_tl.saliency.fused.spec import AttentionSpec
-
-    monkeypatch.setattr(device, "available", lambda *_: kernel)
+    monkeypatch.setattr(attention, "available", lambda *_: kernel)
     monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *_: None)
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _: flash)
-    spec = AttentionSpec(SCALE, **{"step_sums": step_sums(5), **options})
+    pooling = options.get("pooling", True)
+    spec = AttentionSpec(SCALE, **{name: value for name, value in options.items() if name != "pooling"})
     query, key = OnCuda(1, HEADS, 5, 8), OnCuda(1, KV_HEADS, 5, 8)
-    selection = inspect.unwrap(device.backward_served)  # the stand-ins are not tensors
-    monkeypatch.setattr(device, "flash_serves", inspect.unwrap(device.flash_serves))
-    assert selection(query, key, key, spec) == served
+    selection = inspect.unwrap(attention.kernels_serve)  # the stand-ins are not tensors
+    monkeypatch.setattr(attention, "flash_serves", inspect.unwrap(attention.flash_serves))
+    assert selection(query, key, key, spec, pooling=pooling) == served

@@ -7,6 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepflow_tl.saliency.fused.attention import saliency_attention
+from stepflow_tl.saliency.fused.call import AttentionSpec
+from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
+from stepflow_tl.saliency.fused.sweep import SHORTEST_SHARED, count_workers, cut_into_strips, share_out
+
 
 @settings(max_examples=300, deadline=None)
 @given(
@@ -17,8 +22,6 @@ from hypothesis import strategies as st
     n_workers=st.integers(1, 9),
 )
 def test_strips_tile_the_call(n_batches, n_kv_heads, n_tokens, window, n_workers):
-    from stepflow_tl.saliency.fused.cores import cut_into_strips
-
     strips = cut_into_strips(n_batches, n_kv_heads, n_tokens, window, n_workers)
     for batch in range(n_batches):
         for kv_head in range(n_kv_heads):
@@ -31,8 +34,6 @@ def test_strips_tile_the_call(n_batches, n_kv_heads, n_tokens, window, n_workers
 @pytest.mark.parametrize(("n_kv_heads", "n_workers"), [(3, 2), (2, 2), (4, 16), (1, 8), (8, 8)])
 @pytest.mark.parametrize("window", [None, 100, 5000])
 def test_workers_get_equal_work(n_kv_heads, n_workers, window):
-    from stepflow_tl.saliency.fused.cores import cut_into_strips
-
     strips = cut_into_strips(1, n_kv_heads, 4096, window, n_workers)
     visible = [sum(min(t + 1, window or 4096) for t in range(s.start, s.end)) for s in strips]
     assert len(strips) % n_workers == 0
@@ -40,8 +41,6 @@ def test_workers_get_equal_work(n_kv_heads, n_workers, window):
 
 
 def test_results_keep_their_order_and_each_worker_has_one_thread(threads):
-    from stepflow_tl.saliency.fused.cores import share_out
-
     threads(3)
     meet = threading.Barrier(3, timeout=30)
 
@@ -55,8 +54,6 @@ def test_results_keep_their_order_and_each_worker_has_one_thread(threads):
 
 
 def test_an_error_in_a_worker_comes_out_and_the_threads_are_put_back(threads):
-    from stepflow_tl.saliency.fused.cores import share_out
-
     threads(2)
 
     def work(item):
@@ -70,8 +67,6 @@ def test_an_error_in_a_worker_comes_out_and_the_threads_are_put_back(threads):
 
 
 def test_threads_that_start_later_have_the_callers_setting(threads):
-    from stepflow_tl.saliency.fused.cores import share_out
-
     threads(3)
     share_out(lambda item: item, range(6), 3)
     seen = []
@@ -82,8 +77,6 @@ def test_threads_that_start_later_have_the_callers_setting(threads):
 
 
 def test_what_is_short_or_on_a_gpu_is_not_shared_out(threads):
-    from stepflow_tl.saliency.fused.cores import SHORTEST_SHARED, count_workers
-
     threads(3)
     assert count_workers(torch.device("cpu"), SHORTEST_SHARED - 1) == 1
     assert count_workers(torch.device("cpu"), SHORTEST_SHARED) == 3
@@ -92,10 +85,6 @@ def test_what_is_short_or_on_a_gpu_is_not_shared_out(threads):
 
 @pytest.mark.parametrize("diagonal_only", [True, False])
 def test_the_same_call_gives_the_same_bits(threads, diagonal_only):
-    from stepflow_tl.saliency.fused.attention import saliency_attention
-    from stepflow_tl.saliency.fused.spec import AttentionSpec
-    from stepflow_tl.saliency.fused.tiles import StepSums, StepTiles
-
     threads(3)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, n, 700, 16, generator=generator).requires_grad_() for n in (4, 2, 2))
@@ -104,8 +93,9 @@ def test_the_same_call_gives_the_same_bits(threads, diagonal_only):
 
     def run():
         sums = StepSums.zeros(tiles, 4, dtype=torch.float32, device=torch.device("cpu"))
-        spec = AttentionSpec(0.25, window=300, diagonal_only=diagonal_only, step_sums=sums)
-        grads = torch.autograd.grad(saliency_attention(query, key, value, spec), (query, key, value), dz)
+        spec = AttentionSpec(0.25, window=300, diagonal_only=diagonal_only)
+        z = saliency_attention(query, key, value, spec, sums=sums)
+        grads = torch.autograd.grad(z, (query, key, value), dz)
         return [sums.sums, *grads]
 
     first = run()

@@ -21,7 +21,7 @@ def token_ids(seed: int = 0) -> torch.Tensor:
 
 
 def run_backend(model, tokens, ids, objective):
-    from stepflow_tl.saliency.reference import hooks_backend
+    from stepflow_tl.saliency.hooks_backend import hooks_backend
 
     return hooks_backend(model, tokens, ids, objective, tuple(range(model.cfg.n_layers)))
 

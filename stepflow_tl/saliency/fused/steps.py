@@ -1,0 +1,238 @@
+"""Where the steps of a trace lie among tiles of the `[query, key]` square, and among blocks of GPU kernels.
+
+On a CPU, `StepTiles` adds a tile of saliency into step bins:
+
+1. Query rows are cut into blocks, keys into a fixed grid of columns; the part above the diagonal and, under
+   a sliding window, the part before the band is never visited.
+2. A tile meets few steps, because steps are contiguous. Its rows are summed per step by a `[step, row]`
+   one-hot product, and what is left, one line per step, is summed over keys by a `[column, step]` one-hot
+   product. The second is small: it costs `steps / rows` of the first.
+3. TEMPLATE queries have no row in the first product, so they are dropped. TEMPLATE keys have the last
+   column of the second, so their mass stays beside.
+
+On a GPU, kernels index by runs and pairs (`StepRuns`). A run is a stretch of consecutive tokens of one step,
+or of TEMPLATE between two steps. Runs tile the sequence, so consecutive bins need no special case inside a
+kernel. A pair is a block of query rows together with a run that it meets. Pairs are numbered block by block,
+so there are fewer than `blocks + runs` of them, and those of one run follow each other. With blocks of 4
+tokens:
+
+    step_ids    0 0 -1 1 | 1 1 1 1 | 2
+    run_of      0 0  1 2 | 2 2 2 2 | 3
+    pairs       0 0  1 2 | 3 3 3 3 | 4      first_pair = 0 3 4 5; step 1 has the pairs 2 and 3
+
+Either way the sums end in a `StepSums`, which changes as `StripSums` does; indices do not.
+
+Memory: the key one-hots of a trace take `T * (steps per tile)` numbers and are built once for all layers.
+Runs cost a few passes over the `T` step ids on the CPU, about a millisecond.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stepflow_tl.errors import FusedRefusal
+
+KEYS_PER_TILE = 1024
+
+
+def keys_per_tile(block_divisor: int) -> int:
+    """Width of the grid of columns, which sweep and pooling share."""
+    return max(16, KEYS_PER_TILE // block_divisor)
+
+
+class StepTiles:
+    """Step bins of one trace, cut along the tile grid. Keeps the one-hots it has built.
+
+    Attributes:
+        step_ids: Step of each token; -1 on TEMPLATE.
+        n_steps: Number of steps.
+        block_divisor: Tiles are smaller by this factor in rows and in keys.
+    """
+
+    def __init__(self, step_ids: Int[Tensor, " token"], n_steps: int, block_divisor: int = 1) -> None:
+        """Nothing is built until a tile asks for it."""
+        self.step_ids, self.n_steps, self.block_divisor = step_ids, n_steps, block_divisor
+        self._one_hots: dict[tuple, tuple[Tensor, slice]] = {}
+
+    def rows(self, start: int, end: int, like: Tensor) -> tuple[Float[Tensor, "step row"], slice]:
+        """One-hot of the queries `[start, end)` and the steps its lines stand for."""
+        return self._one_hot("rows", start, end, like)
+
+    def columns(self, start: int, end: int, like: Tensor) -> tuple[Float[Tensor, "column bin"], slice]:
+        """One-hot of the keys `[start, end)`, which lie in one tile of the grid; the last bin is TEMPLATE."""
+        width = keys_per_tile(self.block_divisor)
+        first = start // width * width
+        last = min(first + width, len(self.step_ids))
+        one_hot, steps = self._one_hot("columns", first, last, like)
+        return one_hot[start - first : end - first], steps
+
+    def steps_of(self, start: int, end: int) -> slice:
+        """The steps that the tokens `[start, end)` meet; empty where all are TEMPLATE."""
+        ids = self.step_ids[start:end]
+        inside = ids[ids >= 0]
+        return slice(int(inside.min()), int(inside.max()) + 1) if len(inside) else slice(0, 0)
+
+    def _one_hot(self, kind: str, start: int, end: int, like: Tensor) -> tuple[Tensor, slice]:
+        key = (kind, start, end, like.dtype, like.device)
+        if (
+            key not in self._one_hots
+        ):  # two threads may both build it: the same numbers, and the last one stays
+            ids = self.step_ids[start:end].cpu()
+            steps = self.steps_of(start, end)
+            lines = torch.arange(steps.start, steps.stop)
+            if kind == "columns":
+                lines = torch.cat([lines, torch.tensor([-1])])
+                one_hot = ids[:, None] == lines[None, :]
+            else:
+                one_hot = lines[:, None] == ids[None, :]
+            self._one_hots[key] = (one_hot.to(like.device, like.dtype), steps)
+        return self._one_hots[key]
+
+
+@dataclass
+class StripSums:
+    """Where one strip's part of a layer's map is added up: its heads, and the steps that its query rows meet.
+
+    Attributes:
+        tiles: The trace's step bins.
+        steps: Which query steps the lines of `sums` stand for.
+        sums: `[head, strip_step, key_bin]`; the last bin is TEMPLATE.
+    """
+
+    tiles: StepTiles
+    steps: slice
+    sums: Float[Tensor, "head strip_step key_bin"]
+
+    def add(
+        self, queries: tuple[int, int], keys: tuple[int, int], saliency: Float[Tensor, "head query key"]
+    ) -> None:
+        """Add the tile `saliency` (not negative) of these query rows and key columns, both half-open."""
+        rows, query_steps = self.tiles.rows(*queries, saliency)
+        if not len(rows):
+            return
+        columns, key_steps = self.tiles.columns(*keys, saliency)
+        per_key = torch.matmul(rows, saliency)
+        pooled = torch.matmul(per_key, columns).to(self.sums.dtype)
+        out = self.sums[:, query_steps.start - self.steps.start : query_steps.stop - self.steps.start]
+        out[..., key_steps] += pooled[..., :-1]
+        out[..., -1] += pooled[..., -1]
+
+
+@dataclass
+class StepSums:
+    """Where one layer's pooled map is added up, strip by strip or sequence by sequence.
+
+    Attributes:
+        tiles: The trace's step bins.
+        sums: `[head, query_step, key_bin]`; the last bin is TEMPLATE.
+        reached: Whether a gradient has come back to this layer.
+    """
+
+    tiles: StepTiles
+    sums: Float[Tensor, "head query_step key_bin"]
+    reached: bool = False
+
+    @classmethod
+    def zeros(cls, tiles: StepTiles, n_heads: int, *, dtype: torch.dtype, device: torch.device) -> StepSums:
+        """An empty map."""
+        return cls(tiles, torch.zeros(n_heads, tiles.n_steps, tiles.n_steps + 1, dtype=dtype, device=device))
+
+    def strip(self, n_heads: int, start: int, end: int) -> StripSums:
+        """An empty part for `n_heads` heads of the query rows `[start, end)`."""
+        steps = self.tiles.steps_of(start, end)
+        return StripSums(
+            self.tiles, steps, self.sums.new_zeros(n_heads, steps.stop - steps.start, self.sums.shape[2])
+        )
+
+    def add(self, sums: Float[Tensor, "head query_step key_bin"]) -> None:
+        """Add the map of a whole sequence."""
+        self.reached = True
+        self.sums += sums.to(self.sums.dtype)
+
+    def merge(self, heads: slice, strip: StripSums) -> None:
+        """Add a finished part."""
+        self.reached = True
+        self.sums[heads, strip.steps] += strip.sums
+
+
+@dataclass(frozen=True)
+class StepRuns:
+    """Runs of one bin, and the pairs of a query block and a run that it meets.
+
+    Attributes:
+        run_of: Run of each token.
+        first_pair: First pair of each query block, and the number of pairs at the end.
+        step_pairs: Half-open range of pairs of each step that occurs.
+        steps: The steps that occur, ascending.
+        step_runs: Run of each of these.
+        template_runs: Runs of TEMPLATE.
+        runs_per_block: The most runs that a block meets.
+        n_runs: Number of runs.
+        n_pairs: Number of pairs.
+    """
+
+    run_of: Int[Tensor, " token"]
+    first_pair: Int[Tensor, " block_edge"]
+    step_pairs: Int[Tensor, "step 2"]
+    steps: Int[Tensor, " step"]
+    step_runs: Int[Tensor, " step"]
+    template_runs: Int[Tensor, " template_run"]
+    runs_per_block: int
+    n_runs: int
+    n_pairs: int
+
+    @classmethod
+    def of(cls, step_ids: Int[Tensor, " token"], block: int) -> StepRuns:
+        """Find the runs of `step_ids` and how blocks of `block` queries meet them.
+
+        Raises:
+            FusedRefusal: If a step occurs in two places.
+        """
+        step_ids = step_ids.cpu()
+        bins, run_of = torch.unique_consecutive(step_ids, return_inverse=True)
+        starts = torch.arange(0, len(step_ids), block)
+        last_rows = (starts + block - 1).clamp(max=len(step_ids) - 1)
+        met = run_of[last_rows] - run_of[starts] + 1
+        first_pair = torch.cat([torch.zeros(1, dtype=torch.long), met.cumsum(0)])
+        # A run's pairs: from the block of its first token to that of its last.
+        first_token = torch.searchsorted(run_of, torch.arange(len(bins)))
+        last_token = torch.cat([first_token[1:], torch.tensor([len(step_ids)])]) - 1
+
+        def pair_of(token: Tensor) -> Tensor:
+            return first_pair[token // block] + run_of[token] - run_of[token // block * block]
+
+        pairs = torch.stack([pair_of(first_token), pair_of(last_token) + 1], dim=1)
+        step_runs = torch.nonzero(bins >= 0).flatten()
+        order = bins[step_runs].argsort()
+        step_runs = step_runs[order]
+        steps = bins[step_runs]
+        if bool((steps[1:] == steps[:-1]).any()):
+            twice = int(steps[1:][steps[1:] == steps[:-1]][0])
+            raise FusedRefusal(f"step {twice} occurs in two places: a step's tokens must be consecutive")
+        return cls(
+            run_of=run_of.int(),
+            first_pair=first_pair.int(),
+            step_pairs=pairs[step_runs].int(),
+            steps=steps,
+            step_runs=step_runs,
+            template_runs=torch.nonzero(bins < 0).flatten(),
+            runs_per_block=int(met.max()),
+            n_runs=len(bins),
+            n_pairs=int(first_pair[-1]),
+        )
+
+    def to(self, device: torch.device) -> StepRuns:
+        """The same on `device`."""
+        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return StepRuns(**{**vars(self), **tensors})
+
+    def add_into(
+        self, sums: Float[Tensor, "head query_step key_bin"], folded: Float[Tensor, "head step run"]
+    ) -> None:
+        """Write `folded` into the rows and columns of the steps that occur, TEMPLATE into the last column."""
+        sums[:, self.steps[:, None], self.steps] = folded[..., self.step_runs]
+        sums[:, self.steps, -1] = folded[..., self.template_runs].sum(-1)
