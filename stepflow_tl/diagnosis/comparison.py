@@ -25,7 +25,7 @@ import numpy as np
 from stepflow_tl.diagnosis.diagnosis import HEADLINE, LAYER_METRICS, Diagnosis
 from stepflow_tl.diagnosis.groups import Pairing, check_comparable, column_names, diagnoses, matrix, pair
 from stepflow_tl.errors import ComparisonError
-from stepflow_tl.results.tables import html_table, number, probability, text_table
+from stepflow_tl.results.tables import dataframe, html_table, number, probability, text_table
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.statistics.effects import (
@@ -94,8 +94,6 @@ class Comparison:
         Raises:
             ValueError: If `rows` is neither.
         """
-        from stepflow_tl.results.frames import dataframe
-
         if rows not in ("layers", "headline"):
             raise ValueError(f"unknown rows {rows!r}: expected 'layers' or 'headline'")
         effects = self.by_layer if rows == "layers" else self.headline

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stepflow_tl.errors import ResultFileError
 from stepflow_tl.models.bands import deep_band, shallow_band
-from stepflow_tl.results.tables import html_table, number, text_table
+from stepflow_tl.results.tables import dataframe, html_table, number, text_table
 
 Band = Literal["shallow", "deep"]
 
@@ -141,8 +141,6 @@ class Diagnosis:
 
     def to_dataframe(self) -> Any:
         """One row a layer: `layer` and the columns of `LAYER_METRICS`, as a pandas data frame."""
-        from stepflow_tl.results.frames import dataframe
-
         columns = {name: getattr(self, name).tolist() for name in LAYER_METRICS}
         return dataframe({"layer": list(self.layers), **columns})
 

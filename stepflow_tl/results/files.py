@@ -108,21 +108,21 @@ def load_result(
         return build(document, {name: file.get_tensor(name) for name in specs})
 
 
-def read_document(path: str | Path, schema: Schema) -> dict[str, Any]:
-    """The JSON document of a file, its tensors unread.
+def read_document(path: str | Path, schema: Schema, read: Callable[[dict[str, Any]], Result]) -> Result:
+    """What `read` makes of a file's JSON document, its tensors unread.
 
-    The file's length is compared with what its header declares, so a file that was cut off is refused. Cost:
-    reading the header, under a millisecond for a trace of a thousand tokens.
+    The file's length is compared with what its header declares, so a file that was cut off is refused.
 
     Args:
         path: The file.
         schema: The kind it must be.
+        read: Takes what it needs out of the document. What it raises means that the file is damaged.
 
     Raises:
         ResultFileError: As `load_result`, the tensors' shapes apart.
     """
     with _opened(Path(path), schema) as (_, document):
-        return document
+        return read(document)
 
 
 @contextlib.contextmanager
@@ -154,8 +154,8 @@ def _opened(source: Path, schema: Schema) -> Iterator[tuple[Any, dict[str, Any]]
         StepflowError,
     ) as error:
         raise ResultFileError(
-            f"{source} calls itself {schema.name} version {schema.version} but its content does not hold "
-            f"together ({error!r}). Run the analysis of this trace again."
+            f"{source} calls itself {schema.name} version {schema.version} but its content is inconsistent "
+            f"({error!r}). Run the analysis of this trace again."
         ) from error
 
 
@@ -262,11 +262,20 @@ def _read_document(metadata: dict[str, str], source: Path, schema: Schema) -> di
 
 
 def whole_numbers(values: Any) -> tuple[int, ...]:
-    """The values of a JSON list of whole numbers; a float or a boolean is none.
+    """The values of a JSON list of whole numbers; floats and booleans are not whole numbers.
 
     Raises:
-        TypeError: If it is no such list.
+        TypeError: If it is anything else.
     """
     if not isinstance(values, list) or any(type(value) is not int for value in values):
         raise TypeError(f"expected a list of whole numbers, found {str(values)[:60]}")
     return tuple(values)
+
+
+def whole_number(value: Any) -> int:
+    """The value, which must be a whole number.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    return whole_numbers([value])[0]

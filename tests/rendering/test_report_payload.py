@@ -5,18 +5,24 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_maps import make_saliency
+
+from stepflow_tl import diagnose
+from stepflow_tl.errors import TraceError
+from stepflow_tl.rendering import report_payload as payload
+from stepflow_tl.rendering.report_payload import QuantisedMaps, quantise, report_payload
+from stepflow_tl.results.provenance import Provenance
+from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.trace import ReasoningTrace
 
 
 def payload_of(saliency, **options):
-    from stepflow_tl.rendering.report.payload import report_payload
-
     return report_payload(saliency, **options)
 
 
 def unpacked(packed, n_steps):
-    from stepflow_tl.rendering.report.quantise import QuantisedMaps
-
     codes = np.frombuffer(zlib.decompress(base64.b64decode(packed["codes"])), f"<u{packed['bits'] // 8}")
     row_max = np.frombuffer(zlib.decompress(base64.b64decode(packed["row_max"])), "<f4")
     cells = n_steps * (n_steps + 1) // 2
@@ -48,8 +54,6 @@ def test_the_text_is_whole_template_included():
 
 
 def test_profiles_are_those_of_diagnose():
-    from stepflow_tl import diagnose
-
     saliency = make_saliency(4, 2)
     diagnosis, profiles = diagnose(saliency), payload_of(saliency)["profiles"]
     assert profiles["metrics"]["lock_in"] == diagnosis.lock_in.tolist()
@@ -71,8 +75,6 @@ def test_where_nothing_can_be_diagnosed_the_reason_is_kept(saliency, reason):
 
 
 def test_precision_falls_with_size_and_is_stated():
-    from stepflow_tl.rendering.report import payload
-
     assert payload.head_bits(28 * 32, 40) == 16
     assert payload.head_bits(28 * 32, 60) == 16
     assert payload.head_bits(28 * 32, 120) == 8
@@ -88,8 +90,6 @@ def test_precision_falls_with_size_and_is_stated():
     ("bits", "said"), [(8, "kept in 8 bits on a logarithmic scale, exact to 1.8 %"), (None, "are left out")]
 )
 def test_fewer_bits_are_said(bits, said, monkeypatch):
-    from stepflow_tl.rendering.report import payload
-
     monkeypatch.setattr(payload, "head_bits", lambda n_maps, n_steps: bits)
     found = payload_of(make_saliency(2, 1))
     assert said in found["precision"]
@@ -97,11 +97,6 @@ def test_fewer_bits_are_said(bits, said, monkeypatch):
 
 
 def test_a_trace_without_steps_is_refused():
-    from stepflow_tl.errors import TraceError
-    from stepflow_tl.results.provenance import Provenance
-    from stepflow_tl.saliency.result import StepSaliency
-    from stepflow_tl.trace import ReasoningTrace
-
     trace = ReasoningTrace(
         tokens=torch.tensor([0]),
         text="^",
@@ -116,3 +111,42 @@ def test_a_trace_without_steps_is_refused():
     )
     with pytest.raises(TraceError, match="no steps, so there is nothing to report"):
         payload_of(empty)
+
+
+def quantised(maps, bits):
+    return quantise(maps, bits)
+
+
+@pytest.mark.parametrize(("bits", "stated"), [(16, 0.00015), (8, 0.0185)])
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000), spread=st.floats(0.1, 12), level=st.floats(-20, 20), n=st.integers(1, 9))
+def test_no_cell_errs_by_more_than_stated(bits, stated, seed, spread, level, n):
+    generator = torch.Generator().manual_seed(seed)
+    decades = spread * torch.rand(3, n, n, generator=generator, dtype=torch.float64)
+    maps = (10.0 ** (level - decades)).tril()
+    found = quantised(maps, bits)
+    assert found.relative_error <= stated
+    restored = torch.from_numpy(found.restored())
+    floor = maps.amax(-1, keepdim=True) * 10.0**-found.decades
+    # float32 and rounding at the last decade's end
+    kept = maps > floor * 1.05
+    error = (restored / maps - 1).abs()[kept]
+    assert error.numel() >= 3 * n and float(error.max()) <= found.relative_error + 1e-6
+    assert bool((restored[maps < floor * 0.9] == 0).all())
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_row_s_largest_value_is_exact_and_zero_stays_zero(bits):
+    maps = torch.tensor([[[0.0, 9.0, 9.0], [3.0, 0.0, 9.0], [0.125, 0.0, 1e-30]]], dtype=torch.float64)
+    restored = quantised(maps, bits).restored()[0]
+    np.testing.assert_array_equal(restored, [[0, 0, 0], [3, 0, 0], [0.125, 0, 0]])
+
+
+def test_codes_take_the_bytes_they_say_and_cells_go_row_by_row():
+    maps = make_saliency(1, 1).head_mean()
+    for bits in (8, 16):
+        found = quantised(maps, bits)
+        assert found.codes.dtype.itemsize * 8 == bits and found.codes.shape == (8, 6)
+        assert found.row_max.dtype == np.dtype("<f4")
+    assert found.codes[0, 0] == 2**16 - 1  # the only cell of its row
+    assert [int(codes.max()) for codes in (found.codes[0, 1:3], found.codes[0, 3:])] == [2**16 - 1] * 2
