@@ -10,7 +10,7 @@ def labels_of(n_thinking: int, n_summary: int) -> list[str]:
 
 
 def make_trace(n_thinking: int, n_summary: int, text: str | Sequence[str] = "abcd "):
-    """One template token, then steps of one token a character; `text` is every step's, or one a step."""
+    """One template token, then steps of one token per character; `text` is every step's, or one per step."""
     from stepflow_tl.trace import ReasoningTrace, Segment, Step
 
     segments = [Segment.QUESTION] + [Segment.THINKING] * n_thinking + [Segment.SUMMARY] * n_summary

@@ -17,7 +17,6 @@ from torch import Tensor
 from stepflow_tl.results.files import Schema, TensorSpec, whole_numbers
 from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.results.result import TracedResult
-from stepflow_tl.results.tables import number
 from stepflow_tl.saliency.pooling import Pooling, normalise
 from stepflow_tl.trace import ReasoningTrace
 
@@ -109,10 +108,7 @@ class StepKnockout(TracedResult):
 
     def _table(self, n: int) -> tuple[str, list[str], list[list[str]], list[str]]:
         """Measured pairs by the size of the effect."""
-        queries, keys = self.measured.nonzero(as_tuple=True)
-        order = self.effects[queries, keys].abs().argsort(descending=True, stable=True)[:n]
-        pairs = torch.stack([queries, keys], 1)[order].tolist()
-        rows = [self._pair_row(pair, number(float(self.effects[tuple(pair)]))) for pair in pairs]
+        rows = self._pair_rows(self.effects, self.measured, n)
         where = "its own predictions" if self.onto is None else self.onto
         footer = [f"{len(rows)} of {int(self.measured.sum())} pairs; positive: the cut hurts; on {where}"]
         header = ["step", "cut from", f"effect ({self.measure})", "step's text", "other's text"]

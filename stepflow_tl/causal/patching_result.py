@@ -39,7 +39,7 @@ class StepPatching(StoredResult):
 
     Attributes:
         effects: Change of the metric; nats for NLL metrics, logits for a logit difference. Float64, CPU.
-        method: "patching" (one pass an entry) or "attribution" (first order).
+        method: "patching" (one pass per entry) or "attribution" (first order).
         component: What was exchanged, one of `hook_names.COMPONENTS`.
         alignment: How tokens met, see `causal.alignment`.
         matches: The steps of the second axis: where activations came from and where they went.

@@ -18,6 +18,7 @@ Cost: nothing is run. Beyond `_MOST_VECTORS` points, SVG and PDF hold the points
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,11 +101,42 @@ def agreement_figure(
     note = _note(saliency, knockout, signed, [(across, x_floor), (upward, y_floor)])
     sheet = Sheet(width, tall, _MARGINS, first, note, legend_rows=-(-len(present) // columns))
     axes = sheet.panel(0.0, 0.0, inner, tall)
+    members = {kind: np.array([other == kind for other in kinds]) for kind in present}
+    _draw_points(axes, x, y, signed < 0, members)
+    _finish_axis(axes.xaxis, axes.set_xscale, axes.set_xlim, x, x_floor)
+    _finish_axis(axes.yaxis, axes.set_yscale, axes.set_ylim, y, y_floor)
+    unit = f"nats{PER_PAIR[pooling]}"
+    own_unit = unit if knockout.measure in ("nll", "kl") else unit.replace("nats", knockout.measure)
+    axes.set_xlabel(f"Step-Saliency, {unit}", fontsize=TEXT_SIZE, labelpad=2)
+    axes.set_ylabel(f"size of the cut's effect,\n{own_unit}", fontsize=TEXT_SIZE, labelpad=2)
+    style_ticks(axes, TICK_SIZE)
+    axes.tick_params(which="minor", length=0)
+    axes.grid(color="0.9", linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_linewidth(0.5)
+    handles = []
+    for kind, at in members.items():
+        label = f"{_kind_name(kind)}  {_number(spearman(across[at], upward[at]))}"
+        handles.append(lines.Line2D([], [], linestyle="", markersize=4, label=label, **_STYLES[kind]))
+    spacing = {"handlelength": 0.8, "handletextpad": 0.5, "labelspacing": 0.35}
+    sheet.legend(handles, columns=columns, gap=0.06, **spacing)
+    return sheet.figure
+
+
+def _draw_points(
+    axes: Any,
+    x: Float[np.ndarray, " pair"],
+    y: Float[np.ndarray, " pair"],
+    helped: Bool[np.ndarray, " pair"],
+    members: Mapping[tuple[Segment, Segment], Bool[np.ndarray, " pair"]],
+) -> None:
+    """Smaller and paler with their number; hollow where the cut helped; the rarest kind on top."""
+    n = len(x)
     size = float(np.clip(60 / np.sqrt(n), 1.6, 4.0))
     alpha = float(np.clip(12 / np.sqrt(n), 0.35, 0.9))
-    members = {kind: np.array([other == kind for other in kinds]) for kind in present}
-    for kind in sorted(present, key=lambda kind: -members[kind].sum()):  # the rarest on top
-        for chosen, hollow in ((signed >= 0, False), (signed < 0, True)):
+    for kind in sorted(members, key=lambda kind: -members[kind].sum()):
+        for chosen, hollow in ((~helped, False), (helped, True)):
             style, drawn = _STYLES[kind], members[kind] & chosen
             axes.plot(
                 x[drawn],
@@ -119,33 +151,6 @@ def agreement_figure(
                 clip_on=False,
                 rasterized=n > _MOST_VECTORS,
             )
-    _finish_axis(axes.xaxis, axes.set_xscale, axes.set_xlim, x, x_floor)
-    _finish_axis(axes.yaxis, axes.set_yscale, axes.set_ylim, y, y_floor)
-    unit = f"nats{PER_PAIR[pooling]}"
-    own_unit = unit if knockout.measure in ("nll", "kl") else unit.replace("nats", knockout.measure)
-    axes.set_xlabel(f"Step-Saliency, {unit}", fontsize=TEXT_SIZE, labelpad=2)
-    axes.set_ylabel(f"size of the cut's effect,\n{own_unit}", fontsize=TEXT_SIZE, labelpad=2)
-    style_ticks(axes, TICK_SIZE)
-    axes.tick_params(which="minor", length=0)
-    axes.grid(color="0.9", linewidth=0.4)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_linewidth(0.5)
-    within = {kind: spearman(across[at], upward[at]) for kind, at in members.items()}
-    handles = [
-        lines.Line2D(
-            [],
-            [],
-            linestyle="",
-            markersize=4,
-            label=f"{_kind_name(kind)}  {_number(within[kind])}",
-            **_STYLES[kind],
-        )
-        for kind in present
-    ]
-    spacing = {"handlelength": 0.8, "handletextpad": 0.5, "labelspacing": 0.35}
-    sheet.legend(handles, columns=columns, gap=0.06, **spacing)
-    return sheet.figure
 
 
 def _placed(

@@ -62,7 +62,7 @@ class TensorSpec(NamedTuple):
     shape: tuple[int | None, ...]
 
 
-# safetensors' names. The eight-bit floats are no type that anything here writes or computes with.
+# safetensors' names. Nothing here writes eight-bit floats or computes with them.
 _DTYPES = {"float": ("F16", "BF16", "F32", "F64"), "bool": ("BOOL",)}
 
 

@@ -14,12 +14,12 @@ Two kinds: `TracedResult` has a trace whose steps label its axes; another, like 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stepflow_tl.results.files import (
@@ -32,7 +32,7 @@ from stepflow_tl.results.files import (
     whole_numbers,
 )
 from stepflow_tl.results.provenance import Provenance
-from stepflow_tl.results.tables import shortened, text_table
+from stepflow_tl.results.tables import number, shortened, text_table
 from stepflow_tl.trace import ReasoningTrace
 
 Kind = TypeVar("Kind", bound="StoredResult")
@@ -167,10 +167,18 @@ class TracedResult(StoredResult):
     def _fields(cls, document: dict[str, Any]) -> dict[str, Any]:
         return {"trace": ReasoningTrace.from_json(document["trace"])}
 
-    def _pair_row(self, pair: Sequence[int], value: str) -> list[str]:
-        """A table's row for two steps (reader, source): labels, value, and the beginning of their texts."""
-        reader, source = (self.trace.steps[index] for index in pair)
-        return [reader.label, source.label, value, shortened(reader.text), shortened(source.text)]
+    def _pair_rows(
+        self, values: Float[Tensor, "query_step key_step"], shown: Bool[Tensor, "query_step key_step"], n: int
+    ) -> list[list[str]]:
+        """A table's rows for the `n` largest values by size: both labels, value, beginnings of both texts."""
+        queries, keys = shown.nonzero(as_tuple=True)
+        order = values[queries, keys].abs().argsort(descending=True, stable=True)[:n]
+        rows = []
+        for query, key in torch.stack([queries, keys], dim=1)[order].tolist():
+            reader, source = self.trace.steps[query], self.trace.steps[key]
+            texts = [shortened(reader.text), shortened(source.text)]
+            rows.append([reader.label, source.label, number(float(values[query, key])), *texts])
+        return rows
 
 
 def read_head(path: str | Path, kind: type[StoredResult]) -> ResultHead:

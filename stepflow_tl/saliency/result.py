@@ -20,7 +20,6 @@ from stepflow_tl.errors import ModelError
 from stepflow_tl.results.files import Schema, TensorSpec
 from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.results.result import TracedResult
-from stepflow_tl.results.tables import number
 from stepflow_tl.saliency.pooling import Pooling, normalise
 from stepflow_tl.trace import ReasoningTrace
 
@@ -117,12 +116,12 @@ class StepSaliency(TracedResult):
     def _table(self, n: int) -> tuple[str, list[str], list[list[str]], list[str]]:
         """Pairs of two different steps by the paper's map, averaged over the stored layers."""
         mean = self.head_mean().double().mean(0)
-        queries, keys = torch.tril_indices(*mean.shape, offset=-1)
-        order = mean[queries, keys].argsort(descending=True, stable=True)[:n]
-        pairs = torch.stack([queries, keys], 1)[order].tolist()
-        rows = [self._pair_row(pair, number(float(mean[tuple(pair)]))) for pair in pairs]
+        earlier = torch.ones_like(mean, dtype=torch.bool).tril(-1)
+        rows = self._pair_rows(mean, earlier, n)
         covered = f"{len(self.layers)} of {self.n_layers} layers"
-        footer = [f"{len(rows)} of {len(queries)} pairs; nats per token pair, mean of heads and {covered}"]
+        footer = [
+            f"{len(rows)} of {int(earlier.sum())} pairs; nats per token pair, mean of heads and {covered}"
+        ]
         header = ["step", "draws on", "mean saliency", "step's text", "other's text"]
         return f"Step-Saliency: {self.provenance.model_name}", header, rows, footer
 
