@@ -43,7 +43,7 @@ def test_inconsistent_metadata_is_refused(changes, patching, tmp_path):
 
 def test_the_table_lists_the_strongest_effects_first(patching):
     lines = patching.table(3).splitlines()
-    assert lines[0] == "Patching of resid_pre: tiny-native"
+    assert lines[0] == f"Patching of resid_pre: {patching.provenance.model_name}"
     row, column = divmod(int(patching.effects.abs().argmax()), 2)
     assert lines[5].split()[:2] == [str(patching.layers[row]), patching.labels[column]]
     assert lines[-1].startswith("3 of 4 entries; positive: the patch raises the metric; without a patch ")

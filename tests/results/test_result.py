@@ -15,7 +15,7 @@ from stepflow_tl.results.result import ResultHead, StoredResult, read_head
 from stepflow_tl.results.tables import shortened
 
 KINDS = {"saliency": StepSaliency, "knockout": StepKnockout, "patching": StepPatching}
-# Made maps, written on 27 November 2026 when each kind had a codec of its own (schema version 1, minor 0).
+# Made maps, written when each kind had a codec of its own (schema version 1, minor 0).
 WRITTEN_BEFORE = Path(__file__).parent / "written_before"
 
 
