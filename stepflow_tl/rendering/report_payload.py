@@ -185,16 +185,6 @@ class QuantisedMaps:
         """Largest relative error of a cell that is not 0."""
         return 10 ** (self.decades / (_highest_code(self.bits) - 1) / 2) - 1
 
-    def restored(self) -> Float[np.ndarray, "map query_step key_step"]:
-        """The maps that the codes stand for, as the page computes them."""
-        n_maps, n_steps = self.row_max.shape
-        queries, keys = np.tril_indices(n_steps)
-        below = (_highest_code(self.bits) - self.codes.astype(np.float64)) / (_highest_code(self.bits) - 1)
-        values = self.row_max[:, queries] * 10.0 ** (-self.decades * below)
-        maps = np.zeros((n_maps, n_steps, n_steps))
-        maps[:, queries, keys] = np.where(self.codes == 0, 0.0, values)
-        return maps
-
 
 def quantise(maps: Float[Tensor, "map query_step key_step"], bits: Bits) -> QuantisedMaps:
     """Quantise the lower triangles of non-negative maps; what lies above the diagonal is not looked at."""

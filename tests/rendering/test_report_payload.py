@@ -18,20 +18,28 @@ from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.trace import ReasoningTrace
 
 
-def payload_of(saliency, **options):
-    return report_payload(saliency, **options)
+def maps_of(found):
+    """The maps that the codes stand for, as the page's script computes them."""
+    n_maps, n_steps = found.row_max.shape
+    highest = 2**found.bits - 1
+    queries, keys = np.tril_indices(n_steps)
+    below = (highest - found.codes.astype(np.float64)) / (highest - 1)
+    values = found.row_max[:, queries] * 10.0 ** (-found.decades * below)
+    maps = np.zeros((n_maps, n_steps, n_steps))
+    maps[:, queries, keys] = np.where(found.codes == 0, 0.0, values)
+    return maps
 
 
 def unpacked(packed, n_steps):
     codes = np.frombuffer(zlib.decompress(base64.b64decode(packed["codes"])), f"<u{packed['bits'] // 8}")
     row_max = np.frombuffer(zlib.decompress(base64.b64decode(packed["row_max"])), "<f4")
     cells = n_steps * (n_steps + 1) // 2
-    return QuantisedMaps(packed["bits"], codes.reshape(-1, cells), row_max.reshape(-1, n_steps)).restored()
+    return maps_of(QuantisedMaps(packed["bits"], codes.reshape(-1, cells), row_max.reshape(-1, n_steps)))
 
 
 def test_the_maps_in_the_page_are_the_maps():
     saliency = make_saliency(5, 1, n_heads=3)
-    payload = json.loads(json.dumps(payload_of(saliency)))
+    payload = json.loads(json.dumps(report_payload(saliency)))
     np.testing.assert_allclose(unpacked(payload["mean"], 7), saliency.head_mean(), rtol=2e-4)
     heads = unpacked(payload["heads"], 7).reshape(8, 3, 7, 7)
     np.testing.assert_allclose(heads, saliency.pooled(), rtol=2e-4)
@@ -39,15 +47,15 @@ def test_the_maps_in_the_page_are_the_maps():
 
 def test_pooling_is_what_was_asked_for():
     saliency = make_saliency(3, 1, text=["a", "bcd", "ef", "g", "hi"])
-    payload = payload_of(saliency, pooling="sum")
+    payload = report_payload(saliency, pooling="sum")
     np.testing.assert_allclose(unpacked(payload["mean"], 5), saliency.head_mean("sum"), rtol=2e-4)
     assert payload["quantity"] == "summed saliency, nats" and ["Pooling", "sum"] in payload["provenance"]
-    assert payload["profiles"] != payload_of(saliency)["profiles"]
+    assert payload["profiles"] != report_payload(saliency)["profiles"]
 
 
 def test_the_text_is_whole_template_included():
     saliency = make_saliency(3, 1)
-    pieces = payload_of(saliency)["pieces"]
+    pieces = report_payload(saliency)["pieces"]
     assert "".join(piece["text"] for piece in pieces) == saliency.trace.text
     assert [piece["label"] for piece in pieces if piece["step"] >= 0] == saliency.labels
     assert pieces[0] == {"label": "template", "segment": "template", "step": -1, "text": "^"}
@@ -55,10 +63,10 @@ def test_the_text_is_whole_template_included():
 
 def test_profiles_are_those_of_diagnose():
     saliency = make_saliency(4, 2)
-    diagnosis, profiles = diagnose(saliency), payload_of(saliency)["profiles"]
+    diagnosis, profiles = diagnose(saliency), report_payload(saliency)["profiles"]
     assert profiles["metrics"]["lock_in"] == diagnosis.lock_in.tolist()
     assert profiles["decay_slope"] == diagnosis.decay_slope
-    no_summary = payload_of(make_saliency(4, 0))["profiles"]
+    no_summary = report_payload(make_saliency(4, 0))["profiles"]
     assert no_summary["metrics"]["thinking_share"] == [None] * 8
     assert no_summary["reasons"]["thinking_share"] == "the trace has no summary step"
 
@@ -71,7 +79,7 @@ def test_profiles_are_those_of_diagnose():
     ],
 )
 def test_where_nothing_can_be_diagnosed_the_reason_is_kept(saliency, reason):
-    assert reason in payload_of(saliency())["profiles"]["refusal"]
+    assert reason in report_payload(saliency())["profiles"]["refusal"]
 
 
 def test_precision_falls_with_size_and_is_stated():
@@ -79,7 +87,7 @@ def test_precision_falls_with_size_and_is_stated():
     assert payload.head_bits(28 * 32, 60) == 16
     assert payload.head_bits(28 * 32, 120) == 8
     assert payload.head_bits(28 * 32, 500) is None
-    precision = payload_of(make_saliency(2, 1))["precision"]
+    precision = report_payload(make_saliency(2, 1))["precision"]
     assert precision == (
         "Head means are kept in 16 bits on a logarithmic scale, exact to 0.014 %; a value below 10⁻⁸ of its "
         "row's largest counts as 0. Single heads are kept alike."
@@ -91,7 +99,7 @@ def test_precision_falls_with_size_and_is_stated():
 )
 def test_fewer_bits_are_said(bits, said, monkeypatch):
     monkeypatch.setattr(payload, "head_bits", lambda n_maps, n_steps: bits)
-    found = payload_of(make_saliency(2, 1))
+    found = report_payload(make_saliency(2, 1))
     assert said in found["precision"]
     assert (found["heads"] and found["heads"]["bits"]) == bits
 
@@ -110,11 +118,7 @@ def test_a_trace_without_steps_is_refused():
         torch.zeros(1, 1, 0, 0), torch.zeros(1, 1, 0), trace, (0,), 1, Provenance("m", "o", "b", "d", "c")
     )
     with pytest.raises(TraceError, match="no steps, so there is nothing to report"):
-        payload_of(empty)
-
-
-def quantised(maps, bits):
-    return quantise(maps, bits)
+        report_payload(empty)
 
 
 @pytest.mark.parametrize(("bits", "stated"), [(16, 0.00015), (8, 0.0185)])
@@ -124,9 +128,9 @@ def test_no_cell_errs_by_more_than_stated(bits, stated, seed, spread, level, n):
     generator = torch.Generator().manual_seed(seed)
     decades = spread * torch.rand(3, n, n, generator=generator, dtype=torch.float64)
     maps = (10.0 ** (level - decades)).tril()
-    found = quantised(maps, bits)
+    found = quantise(maps, bits)
     assert found.relative_error <= stated
-    restored = torch.from_numpy(found.restored())
+    restored = torch.from_numpy(maps_of(found))
     floor = maps.amax(-1, keepdim=True) * 10.0**-found.decades
     # float32 and rounding at the last decade's end
     kept = maps > floor * 1.05
@@ -138,14 +142,14 @@ def test_no_cell_errs_by_more_than_stated(bits, stated, seed, spread, level, n):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_row_s_largest_value_is_exact_and_zero_stays_zero(bits):
     maps = torch.tensor([[[0.0, 9.0, 9.0], [3.0, 0.0, 9.0], [0.125, 0.0, 1e-30]]], dtype=torch.float64)
-    restored = quantised(maps, bits).restored()[0]
+    restored = maps_of(quantise(maps, bits))[0]
     np.testing.assert_array_equal(restored, [[0, 0, 0], [3, 0, 0], [0.125, 0, 0]])
 
 
 def test_codes_take_the_bytes_they_say_and_cells_go_row_by_row():
     maps = make_saliency(1, 1).head_mean()
     for bits in (8, 16):
-        found = quantised(maps, bits)
+        found = quantise(maps, bits)
         assert found.codes.dtype.itemsize * 8 == bits and found.codes.shape == (8, 6)
         assert found.row_max.dtype == np.dtype("<f4")
     assert found.codes[0, 0] == 2**16 - 1  # the only cell of its row
