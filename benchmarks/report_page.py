@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from chromium import Browser, Page  # noqa: E402
 from made_maps import make_saliency  # noqa: E402
 
+from stepflow_tl import report  # noqa: E402
+
 OPEN_GOAL_MS, SWITCH_GOAL_MS = 3000, 200
 SENTENCE = "So the sum of both numbers is even, and the next one follows from it. "
 READY = "performance.getEntriesByName('shown').length"
@@ -53,7 +55,7 @@ def main() -> None:
     decades = torch.rand(options.layers, options.heads, options.steps, options.steps, generator=generator)
     saliency = make_saliency(options.steps - 4, 3, sums=torch.tril(10 ** (-5 * decades)), text=SENTENCE * 3)
     with tempfile.TemporaryDirectory() as folder, Browser() as browser:
-        path = saliency.report(Path(folder) / "report.html")
+        path = report(saliency, Path(folder) / "report.html")
         megabytes = path.stat().st_size / 1e6
         times: dict[str, list[float]] = {"open": [], "layer": [], "first head": [], "head": []}
         for _ in range(options.repeats):

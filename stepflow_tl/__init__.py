@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from stepflow_tl.diagnosis import compare as compare
     from stepflow_tl.diagnosis import diagnose as diagnose
     from stepflow_tl.models.loading import load_default_model as load_default_model
+    from stepflow_tl.models.loading import load_model as load_model
+    from stepflow_tl.rendering import report as report
+    from stepflow_tl.rendering import show as show
     from stepflow_tl.runs import analyze_dataset as analyze_dataset
     from stepflow_tl.runs import summarize as summarize
     from stepflow_tl.saliency import StepSaliency as StepSaliency
@@ -33,20 +36,23 @@ if TYPE_CHECKING:
 
 _HOME_OF = {
     "ReasoningTrace": "stepflow_tl.trace",
-    "Step": "stepflow_tl.trace",
     "Segment": "stepflow_tl.trace",
-    "load_default_model": "stepflow_tl.models.loading",
-    "load_testbed_model": "stepflow_tl.testbed.model",
-    "step_saliency": "stepflow_tl.saliency",
+    "Step": "stepflow_tl.trace",
+    "StepFlow": "stepflow_tl.stepflow",
+    "StepKnockout": "stepflow_tl.causal",
     "StepSaliency": "stepflow_tl.saliency",
     "analyze_dataset": "stepflow_tl.runs",
-    "diagnose": "stepflow_tl.diagnosis",
-    "compare": "stepflow_tl.diagnosis",
-    "StepFlow": "stepflow_tl.stepflow",
     "bridge_hook": "stepflow_tl.stepflow",
+    "compare": "stepflow_tl.diagnosis",
+    "diagnose": "stepflow_tl.diagnosis",
+    "load_default_model": "stepflow_tl.models.loading",
+    "load_model": "stepflow_tl.models.loading",
+    "load_testbed_model": "stepflow_tl.testbed.model",
     "momentum_hook": "stepflow_tl.stepflow",
+    "report": "stepflow_tl.rendering",
+    "show": "stepflow_tl.rendering",
     "step_knockout": "stepflow_tl.causal",
-    "StepKnockout": "stepflow_tl.causal",
+    "step_saliency": "stepflow_tl.saliency",
     "summarize": "stepflow_tl.runs",
 }
 
@@ -62,8 +68,11 @@ __all__ = [
     "compare",
     "diagnose",
     "load_default_model",
+    "load_model",
     "load_testbed_model",
     "momentum_hook",
+    "report",
+    "show",
     "step_knockout",
     "step_saliency",
     "summarize",

@@ -2,8 +2,11 @@
 
 Every error this package raises on purpose derives from `StepflowError`, so a run over thousands of traces can
 catch one class, record the reason and go on. Each message names what was wrong, what was expected and what to
-do.
+do. `require` imports an optional package, or raises the error that names its install command.
 """
+
+import importlib
+from types import ModuleType
 
 
 class StepflowError(Exception):
@@ -69,3 +72,22 @@ class ProblemError(StepflowError, ValueError):
 
 class KnockoutError(StepflowError, ValueError):
     """A step knockout's pairs or measure are not such that an effect could be stated."""
+
+
+def require(module: str, *, purpose: str, extra: str) -> ModuleType:
+    """Import `module`, which the extra called `extra` installs.
+
+    Raises:
+        MissingExtraError: If the module's package is not installed. A package that is installed but broken
+            raises its own error, which says more.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if error.name != package:
+            raise
+        raise MissingExtraError(
+            f"{purpose} needs {package}, which is not installed. "
+            f"Install it with: pip install 'stepflow-tl[{extra}]'"
+        ) from error

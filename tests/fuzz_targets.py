@@ -378,12 +378,12 @@ def argument_seeds() -> list[bytes]:
 
 
 def run_saliency_file(data: bytes) -> None:
-    from stepflow_tl.saliency.files import read_facts
+    from stepflow_tl.results.result import read_head
 
     path = _file(data, "map.safetensors")
     with own_errors():
         saliency = StepSaliency.load(path)
-    assert read_facts(path).layers == saliency.layers
+    assert read_head(path, StepSaliency).layers == saliency.layers
     assert StepSaliency.load(saliency.save(scratch() / "again")).trace == saliency.trace
     with own_errors():
         diagnosis = diagnose(saliency)

@@ -1,4 +1,4 @@
-"""A step map with known numbers, built by hand: rendering needs no model."""
+"""Results with known numbers, built by hand: rendering needs no model."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ def labels_of(n_thinking: int, n_summary: int) -> list[str]:
 
 
 def make_trace(n_thinking: int, n_summary: int, text: str | Sequence[str] = "abcd "):
-    """One template token, then steps of one token a character; `text` is every step's, or one a step."""
+    """One template token, then steps of one token per character; `text` is every step's, or one per step."""
     from stepflow_tl.trace import ReasoningTrace, Segment, Step
 
     segments = [Segment.QUESTION] + [Segment.THINKING] * n_thinking + [Segment.SUMMARY] * n_summary
@@ -71,4 +71,48 @@ def make_saliency(
         layers=tuple(range(n_layers)),
         n_layers=n_layers,
         provenance=Provenance(model_name, "per_token", "hooks", "torch.float64", "cpu"),
+    )
+
+
+def make_knockout(saliency, effects=None, measured=None):
+    """Effects of every pair by default, of both signs and alike in size to the saliency."""
+    from stepflow_tl.causal import StepKnockout
+
+    n = len(saliency.labels)
+    measured = torch.ones(n, n, dtype=torch.bool).tril(-1) if measured is None else measured
+    if effects is None:
+        noise = torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        effects = saliency.sums.mean((0, 1)) * noise.exp() * torch.where(noise > 1, -1, 1)
+    return StepKnockout(
+        effects=torch.where(measured, effects, 0),
+        measured=measured,
+        trace=saliency.trace,
+        layers=saliency.layers,
+        n_layers=saliency.n_layers,
+        heads=None,
+        measure="nll",
+        onto=None,
+        provenance=saliency.provenance,
+    )
+
+
+def make_patching(saliency, steps: Sequence[str] | None = None):
+    """Effects of both signs on these steps (all by default), layers from the last to the first."""
+    from stepflow_tl.causal import StepPatching
+    from stepflow_tl.causal.alignment import StepMatch
+
+    chosen = [step for step in saliency.trace.steps if steps is None or step.label in steps]
+    generator = torch.Generator().manual_seed(len(chosen))
+    return StepPatching(
+        effects=torch.randn(len(saliency.layers), len(chosen), generator=generator, dtype=torch.float64),
+        method="patching",
+        component="resid_pre",
+        alignment="tokens",
+        matches=tuple(StepMatch(step, step) for step in chosen),
+        layers=saliency.layers[::-1],
+        n_layers=saliency.n_layers,
+        receiving_step=None,
+        corrupted_value=1.25,
+        clean_value=None,
+        provenance=saliency.provenance,
     )

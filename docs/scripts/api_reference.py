@@ -129,8 +129,10 @@ def find(name: str, module: str) -> Definition:
             return Definition(name, module, node, source)
         if name in _assigned_names(node):
             return Definition(name, module, node, source)
-    for node in tree.body:
+    for node in ast.walk(tree):  # a lazy face imports below TYPE_CHECKING
         if isinstance(node, ast.ImportFrom) and name in (alias.name for alias in node.names):
+            if not (node.module or "").startswith("stepflow_tl"):
+                break
             return find(name, node.module or "")
     raise LookupError(f"{module} neither defines nor imports {name}")
 
@@ -157,21 +159,22 @@ def entry(definition: Definition) -> list[str]:
 
 
 def class_entry(definition: Definition, node: ast.ClassDef) -> list[str]:
-    """Signature, docstring, then every public method and property."""
+    """Signature, docstring, then every public method and property, inherited ones last."""
     members = enum_members(definition, node)
     signature = " | ".join(members) if members else parameters(definition, node)
     lines = [*code(f"class {node.name}", signature, "", not members), *docstring_lines(node)]
-    for method in public_methods(node):
-        decorators = [definition.text(decorator) for decorator in method.decorator_list]
+    for member in public_methods(definition):
+        method: Any = member.node
+        decorators = [member.text(decorator) for decorator in method.decorator_list]
         kind = "property" if "property" in decorators else ""
         kind = "classmethod" if "classmethod" in decorators else kind
         title = f"`{node.name}.{method.name}`" + (f" ({kind})" if kind else "")
         lines += ["", f"### {title}", ""]
         if kind == "property":
-            returns = definition.text(method.returns) if method.returns else "Any"
+            returns = member.text(method.returns) if method.returns else "Any"
             lines += ["```python", f"{method.name}: {returns}", "```", "", *docstring_lines(method)]
         else:
-            lines += function_entry(definition, method, method.name)
+            lines += function_entry(member, method, method.name)
     return lines
 
 
@@ -223,6 +226,7 @@ def fields(node: ast.ClassDef) -> list[ast.AnnAssign]:
         if isinstance(statement, ast.AnnAssign)
         and isinstance(statement.target, ast.Name)
         and not statement.target.id.startswith("_")
+        and "ClassVar" not in ast.unparse(statement.annotation)
     ]
 
 
@@ -233,9 +237,20 @@ def enum_members(definition: Definition, node: ast.ClassDef) -> list[str]:
     return [definition.text(each) for each in node.body if isinstance(each, ast.Assign)]
 
 
-def public_methods(node: ast.ClassDef) -> list[Function]:
-    """Methods and properties without a leading underscore."""
-    return [f for f in node.body if isinstance(f, Function) and not f.name.startswith("_")]
+def public_methods(definition: Definition) -> list[Definition]:
+    """Methods and properties without a leading underscore: own ones, then those of this package's bases."""
+    node = definition.node
+    if not isinstance(node, ast.ClassDef):
+        return []
+    own = [f for f in node.body if isinstance(f, Function) and not f.name.startswith("_")]
+    methods = {f.name: Definition(f.name, definition.module, f, definition.source) for f in own}
+    for base in (base.id for base in node.bases if isinstance(base, ast.Name)):
+        try:
+            inherited = public_methods(find(base, definition.module))
+        except LookupError:  # a base from elsewhere
+            continue
+        methods = {**{method.name: method for method in inherited}, **methods}
+    return sorted(methods.values(), key=lambda method: method.node not in own)
 
 
 def docstring_lines(node: Function | ast.ClassDef) -> list[str]:
@@ -290,7 +305,8 @@ def gaps(definition: Definition) -> list[str]:
     for made in (f for f in node.body if isinstance(f, Function) and f.name == "__init__"):
         wanted, docstring = _arguments(made), docstring + "\n\n" + (ast.get_docstring(made) or "")
     found = _missing(definition.name, node, [name for name in wanted if not _named(name, docstring)])
-    for method in public_methods(node):
+    for member in public_methods(definition):
+        method: Any = member.node
         listed = _listed_arguments(definition, method)
         text = ast.get_docstring(method) or ""
         unnamed = [a for a in _arguments(method) if a not in listed and not _named(a, text)]
@@ -319,8 +335,7 @@ def _listed_arguments(definition: Definition, node: Function) -> set[str]:
     listed = documented_arguments(docstring)
     for match in ELSEWHERE.finditer(docstring):
         name = match[1] or match[2]
-        siblings = public_methods(definition.node) if isinstance(definition.node, ast.ClassDef) else []
-        there: list[Any] = [sibling for sibling in siblings if sibling.name == name]
+        there: list[Any] = [member.node for member in public_methods(definition) if member.name == name]
         there += [d.node for package in PACKAGES for d in public_definitions(package) if d.name == name]
         if not there:
             raise LookupError(f"{definition.name} leaves its arguments to `{name}`, which is not public")

@@ -4,7 +4,7 @@
 
 1. The testbed model reads a right solution of six steps, every line of the question a step of its own, so
    that what the picture shows can be held against what the step needs.
-2. `StepSaliency.report` writes the page. A headless Chromium (or Chrome, from the PATH) opens it offline,
+2. `report` writes the page. A headless Chromium (or Chrome, from the PATH) opens it offline,
    picks the layer, clicks the strongest cell of the step's row and takes the picture.
 
 The browser is driven by the tests' own driver, `tests/chromium.py`. One thread, so the numbers are the same.
@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from stepflow_tl import load_testbed_model, step_saliency
-from stepflow_tl.rendering import write_report
+from stepflow_tl import load_testbed_model, report, step_saliency
 from stepflow_tl.testbed import ProblemSpec, make_problems
 from stepflow_tl.testbed.edges import trace_of
 
@@ -46,7 +45,7 @@ def main() -> None:
     (problem,) = make_problems(ProblemSpec(n_steps=6), 1, seed=0)
     saliency = step_saliency(model, trace_of(model.tokenizer, problem))
     with tempfile.TemporaryDirectory() as folder, Browser() as browser:
-        path = write_report(saliency, Path(folder) / "report.html")
+        path = report(saliency, Path(folder) / "report.html")
         page = browser.open(path, width=WIDTH, height=HEIGHT)
         page.wait_for(READY)
         pick_layer(page, options.layer)

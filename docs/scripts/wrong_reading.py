@@ -31,7 +31,7 @@ from stepflow_tl.causal import step_knockout
 from stepflow_tl.diagnosis import row_shares
 from stepflow_tl.models.bands import shallow_band
 from stepflow_tl.rendering import save_figure
-from stepflow_tl.rendering.export import new_figure
+from stepflow_tl.rendering.sheet import new_figure
 from stepflow_tl.statistics.resampling import bca_interval
 from stepflow_tl.testbed import Problem, ProblemSpec, make_problems
 from stepflow_tl.testbed.edges import edge_rows, trace_of

@@ -8,23 +8,21 @@ pairs those are, the trace and the provenance. Rows and columns are the trace's 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from stepflow_tl.results.files import Schema, TensorSpec, whole_numbers
 from stepflow_tl.results.provenance import Provenance
-from stepflow_tl.results.tables import number, text_table
+from stepflow_tl.results.result import TracedResult
 from stepflow_tl.saliency.pooling import Pooling, normalise
 from stepflow_tl.trace import ReasoningTrace
 
-_TEXT_WIDTH = 32
-
 
 @dataclass(frozen=True)
-class StepKnockout:
+class StepKnockout(TracedResult):
     """Effect of cutting each query step from each key step (docs/method.md section 8).
 
     Attributes:
@@ -40,6 +38,8 @@ class StepKnockout:
             label.
         provenance: Model, measure, method ("cached" or "full"), versions.
     """
+
+    schema: ClassVar = Schema("stepflow_tl.StepKnockout", 1, "a step-knockout result", "StepKnockout.save")
 
     effects: Float[Tensor, "query_step key_step"]
     measured: Bool[Tensor, "query_step key_step"]
@@ -66,20 +66,9 @@ class StepKnockout:
             raise ValueError("measured names a pair whose key step comes after its query step")
         if self.effects[~self.measured].any():
             raise ValueError("effects must be 0 where nothing was measured")
-        if not self.layers or len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"layers {self.layers} must be distinct and at least one")
-        if any(not 0 <= layer < self.n_layers for layer in self.layers):
-            raise ValueError(f"layers {self.layers} lie outside the model's 0..{self.n_layers - 1}")
-
-    @property
-    def step_lengths(self) -> Int[Tensor, " step"]:
-        """Tokens per step."""
-        return self.trace.step_lengths
-
-    @property
-    def labels(self) -> list[str]:
-        """Short step names in order: Q, T1, T2, ..., S1, ..."""
-        return [step.label for step in self.trace.steps]
+        if not self.layers:
+            raise ValueError("layers () must be distinct and at least one")
+        self._check_layers()
 
     def pooled(self, pooling: Pooling = "sum") -> Float[Tensor, "query_step key_step"]:
         """The effects as sums, or divided by token pairs as a saliency map is.
@@ -93,47 +82,37 @@ class StepKnockout:
         """
         return normalise(self.effects, self.step_lengths, pooling)
 
-    def table(self, n: int = 10) -> str:
-        """The `n` strongest pairs, by the size of the effect, as text."""
-        queries, keys = self.measured.nonzero(as_tuple=True)
-        order = self.effects[queries, keys].abs().argsort(descending=True, stable=True)[:n].tolist()
-        rows = []
-        for place in order:
-            query, key = self.trace.steps[int(queries[place])], self.trace.steps[int(keys[place])]
-            rows.append(
-                [query.label, key.label, number(float(self.effects[query.index, key.index]))]
-                + [_shorten(step.text) for step in (query, key)]
-            )
+    def _facts(self) -> dict[str, Any]:
+        heads = None if self.heads is None else list(self.heads)
+        return {"heads": heads, "measure": self.measure, "onto": self.onto}
+
+    @classmethod
+    def _specs(cls, document: dict[str, Any]) -> dict[str, TensorSpec]:
+        n_steps = len(document["trace"]["steps"])
+        return {
+            "effects": TensorSpec("float", (n_steps, n_steps)),
+            "measured": TensorSpec("bool", (n_steps, n_steps)),
+        }
+
+    @classmethod
+    def _fields(cls, document: dict[str, Any]) -> dict[str, Any]:
+        heads, onto, measure = document["heads"], document["onto"], document["measure"]
+        if not isinstance(measure, str) or not (onto is None or isinstance(onto, str)):
+            raise TypeError(f"measure {measure!r} and onto {onto!r}: expected names")
+        return {
+            **super()._fields(document),
+            "heads": None if heads is None else whole_numbers(heads),
+            "measure": measure,
+            "onto": onto,
+        }
+
+    def _table(self, n: int) -> tuple[str, list[str], list[list[str]], list[str]]:
+        """Measured pairs by the size of the effect."""
+        rows = self._pair_rows(self.effects, self.measured, n)
         where = "its own predictions" if self.onto is None else self.onto
         footer = [f"{len(rows)} of {int(self.measured.sum())} pairs; positive: the cut hurts; on {where}"]
         header = ["step", "cut from", f"effect ({self.measure})", "step's text", "other's text"]
-        return text_table(f"Step knockout: {self.provenance.model_name}", header, rows, footer)
-
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file to `path`.
-
-        It is atomic: a reader sees the old file or the whole new one.
-        """
-        from stepflow_tl.causal.knockout_files import save_knockout
-
-        return save_knockout(self, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> StepKnockout:
-        """Read the file at `path` that `save` wrote.
-
-        Raises:
-            ResultFileError: If the file is missing, truncated, foreign or of an unknown version.
-        """
-        from stepflow_tl.causal.knockout_files import load_knockout
-
-        return load_knockout(path)
-
-    def show(self, **options: Any) -> Any:
-        """The map as an interactive circuitsvis view; options as in `rendering.show_knockout`."""
-        from stepflow_tl.rendering import show_knockout
-
-        return show_knockout(self, **options)
+        return f"Step knockout: {self.provenance.model_name}", header, rows, footer
 
     def __repr__(self) -> str:
         """One line: what, how large, from which model."""
@@ -144,8 +123,3 @@ class StepKnockout:
             f"{len(self.layers)} of {self.n_layers} layers, measure={self.measure!r}{onto}, "
             f"method={p.backend!r}, model={p.model_name!r})"
         )
-
-
-def _shorten(text: str) -> str:
-    words = " ".join(text.split())
-    return words if len(words) <= _TEXT_WIDTH else words[: _TEXT_WIDTH - 1] + "…"

@@ -6,25 +6,40 @@ the patch minus the metric without. A positive effect means that the patch raise
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.causal.alignment import Alignment, StepMatch
+from stepflow_tl.results.files import Schema, TensorSpec, whole_numbers
 from stepflow_tl.results.provenance import Provenance
+from stepflow_tl.results.result import StoredResult
+from stepflow_tl.results.tables import number, shortened
+from stepflow_tl.trace.steps import Segment, Step
+
+_STEP_NUMBERS = ("index", "token_start", "token_end", "char_start", "char_end")
+# Facts that are stored as they are, and their types.
+_PLAIN = {
+    "method": str,
+    "component": str,
+    "alignment": str,
+    "receiving_step": (str, type(None)),
+    "corrupted_value": (int, float),
+    "clean_value": (int, float, type(None)),
+}
 
 
 @dataclass(frozen=True)
-class StepPatching:
+class StepPatching(StoredResult):
     """Effects of exchanging one step's activations in one layer.
 
     Attributes:
         effects: Change of the metric; nats for NLL metrics, logits for a logit difference. Float64, CPU.
-        method: "patching" (one pass an entry) or "attribution" (first order).
+        method: "patching" (one pass per entry) or "attribution" (first order).
         component: What was exchanged, one of `hook_names.COMPONENTS`.
         alignment: How tokens met, see `causal.alignment`.
         matches: The steps of the second axis: where activations came from and where they went.
@@ -35,6 +50,8 @@ class StepPatching:
         clean_value: The metric of the clean run, or None where it does not carry over to that trace.
         provenance: Model, metric (as `objective`), method (as `backend`), versions.
     """
+
+    schema: ClassVar = Schema("stepflow_tl.StepPatching", 1, "a step-patching result", "StepPatching.save")
 
     effects: Float[Tensor, "layer step"]
     method: Literal["patching", "attribution"]
@@ -49,14 +66,11 @@ class StepPatching:
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        """Refuse effects without a layer or step, or that are no numbers."""
+        """Refuse effects without a layer or step, or that are not finite."""
         expected = (len(self.layers), len(self.matches))
         if tuple(self.effects.shape) != expected:
             raise ValueError(f"effects has shape {tuple(self.effects.shape)}, expected {expected}")
-        if len(set(self.layers)) != len(self.layers) or any(
-            not 0 <= layer < self.n_layers for layer in self.layers
-        ):
-            raise ValueError(f"layers {self.layers} must be distinct and within 0..{self.n_layers - 1}")
+        self._check_layers()
         if not torch.isfinite(self.effects).all():
             layer, step = (~torch.isfinite(self.effects)).nonzero()[0].tolist()
             raise ValueError(
@@ -88,28 +102,39 @@ class StepPatching:
             )
         return self.effects / distance
 
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file to `path` (atomic: a reader sees the old file or the whole new one)."""
-        from stepflow_tl.causal.patching_files import save_patching
-
-        return save_patching(self, path)
+    def _facts(self) -> dict[str, Any]:
+        matches = [[_plain(match.clean), _plain(match.corrupted)] for match in self.matches]
+        return {**{name: getattr(self, name) for name in _PLAIN}, "matches": matches}
 
     @classmethod
-    def load(cls, path: str | Path) -> StepPatching:
-        """Read the file at `path`, written by `save`.
+    def _specs(cls, document: dict[str, Any]) -> dict[str, TensorSpec]:
+        return {"effects": TensorSpec("float", (len(document["layers"]), len(document["matches"])))}
 
-        Raises:
-            ResultFileError: If the file is missing, truncated, foreign or of an unknown version.
-        """
-        from stepflow_tl.causal.patching_files import load_patching
+    @classmethod
+    def _fields(cls, document: dict[str, Any]) -> dict[str, Any]:
+        plain = {name: _value(document, name) for name in _PLAIN}
+        if plain["method"] not in ("patching", "attribution") or plain["alignment"] not in get_args(
+            Alignment
+        ):
+            raise ValueError(f"method {plain['method']!r} and alignment {plain['alignment']!r}: unknown")
+        matches = (StepMatch(_step(clean), _step(corrupted)) for clean, corrupted in document["matches"])
+        return {**plain, "matches": tuple(matches)}
 
-        return load_patching(path)
-
-    def show(self, **options: Any) -> Any:
-        """The effects as a figure, layers over steps; options as in `rendering.patching_figure`."""
-        from stepflow_tl.rendering import patching_figure
-
-        return patching_figure(self, **options)
+    def _table(self, n: int) -> tuple[str, list[str], list[list[str]], list[str]]:
+        """Layers and steps by the size of the effect."""
+        order = self.effects.abs().flatten().argsort(descending=True, stable=True)[:n].tolist()
+        rows = []
+        for place in order:
+            row, column = divmod(place, len(self.matches))
+            step, effect = self.matches[column].corrupted, number(float(self.effects[row, column]))
+            rows.append([str(self.layers[row]), step.label, effect, shortened(step.text)])
+        header = ["layer", "patched step", "effect on metric", "step's text"]
+        footer = [
+            f"{len(rows)} of {self.effects.numel()} entries; positive: the patch raises the metric; "
+            f"without a patch {number(self.corrupted_value)}"
+        ]
+        title = f"{self.method.capitalize()} of {self.component}: {self.provenance.model_name}"
+        return title, header, rows, footer
 
     def __repr__(self) -> str:
         """One line: what, how large, from which model."""
@@ -119,3 +144,24 @@ class StepPatching:
             f"layers x {len(self.matches)} steps, alignment={self.alignment!r}, "
             f"metric={self.provenance.objective!r}, model={self.provenance.model_name!r})"
         )
+
+
+def _plain(step: Step) -> dict[str, Any]:
+    return {**asdict(step), "segment": int(step.segment)}
+
+
+def _step(data: dict[str, Any]) -> Step:
+    """The step; what a later minor version says beside it is passed over."""
+    numbers = dict(zip(_STEP_NUMBERS, whole_numbers([data[name] for name in _STEP_NUMBERS]), strict=True))
+    if not isinstance(data["label"], str) or not isinstance(data["text"], str):
+        raise TypeError("a step's label and text must be strings")
+    return Step(segment=Segment(data["segment"]), label=data["label"], text=data["text"], **numbers)
+
+
+def _value(document: dict[str, Any], name: str) -> Any:
+    value = document[name]
+    if not isinstance(value, _PLAIN[name]) or isinstance(value, bool):
+        raise TypeError(f"{name} is a {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}")
+    return value

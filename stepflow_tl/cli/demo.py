@@ -20,7 +20,7 @@ from stepflow_tl.diagnosis import diagnose
 from stepflow_tl.errors import InputFileError, MissingExtraError
 from stepflow_tl.models import loading as models
 from stepflow_tl.results.files import write_atomically
-from stepflow_tl.results.printable import printable
+from stepflow_tl.results.tables import printable
 from stepflow_tl.runs.records import Record
 from stepflow_tl.runs.sources import read_records
 from stepflow_tl.saliency import step_saliency
@@ -122,7 +122,7 @@ def _show(name: str, trace: ReasoningTrace, model: Any, out: Path) -> list[Path]
     transcript = out / f"{name}.txt"
     write_atomically(transcript, trace.text.encode("utf-8"))
     paths = [transcript, saliency.save(out / f"{name}.safetensors")]
-    from stepflow_tl.rendering import profile_figure, save_figure, show_step_maps, step_map_figure
+    from stepflow_tl.rendering import profile_figure, report, save_figure, show_step_maps, step_map_figure
 
     title = f"{name} trace: {saliency.provenance.model_name}"
     try:
@@ -132,7 +132,7 @@ def _show(name: str, trace: ReasoningTrace, model: Any, out: Path) -> list[Path]
     except MissingExtraError as error:
         say(f"no figures: {error}")
     paths.append(show_step_maps(saliency).save(out / f"{name}.html"))
-    paths.append(saliency.report(out / f"{name}.report.html", title=title))
+    paths.append(report(saliency, out / f"{name}.report.html", title=title))
     return paths
 
 

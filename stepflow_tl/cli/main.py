@@ -276,11 +276,12 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
+    from stepflow_tl.rendering import report
     from stepflow_tl.saliency.result import StepSaliency
 
     saliency = StepSaliency.load(arguments.result)
     out = arguments.out or arguments.result.with_suffix(".report.html")
-    print(saliency.report(out, pooling=arguments.pooling))
+    print(report(saliency, out, pooling=arguments.pooling))
     return 0
 
 

@@ -38,8 +38,7 @@ from stepflow_tl.diagnosis.groups import (
 )
 from stepflow_tl.diagnosis.layer_metrics import HEADLINE, LAYER_METRICS
 from stepflow_tl.errors import ComparisonError
-from stepflow_tl.results.frames import dataframe
-from stepflow_tl.results.tables import html_table, nan_to_none, number, probability, text_table
+from stepflow_tl.results.tables import dataframe, html_table, nan_to_none, number, probability, text_table
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.statistics.effects import Correction, Effect, Resampling, column_effects, corrected

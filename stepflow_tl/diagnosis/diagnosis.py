@@ -24,8 +24,7 @@ from stepflow_tl.diagnosis.layer_metrics import HEADLINE, LAYER_METRICS, Band, d
 from stepflow_tl.diagnosis.shares import MapShares
 from stepflow_tl.errors import GradientError, ResultFileError, TraceError
 from stepflow_tl.models.bands import deep_band, shallow_band
-from stepflow_tl.results.frames import dataframe
-from stepflow_tl.results.tables import html_table, nan_to_none, none_to_nan, number, text_table
+from stepflow_tl.results.tables import dataframe, html_table, nan_to_none, none_to_nan, number, text_table
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.trace import Segment

@@ -1,7 +1,8 @@
-"""Pictures of step maps: matplotlib figures for papers, circuitsvis views for notebooks, a report page.
+"""Pictures of results: circuitsvis views for notebooks, matplotlib figures for papers, a report page.
 
-Nothing is drawn or imported until a name is asked for (PEP 562), and the plotting libraries only when a
-picture is. No function here touches the network or pyplot's global state.
+`show` and `report` are the two verbs; the functions behind them are here too, with all their options. Nothing
+is drawn or imported until a name is asked for (PEP 562), and the plotting libraries only when a picture is.
+No function here touches the network or pyplot's global state.
 """
 
 import importlib
@@ -11,31 +12,33 @@ if TYPE_CHECKING:
     from stepflow_tl.rendering.agreement_scatter import agreement_figure as agreement_figure
     from stepflow_tl.rendering.arcs import arc_figure as arc_figure
     from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView as CircuitsvisView
-    from stepflow_tl.rendering.export import save_figure as save_figure
     from stepflow_tl.rendering.flow_maps import flow_figure as flow_figure
-    from stepflow_tl.rendering.group_profiles import comparison_figure as comparison_figure
-    from stepflow_tl.rendering.knockout_view import show_knockout as show_knockout
+    from stepflow_tl.rendering.map_views import show_knockout as show_knockout
+    from stepflow_tl.rendering.map_views import show_step_maps as show_step_maps
+    from stepflow_tl.rendering.notebook import show as show
     from stepflow_tl.rendering.patching_map import patching_figure as patching_figure
+    from stepflow_tl.rendering.profiles import comparison_figure as comparison_figure
     from stepflow_tl.rendering.profiles import profile_figure as profile_figure
-    from stepflow_tl.rendering.report.page import write_report as write_report
-    from stepflow_tl.rendering.step_map_view import show_step_maps as show_step_maps
+    from stepflow_tl.rendering.report_page import report as report
+    from stepflow_tl.rendering.sheet import save_figure as save_figure
     from stepflow_tl.rendering.step_maps import step_map_figure as step_map_figure
     from stepflow_tl.rendering.text_view import show_text as show_text
 
 _HOME_OF = {
-    "agreement_figure": "stepflow_tl.rendering.agreement_scatter",
-    "arc_figure": "stepflow_tl.rendering.arcs",
-    "CircuitsvisView": "stepflow_tl.rendering.circuitsvis_view",
-    "show_step_maps": "stepflow_tl.rendering.step_map_view",
-    "show_text": "stepflow_tl.rendering.text_view",
-    "show_knockout": "stepflow_tl.rendering.knockout_view",
-    "save_figure": "stepflow_tl.rendering.export",
-    "flow_figure": "stepflow_tl.rendering.flow_maps",
-    "comparison_figure": "stepflow_tl.rendering.group_profiles",
-    "patching_figure": "stepflow_tl.rendering.patching_map",
-    "profile_figure": "stepflow_tl.rendering.profiles",
-    "step_map_figure": "stepflow_tl.rendering.step_maps",
-    "write_report": "stepflow_tl.rendering.report.page",
+    "CircuitsvisView": "circuitsvis_view",
+    "agreement_figure": "agreement_scatter",
+    "arc_figure": "arcs",
+    "comparison_figure": "profiles",
+    "flow_figure": "flow_maps",
+    "patching_figure": "patching_map",
+    "profile_figure": "profiles",
+    "report": "report_page",
+    "save_figure": "sheet",
+    "show": "notebook",
+    "show_knockout": "map_views",
+    "show_step_maps": "map_views",
+    "show_text": "text_view",
+    "step_map_figure": "step_maps",
 }
 
 __all__ = [
@@ -46,21 +49,21 @@ __all__ = [
     "flow_figure",
     "patching_figure",
     "profile_figure",
+    "report",
     "save_figure",
+    "show",
     "show_knockout",
     "show_step_maps",
     "show_text",
     "step_map_figure",
-    "write_report",
 ]
 
 
 def __getattr__(name: str) -> object:
-    home = _HOME_OF.get(name)
-    if home is None:
+    if name not in _HOME_OF:
         public = ", ".join(__all__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {public}")
-    value = getattr(importlib.import_module(home), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,8 +1,8 @@
 """Saliency against knockout: does what a map ranks high do harm when it is cut?
 
-1. A point a pair of steps that knockout measured, key before query. Across: Step-Saliency of the pair, mean
-   over heads and stored layers. Upward: size of the effect of cutting it. Both pooled alike, so that long
-   steps do not agree merely by being long.
+1. One point for each pair of steps that knockout measured, key before query. Across: Step-Saliency of the
+   pair, mean over heads and stored layers. Upward: size of the effect of cutting it. Both pooled alike, so
+   that long steps do not agree merely by being long.
 2. Colour and marker say which segments the edge joins, in reading order: from the step that is read to the
    step that reads. A hollow marker is a cut that helped (a negative effect).
 3. An axis is logarithmic where its positive values span more than a factor of `_LINEAR_SPAN`. An effect is a
@@ -18,6 +18,7 @@ Cost: nothing is run. Beyond `_MOST_VECTORS` points, SVG and PDF hold the points
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,10 +27,8 @@ from jaxtyping import Bool, Float
 from stepflow_tl.causal.agreement import saliency_and_effects, spearman
 from stepflow_tl.causal.knockout_result import StepKnockout
 from stepflow_tl.errors import ComparisonError
-from stepflow_tl.rendering.depth_axes import TEXT_SIZE, TICK_SIZE, TITLE_SIZE
-from stepflow_tl.rendering.export import new_figure
-from stepflow_tl.rendering.extras import require
-from stepflow_tl.rendering.layout import SEGMENT_NAMES, layer_span, wrap_to_width
+from stepflow_tl.rendering.layout import PER_PAIR, SEGMENT_NAMES, layer_span
+from stepflow_tl.rendering.sheet import TEXT_SIZE, TICK_SIZE, Margins, Sheet, matplotlib_part, style_ticks
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.trace.steps import Segment
@@ -37,7 +36,7 @@ from stepflow_tl.trace.steps import Segment
 if TYPE_CHECKING:
     import matplotlib.figure
 
-_LEFT, _RIGHT, _BOTTOM, _TOP, _LINE = 0.62, 0.2, 0.42, 0.12, 0.15
+_MARGINS = Margins(left=0.62, right=0.2, bottom=0.42, top=0.12, first=0.1, text=0.1)
 _LINEAR_SPAN, _MOST_VECTORS = 30.0, 2000
 _SALIENCY_DECADES, _EFFECT_DECADES = 12, 6  # an effect is a difference of two losses in float32
 _Q, _T, _S = Segment.QUESTION, Segment.THINKING, Segment.SUMMARY
@@ -84,7 +83,7 @@ def agreement_figure(
         raise ComparisonError(
             "knockout measured no pair with the key step before the query step: none to draw"
         )
-    lines_module = require("matplotlib.lines", purpose="Drawing agreement")
+    lines = matplotlib_part("lines")
     queries, keys = np.nonzero(pairs)
     across, signed = own[pairs], effects[pairs]
     upward = np.abs(signed)
@@ -96,22 +95,48 @@ def agreement_figure(
     n = len(kinds)
     correlation = f"Spearman {_number(spearman(across, upward))}, n = {n}"
     first = f"{title}: {correlation}" if title else f"{correlation}: {saliency.provenance.model_name}"
-    heading = wrap_to_width(first, TITLE_SIZE, width - 0.2)
-    note = _note(saliency, knockout, signed, [(across, x_floor), (upward, y_floor)])
-    notes = wrap_to_width(note, TEXT_SIZE, width - 0.2)
     columns = 2 if width < 5 else 3
-    legend_rows = -(-len(present) // columns)
-    inner = width - _LEFT - _RIGHT
+    inner = _MARGINS.inner(width)
     tall = min(0.8 * inner, 4.0)
-    above = _TOP + _LINE * (len(heading) + len(notes) + legend_rows)
-    height = above + tall + _BOTTOM
-    figure = new_figure(width, height)
-    axes = figure.add_axes((_LEFT / width, _BOTTOM / height, inner / width, tall / height))
+    note = _note(saliency, knockout, signed, [(across, x_floor), (upward, y_floor)])
+    sheet = Sheet(width, tall, _MARGINS, first, note, legend_rows=-(-len(present) // columns))
+    axes = sheet.panel(0.0, 0.0, inner, tall)
+    members = {kind: np.array([other == kind for other in kinds]) for kind in present}
+    _draw_points(axes, x, y, signed < 0, members)
+    _finish_axis(axes.xaxis, axes.set_xscale, axes.set_xlim, x, x_floor)
+    _finish_axis(axes.yaxis, axes.set_yscale, axes.set_ylim, y, y_floor)
+    unit = f"nats{PER_PAIR[pooling]}"
+    own_unit = unit if knockout.measure in ("nll", "kl") else unit.replace("nats", knockout.measure)
+    axes.set_xlabel(f"Step-Saliency, {unit}", fontsize=TEXT_SIZE, labelpad=2)
+    axes.set_ylabel(f"size of the cut's effect,\n{own_unit}", fontsize=TEXT_SIZE, labelpad=2)
+    style_ticks(axes, TICK_SIZE)
+    axes.tick_params(which="minor", length=0)
+    axes.grid(color="0.9", linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_linewidth(0.5)
+    handles = []
+    for kind, at in members.items():
+        label = f"{_kind_name(kind)}  {_number(spearman(across[at], upward[at]))}"
+        handles.append(lines.Line2D([], [], linestyle="", markersize=4, label=label, **_STYLES[kind]))
+    spacing = {"handlelength": 0.8, "handletextpad": 0.5, "labelspacing": 0.35}
+    sheet.legend(handles, columns=columns, gap=0.06, **spacing)
+    return sheet.figure
+
+
+def _draw_points(
+    axes: Any,
+    x: Float[np.ndarray, " pair"],
+    y: Float[np.ndarray, " pair"],
+    helped: Bool[np.ndarray, " pair"],
+    members: Mapping[tuple[Segment, Segment], Bool[np.ndarray, " pair"]],
+) -> None:
+    """Smaller and paler with their number; hollow where the cut helped; the rarest kind on top."""
+    n = len(x)
     size = float(np.clip(60 / np.sqrt(n), 1.6, 4.0))
     alpha = float(np.clip(12 / np.sqrt(n), 0.35, 0.9))
-    members = {kind: np.array([other == kind for other in kinds]) for kind in present}
-    for kind in sorted(present, key=lambda kind: -members[kind].sum()):  # the rarest on top
-        for chosen, hollow in ((signed >= 0, False), (signed < 0, True)):
+    for kind in sorted(members, key=lambda kind: -members[kind].sum()):
+        for chosen, hollow in ((~helped, False), (helped, True)):
             style, drawn = _STYLES[kind], members[kind] & chosen
             axes.plot(
                 x[drawn],
@@ -126,53 +151,6 @@ def agreement_figure(
                 clip_on=False,
                 rasterized=n > _MOST_VECTORS,
             )
-    _finish_axis(axes.xaxis, axes.set_xscale, axes.set_xlim, x, x_floor)
-    _finish_axis(axes.yaxis, axes.set_yscale, axes.set_ylim, y, y_floor)
-    unit = {"mean": "nats per token pair", "causal_mean": "nats per causal token pair", "sum": "nats"}[
-        pooling
-    ]
-    own_unit = unit if knockout.measure in ("nll", "kl") else unit.replace("nats", knockout.measure)
-    axes.set_xlabel(f"Step-Saliency, {unit}", fontsize=TEXT_SIZE, labelpad=2)
-    axes.set_ylabel(f"size of the cut's effect,\n{own_unit}", fontsize=TEXT_SIZE, labelpad=2)
-    axes.tick_params(labelsize=TICK_SIZE, length=2, width=0.5, pad=2)
-    axes.tick_params(which="minor", length=0)
-    axes.grid(color="0.9", linewidth=0.4)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_linewidth(0.5)
-    within = {kind: spearman(across[at], upward[at]) for kind, at in members.items()}
-    figure.legend(
-        handles=[
-            lines_module.Line2D(
-                [],
-                [],
-                linestyle="",
-                markersize=4,
-                label=f"{_kind_name(kind)}  {_number(within[kind])}",
-                **_STYLES[kind],
-            )
-            for kind in present
-        ],
-        loc="upper left",
-        bbox_to_anchor=(0.1 / width, 1 - (_TOP / 2 + _LINE * len([*heading, *notes])) / height),
-        ncols=columns,
-        fontsize=TICK_SIZE,
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=0.8,
-        handletextpad=0.5,
-        labelspacing=0.35,
-        columnspacing=1.2,
-    )
-    rows = [
-        *((line, TITLE_SIZE, "black") for line in heading),
-        *((line, TEXT_SIZE, "0.35") for line in notes),
-    ]
-    for i, (line, text_size, colour) in enumerate(rows):
-        at = 1 - (0.1 + _LINE * i) / height
-        figure.text(0.1 / width, at, line, fontsize=text_size, color=colour, va="center", parse_math=False)
-    return figure
 
 
 def _placed(
@@ -193,9 +171,7 @@ def _finish_axis(axis: Any, set_scale: Any, set_limits: Any, placed: np.ndarray,
         return
     set_scale("log")
     set_limits(floor, top * (top / floor) ** 0.04)
-    from matplotlib.ticker import LogLocator
-
-    axis.set_major_locator(LogLocator(numticks=6))
+    axis.set_major_locator(matplotlib_part("ticker").LogLocator(numticks=6))
 
 
 def _below(values: Float[np.ndarray, " pair"], floor: float | None) -> Bool[np.ndarray, " pair"]:

@@ -21,9 +21,6 @@ from jaxtyping import Float
 
 from stepflow_tl.errors import TraceError
 from stepflow_tl.models.bands import shallow_band
-from stepflow_tl.rendering.depth_axes import TEXT_SIZE, TICK_SIZE, TITLE_SIZE
-from stepflow_tl.rendering.export import new_figure
-from stepflow_tl.rendering.extras import require
 from stepflow_tl.rendering.layout import (
     POINTS_PER_INCH,
     SEGMENT_NAMES,
@@ -31,8 +28,8 @@ from stepflow_tl.rendering.layout import (
     margin_names,
     segment_runs,
     thin_ticks,
-    wrap_to_width,
 )
+from stepflow_tl.rendering.sheet import TEXT_SIZE, TICK_SIZE, Margins, Sheet, matplotlib_part
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.trace.steps import Segment
@@ -40,7 +37,7 @@ from stepflow_tl.trace.steps import Segment
 if TYPE_CHECKING:
     import matplotlib.figure
 
-_LEFT, _RIGHT, _BOTTOM, _TOP, _LINE = 0.15, 0.15, 0.52, 0.22, 0.15
+_MARGINS = Margins(left=0.15, right=0.15, bottom=0.52, top=0.22, first=0.1, text=0.15)
 # Okabe and Ito's blue, vermilion and bluish green, told apart further by their dashes.
 _STYLES: dict[Segment, dict[str, Any]] = {
     Segment.QUESTION: {"color": "#0072b2", "linestyle": "-"},
@@ -84,25 +81,19 @@ def arc_figure(
         raise TraceError(f"this trace has {len(steps)} step: an edge needs two")
     chosen = _layers(saliency) if layers is None else tuple(layers)
     weights = edge_weights(saliency, chosen, pooling)
-    patches = require("matplotlib.patches", purpose="Drawing arcs")
-    lines_module = require("matplotlib.lines", purpose="Drawing arcs")
+    patches, lines = matplotlib_part("patches"), matplotlib_part("lines")
 
-    heading = wrap_to_width(
-        title or f"Strongest sources: {saliency.provenance.model_name}", TITLE_SIZE, width - 0.3
-    )
     strongest = np.argsort(-weights, axis=1, kind="stable")[:, :per_step]
     shown = [(i, int(j)) for i, row in enumerate(strongest) for j in row if weights[i, j] > 0]
     shown.sort(key=lambda pair: weights[pair])  # the strongest on top
     of = "strongest source" if per_step == 1 else f"{per_step} strongest sources"
-    note = wrap_to_width(
-        f"{layer_span(chosen)}; each step's {of} among earlier steps", TEXT_SIZE, width - 0.3
-    )
-    inner = width - _LEFT - _RIGHT
+    inner = _MARGINS.inner(width)
     reach = max((query - key for query, key in shown), default=1)
     tall = min(2.6, inner / len(steps) * reach / 2 + 0.15)
-    height = _TOP + _LINE * len([*heading, *note]) + tall + _BOTTOM
-    figure = new_figure(width, height)
-    axes = figure.add_axes((_LEFT / width, _BOTTOM / height, inner / width, tall / height))
+    heading = title or f"Strongest sources: {saliency.provenance.model_name}"
+    note = f"{layer_span(chosen)}; each step's {of} among earlier steps"
+    sheet = Sheet(width, tall, _MARGINS, heading, note)
+    axes = sheet.panel(0.0, 0.0, inner, tall)
     axes.set_xlim(-0.5, len(steps) - 0.5)
     axes.set_ylim(0, reach / 2 * 1.05)
     for query, key in shown:
@@ -119,27 +110,12 @@ def arc_figure(
         axes.add_patch(arc)
     _label(axes, saliency, inner * POINTS_PER_INCH / len(steps), tall)
     handles = [
-        lines_module.Line2D([], [], linewidth=1.4, label=f"from {SEGMENT_NAMES[segment].lower()}", **style)
+        lines.Line2D([], [], linewidth=1.4, label=f"from {SEGMENT_NAMES[segment].lower()}", **style)
         for segment, style in _STYLES.items()
         if any(steps[key].segment == segment for _, key in shown)
     ]
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(_LEFT / width, 1 - (0.09 + _LINE * len([*heading, *note])) / height),
-        ncols=3,
-        fontsize=TICK_SIZE,
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        handlelength=2.0,
-        columnspacing=1.2,
-    )
-    rows = [*((line, TITLE_SIZE, "black") for line in heading), *((line, TEXT_SIZE, "0.35") for line in note)]
-    for i, (line, size, colour) in enumerate(rows):
-        y = 1 - (0.1 + _LINE * i) / height
-        figure.text(_LEFT / width, y, line, fontsize=size, color=colour, va="center", parse_math=False)
-    return figure
+    sheet.legend(handles, columns=3, gap=0.09, handlelength=2.0)
+    return sheet.figure
 
 
 def edge_weights(
@@ -158,7 +134,7 @@ def _layers(saliency: StepSaliency) -> tuple[int, ...]:
 
 
 def _label(axes: Any, saliency: StepSaliency, cell: float, tall: float) -> None:
-    """Dots, step labels, then a bar and a name a segment; `cell` is a step's width in points."""
+    """Dots, step labels, then each segment's bar and name; `cell` is a step's width in points."""
     runs, labels = segment_runs(saliency.trace.steps), saliency.labels
     for run in runs:
         colour = _STYLES[run.segment]["color"]

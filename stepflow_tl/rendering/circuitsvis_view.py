@@ -1,4 +1,4 @@
-"""A circuitsvis element as HTML that runs anywhere: offline, escaped, one copy of the script a notebook.
+"""A circuitsvis element as HTML that runs anywhere: offline, escaped, one copy of the script per notebook.
 
 circuitsvis' own HTML probes the network for a second and then takes its script from a CDN where it can, so a
 page would depend on the machine that made it. Here:
@@ -8,7 +8,7 @@ page would depend on the machine that made it. Here:
 2. A view is a frame, its data as JSON with every "<" escaped, and three lines of script: draw now if the page
    has the function, else wait. Carrier and views may come in any order.
 3. A saved page has both, and forbids every request by its content security policy. In a notebook one output
-   has the carrier and the others share it; `notebook` decides which.
+   has the carrier and the others share it: `ScriptCarrier` decides which.
 
 The HTML depends on nothing but the data, so the same view gives the same HTML.
 """
@@ -18,13 +18,15 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import Template
 from typing import Any
+from uuid import uuid4
 
-from stepflow_tl.rendering.extras import require
+from stepflow_tl.errors import require
 from stepflow_tl.results.files import write_atomically
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -48,7 +50,7 @@ notebook. If that output was removed, run this cell again.</p>
 })();
 </script>
 """)
-_CARRIER = Template("""\
+_SCRIPT = Template("""\
 <script>
 (() => {
   const page = $page;
@@ -105,9 +107,7 @@ class CircuitsvisView:
         return self.html
 
     def _ipython_display_(self) -> None:
-        from stepflow_tl.rendering.notebook import display_shared
-
-        display_shared(self)
+        _display_shared(self)
 
     def __repr__(self) -> str:
         """One line; the fragment itself is long."""
@@ -149,7 +149,7 @@ def carrier_script() -> str:
     Raises:
         MissingExtraError: If circuitsvis is not installed.
     """
-    return _carrier(str(require("circuitsvis", purpose="The interactive view").__file__))
+    return _carrier(str(require("circuitsvis", purpose="The interactive view", extra="plots").__file__))
 
 
 @cache
@@ -157,9 +157,93 @@ def _carrier(package: str) -> str:
     bundle = Path(package).with_name("dist").joinpath("cdn", "iife.js").read_text(encoding="utf-8")
     # The same string to JavaScript, and no end of the element to HTML. The source map is not there to load.
     bundle = bundle.replace("</script", r"<\/script").partition("\n//# sourceMappingURL=")[0]
-    return _CARRIER.substitute(page=_PAGE, bundle=bundle)
+    return _SCRIPT.substitute(page=_PAGE, bundle=bundle)
 
 
 def _script_json(value: Any) -> str:
     """JSON that a script element can hold: ASCII, and no "<"."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A view that was shown: where, and under which name the front end can replace it."""
+
+    view: CircuitsvisView
+    cell: str
+    display_id: str
+
+
+class ScriptCarrier:
+    """Decides for each view that is shown whether it carries the script.
+
+    The kernel sees cells run; it does not see outputs being cleared or a page being reloaded. So:
+
+    1. The first view shown carries the script. Later ones carry nothing and share it, wherever they stand.
+    2. A cell that is run again carries the script itself: it may be the one that carried it before, whose
+       output is gone now, or one whose view stays empty because the carrier was cleared. The former carrier,
+       if it is another cell's, is sent again without the script, so there is still one copy.
+    3. Where outputs cannot share (Colab gives each a page of its own), every view carries it.
+
+    A cell is known by the id that Jupyter sends, or by its code where none is sent. A front end that was
+    reloaded in between no longer knows which output to replace; two copies then stay until the notebook is
+    run afresh.
+    """
+
+    def __init__(self) -> None:
+        """No view was shown yet."""
+        self._carrier: Output | None = None
+        self._last_run: dict[str, str] = {}
+
+    def place(self, view: CircuitsvisView, cell: str, run: str) -> tuple[bool, str, Output | None]:
+        """Where the script of one more view comes from.
+
+        Args:
+            view: The view to show.
+            cell: The cell that shows it.
+            run: The execution of the cell.
+
+        Returns:
+            Whether this view carries the script, a display id for it, and the output that has to be sent
+            again without it.
+        """
+        is_again = self._last_run.get(cell, run) != run
+        self._last_run[cell] = run
+        display_id = f"stepflow-tl-{uuid4().hex}"
+        former = self._carrier
+        if former is not None and not is_again:
+            return False, display_id, None
+        self._carrier = Output(view, cell, display_id)
+        return True, display_id, former if former is not None and former.cell != cell else None
+
+
+_THE_CARRIER = ScriptCarrier()
+
+
+def _display_shared(view: CircuitsvisView) -> None:
+    """Show a view through IPython, with the script or sharing another output's."""
+    from IPython import get_ipython  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
+    from IPython.display import display, update_display  # pyright: ignore[reportMissingImports]
+
+    place = _running_cell(get_ipython())
+    if place is None or "google.colab" in sys.modules:
+        display(_output(view, view.html), raw=True)
+        return
+    carries, display_id, former = _THE_CARRIER.place(view, *place)
+    display(_output(view, view.html if carries else view.fragment), raw=True, display_id=display_id)
+    if former is not None:
+        update_display(_output(former.view, former.view.fragment), raw=True, display_id=former.display_id)
+
+
+def _output(view: CircuitsvisView, html: str) -> dict[str, str]:
+    return {"text/html": html, "text/plain": repr(view)}
+
+
+def _running_cell(shell: Any) -> tuple[str, str] | None:
+    """The cell that runs and its execution; `None` outside a Jupyter kernel."""
+    get_parent = getattr(shell, "get_parent", None)
+    request = get_parent() if get_parent is not None else None
+    if not request or "header" not in request:
+        return None
+    cell = request.get("metadata", {}).get("cellId") or request.get("content", {}).get("code", "")
+    return str(cell), str(request["header"].get("msg_id", ""))

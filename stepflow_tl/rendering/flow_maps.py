@@ -11,17 +11,14 @@ The picture shows where attribution moved, not whether the answer got better: th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stepflow_tl.errors import ComparisonError, TraceError
-from stepflow_tl.rendering.export import new_figure
-from stepflow_tl.rendering.extras import require
-from stepflow_tl.rendering.layout import POINTS_PER_INCH, layer_span, segment_runs, wrap_to_width
-from stepflow_tl.rendering.map_axes import TEXT_SIZE, TICK_SIZE, TITLE_SIZE, draw_map, label_axes
-from stepflow_tl.rendering.scales import DECADES, row_shares
-from stepflow_tl.rendering.step_maps import COLOUR_MAP
+from stepflow_tl.rendering.layout import DECADES, POINTS_PER_INCH, layer_span, row_shares, segment_runs
+from stepflow_tl.rendering.sheet import TEXT_SIZE, Margins, Sheet, matplotlib_part
+from stepflow_tl.rendering.step_maps import COLOUR_MAP, PERCENT_TICKS, draw_map, label_axes
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 
@@ -29,8 +26,8 @@ if TYPE_CHECKING:
     import matplotlib.figure
 
 CHANGE_MAP = "RdBu_r"
-_LEFT, _RIGHT, _BOTTOM, _TOP, _LINE = 0.52, 0.15, 0.95, 0.25, 0.14
-_GAP, _BAR_HEIGHT, _BAR_AT = 0.14, 0.09, 0.36
+_MARGINS = Margins(left=0.52, right=0.15, bottom=0.95, top=0.25, line=0.14, first=0.13)
+_GAP, _BAR_HEIGHT, _BAR_LENGTH, _BAR_AT = 0.14, 0.09, 2.2, 0.36
 
 
 def flow_figure(
@@ -66,7 +63,7 @@ def flow_figure(
     n = len(plain.labels)
     if n == 0:
         raise TraceError("this trace has no steps, so there is no map to draw")
-    colors = require("matplotlib.colors", purpose="Drawing step maps")
+    colors = matplotlib_part("colors")
     chosen = plain.layers if layers is None else tuple(layers)
     shares = [
         row_shares(saliency.head_mean(pooling, layers=chosen).mean(0).double()).numpy()
@@ -84,39 +81,27 @@ def flow_figure(
     ]
 
     subject = "StepFlow" if _treatment(repaired) == "with StepFlow" else "Control of StepFlow"
-    heading = title or f"{subject}: {plain.provenance.model_name}"
-    heading = wrap_to_width(heading, TITLE_SIZE, width - _LEFT)
     flow = repaired.provenance.notes.get("stepflow", "The StepFlow is not recorded")
-    where = layer_span(chosen)
-    where = f"Mean of {where}" if len(chosen) > 1 else where.capitalize()
-    notes = wrap_to_width(f"{where}. {flow}", TEXT_SIZE, width - _LEFT)
-    side = (width - _LEFT - _RIGHT - 2 * _GAP) / 3
-    top = _TOP + _LINE * len([*heading, *notes])
-    height = top + side + _BOTTOM
-    figure = new_figure(width, height)
+    where = f"Mean of {layer_span(chosen)}" if len(chosen) > 1 else layer_span(chosen).capitalize()
+    side = (_MARGINS.inner(width) - 2 * _GAP) / 3
+    heading = title or f"{subject}: {plain.provenance.model_name}"
+    sheet = Sheet(width, side, _MARGINS, heading, f"{where}. {flow}")
     runs = segment_runs(plain.trace.steps)
     cell = side * POINTS_PER_INCH / n
     images = []
     for i, (name, values, colour_map, norm) in enumerate(panels):
-        x = _LEFT + i * (side + _GAP)
-        axes = figure.add_axes((x / width, _BOTTOM / height, side / width, side / height))
+        axes = sheet.panel(i * (side + _GAP), 0.0, side, side)
         masked = np.ma.masked_array(values, above)
         images.append(draw_map(axes, masked, colour_map, norm, runs, cell))
         axes.set_title(name, fontsize=TEXT_SIZE, pad=2.5)
         label_axes(axes, plain.labels, runs, cell, left=i == 0, bottom=True)
-    _colour_bar(
-        figure, images[0], (_LEFT, 2 * side + _GAP), (width, height), "share of the row's saliency", True
-    )
-    change_at = (_LEFT + 2 * (side + _GAP), side)
-    _colour_bar(figure, images[2], change_at, (width, height), "percentage points", False)
-    rows = [
-        *((line, TITLE_SIZE, "black") for line in heading),
-        *((line, TEXT_SIZE, "0.35") for line in notes),
-    ]
-    for i, (line, size, colour) in enumerate(rows):
-        y = 1 - (0.13 + _LINE * i) / height
-        figure.text(_LEFT / width, y, line, fontsize=size, color=colour, va="center", parse_math=False)
-    return figure
+    down = side + _MARGINS.bottom - _BAR_AT - _BAR_HEIGHT
+    at = (0.0, down, min(2 * side + _GAP, _BAR_LENGTH), _BAR_HEIGHT)
+    share = "share of the row's saliency"
+    sheet.colour_bar(images[0], at, share, percent_ticks=PERCENT_TICKS, extend="min", lying=True)
+    at = (2 * (side + _GAP), down, min(side, _BAR_LENGTH), _BAR_HEIGHT)
+    sheet.colour_bar(images[2], at, "percentage points", extend="both", lying=True)
+    return sheet.figure
 
 
 def _treatment(repaired: StepSaliency) -> str:
@@ -139,19 +124,3 @@ def _check_comparable(plain: StepSaliency, repaired: StepSaliency) -> None:
             raise ComparisonError(
                 f"the two maps differ in their {name}: map one trace twice, without and with stepflow="
             )
-
-
-def _colour_bar(
-    figure: Any, image: Any, at: tuple[float, float], size: tuple[float, float], label: str, percent: bool
-) -> None:
-    """A horizontal bar under the panels; positions in inches."""
-    (x, length), (width, height) = at, size
-    length = min(length, 2.2)
-    axes = figure.add_axes((x / width, _BAR_AT / height, length / width, _BAR_HEIGHT / height))
-    bar = figure.colorbar(image, cax=axes, orientation="horizontal", extend="min" if percent else "both")
-    bar.set_label(label, fontsize=TEXT_SIZE, labelpad=2)
-    bar.ax.tick_params(labelsize=TICK_SIZE, length=2, width=0.5, pad=1.5)
-    bar.outline.set_linewidth(0.5)
-    if percent:
-        bar.ax.minorticks_off()
-        bar.set_ticks([0.001, 0.01, 0.1, 1], labels=["0.1 %", "1 %", "10 %", "100 %"])

@@ -1,94 +1,78 @@
-"""One copy of circuitsvis' script a notebook: which output carries it.
+"""`show`: any result as what a notebook displays best.
 
-The kernel sees cells run; it does not see outputs being cleared or a page being reloaded. So:
+The kinds and what they become:
 
-1. The first view shown carries the script. Later ones carry nothing and share it, wherever they stand.
-2. A cell that is run again carries the script itself: it may be the one that carried it before, whose output
-   is gone now, or one whose view stays empty because the carrier was cleared. The former carrier, if it is
-   another cell's, is sent again without the script, so there is still one copy.
-3. Where outputs cannot share (Colab gives each a page of its own), every view carries it.
+1. `StepSaliency`: its step maps, or with one more argument the text (`step=`), the maps before and after a
+   repair (`repaired=`), or saliency against knockout (`knockout=`).
+2. `StepKnockout`: its map. `StepPatching`: effects over layers and steps.
+3. `Diagnosis`: shares over depth. `Comparison`: both groups over depth, and their difference.
 
-A cell is known by the id that Jupyter sends, or by its code where none is sent. A front end that was reloaded
-in between no longer knows which output to replace; two copies then stay until the notebook is run afresh.
+Maps and text are circuitsvis views, the others matplotlib figures. Neither needs a network. The library is
+imported when something is shown, not before.
 """
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from uuid import uuid4
+from collections.abc import Callable
+from typing import Any
 
-if TYPE_CHECKING:
-    from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView
+from stepflow_tl.causal.knockout_result import StepKnockout
+from stepflow_tl.causal.patching_result import StepPatching
+from stepflow_tl.diagnosis.comparison import Comparison
+from stepflow_tl.diagnosis.diagnosis import Diagnosis
+from stepflow_tl.rendering.agreement_scatter import agreement_figure
+from stepflow_tl.rendering.flow_maps import flow_figure
+from stepflow_tl.rendering.map_views import show_knockout, show_step_maps
+from stepflow_tl.rendering.patching_map import patching_figure
+from stepflow_tl.rendering.profiles import comparison_figure, profile_figure
+from stepflow_tl.rendering.text_view import show_text
+from stepflow_tl.saliency.result import StepSaliency
 
-
-@dataclass(frozen=True)
-class Output:
-    """A view that was shown: where, and under which name the front end can replace it."""
-
-    view: CircuitsvisView
-    cell: str
-    display_id: str
-
-
-class ScriptCarrier:
-    """Decides for each view that is shown whether it carries the script."""
-
-    def __init__(self) -> None:
-        """No view was shown yet."""
-        self._carrier: Output | None = None
-        self._last_run: dict[str, str] = {}
-
-    def place(self, view: CircuitsvisView, cell: str, run: str) -> tuple[bool, str, Output | None]:
-        """Where the script of one more view comes from.
-
-        Args:
-            view: The view to show.
-            cell: The cell that shows it.
-            run: The execution of the cell.
-
-        Returns:
-            Whether this view carries the script, a display id for it, and the output that has to be sent
-            again without it.
-        """
-        is_again = self._last_run.get(cell, run) != run
-        self._last_run[cell] = run
-        display_id = f"stepflow-tl-{uuid4().hex}"
-        former = self._carrier
-        if former is not None and not is_again:
-            return False, display_id, None
-        self._carrier = Output(view, cell, display_id)
-        return True, display_id, former if former is not None and former.cell != cell else None
+_ALTERNATIVES: dict[str, Callable[..., Any]] = {
+    "step": show_text,
+    "repaired": flow_figure,
+    "knockout": agreement_figure,
+}
 
 
-_CARRIER = ScriptCarrier()
+def show(result: Any, **options: Any) -> Any:
+    """Show a result in a notebook, as the last expression of a cell.
+
+    Args:
+        result: A `StepSaliency`, `StepKnockout`, `StepPatching`, `Diagnosis` or `Comparison`.
+        **options: Of the view it becomes. A `StepSaliency` takes `layer`, `scale` and `pooling`
+            (`rendering.show_step_maps`); with `step="T3"` those of `rendering.show_text`, with
+            `repaired=another` those of `rendering.flow_figure`, with `knockout=effects` those of
+            `rendering.agreement_figure`. The others: `rendering.show_knockout`, `patching_figure`,
+            `profile_figure`, `comparison_figure`.
+
+    Returns:
+        A circuitsvis view, which has `.save(path)` and `.html`, or a matplotlib figure for `save_figure`.
+
+    Raises:
+        TypeError: If it is a result of another kind, or has no such option.
+        MissingExtraError: If the drawing library is not installed.
+    """
+    for kind, view in _VIEWS.items():
+        if isinstance(result, kind):
+            return view(result, **options)
+    kinds = ", ".join(kind.__name__ for kind in _VIEWS)
+    raise TypeError(f"cannot show a {type(result).__name__}: expected a result, one of {kinds}")
 
 
-def display_shared(view: CircuitsvisView) -> None:
-    """Show a view through IPython, with the script or sharing another output's."""
-    from IPython import get_ipython  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
-    from IPython.display import display, update_display  # pyright: ignore[reportMissingImports]
-
-    place = _running_cell(get_ipython())
-    if place is None or "google.colab" in sys.modules:
-        display(_output(view, view.html), raw=True)
-        return
-    carries, display_id, former = _CARRIER.place(view, *place)
-    display(_output(view, view.html if carries else view.fragment), raw=True, display_id=display_id)
-    if former is not None:
-        update_display(_output(former.view, former.view.fragment), raw=True, display_id=former.display_id)
+def _show_saliency(saliency: StepSaliency, **options: Any) -> Any:
+    asked = [name for name in _ALTERNATIVES if options.get(name) is not None]
+    if len(asked) > 1:
+        raise TypeError(f"{' and '.join(asked)} ask for different views of one saliency: pass one of them")
+    for name in asked:
+        return _ALTERNATIVES[name](saliency, options.pop(name), **options)
+    return show_step_maps(saliency, **options)
 
 
-def _output(view: CircuitsvisView, html: str) -> dict[str, str]:
-    return {"text/html": html, "text/plain": repr(view)}
-
-
-def _running_cell(shell: Any) -> tuple[str, str] | None:
-    """The cell that runs and its execution; `None` outside a Jupyter kernel."""
-    get_parent = getattr(shell, "get_parent", None)
-    request = get_parent() if get_parent is not None else None
-    if not request or "header" not in request:
-        return None
-    cell = request.get("metadata", {}).get("cellId") or request.get("content", {}).get("code", "")
-    return str(cell), str(request["header"].get("msg_id", ""))
+_VIEWS: dict[type, Callable[..., Any]] = {
+    StepSaliency: _show_saliency,
+    StepKnockout: show_knockout,
+    StepPatching: patching_figure,
+    Diagnosis: profile_figure,
+    Comparison: comparison_figure,
+}

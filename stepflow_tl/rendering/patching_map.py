@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stepflow_tl.rendering.export import new_figure
-from stepflow_tl.rendering.extras import require
+from stepflow_tl.causal.patching_result import StepPatching
 from stepflow_tl.rendering.flow_maps import CHANGE_MAP
-from stepflow_tl.rendering.layout import POINTS_PER_INCH, wrap_to_width
-from stepflow_tl.rendering.map_axes import TEXT_SIZE, TICK_SIZE, TITLE_SIZE
+from stepflow_tl.rendering.layout import POINTS_PER_INCH
+from stepflow_tl.rendering.sheet import MAP_TICK_SIZE, TEXT_SIZE, Margins, Sheet, matplotlib_part, style_ticks
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
-    from stepflow_tl.causal.patching_result import StepPatching
-
-_LEFT, _RIGHT, _BOTTOM, _TOP, _LINE = 0.5, 0.85, 0.5, 0.22, 0.14
+_MARGINS = Margins(left=0.5, right=0.85, bottom=0.5, top=0.22, line=0.14, first=0.13)
 _BAR_WIDTH, _BAR_GAP = 0.11, 0.14
 
 
@@ -39,46 +36,34 @@ def patching_figure(
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    colors = require("matplotlib.colors", purpose="Drawing a patching map")
+    colors = matplotlib_part("colors")
     order = sorted(range(len(patching.layers)), key=lambda row: patching.layers[row])
     layers = [patching.layers[row] for row in order]
     values = patching.effects[order].numpy()
     largest = float(abs(values).max()) or 1.0
     path = f", read by {patching.receiving_step}" if patching.receiving_step else ""
-    first = title or f"{patching.method} of {patching.component}{path}: {patching.provenance.model_name}"
-    second = f"Metric: {patching.provenance.objective}; without a patch {patching.corrupted_value:.3g}."
-    lines = [(line, TITLE_SIZE, "black") for line in wrap_to_width(first, TITLE_SIZE, width - _LEFT)]
-    lines += [(line, TEXT_SIZE, "0.35") for line in wrap_to_width(second, TEXT_SIZE, width - _LEFT)]
-    inner = width - _LEFT - _RIGHT
+    heading = title or f"{patching.method} of {patching.component}{path}: {patching.provenance.model_name}"
+    note = f"Metric: {patching.provenance.objective}; without a patch {patching.corrupted_value:.3g}."
+    inner = _MARGINS.inner(width)
     tall = min(4.0, max(0.9, 0.16 * len(layers)))
-    top = _TOP + _LINE * len(lines)
-    height = top + tall + _BOTTOM
-    figure = new_figure(width, height)
-    axes = figure.add_axes((_LEFT / width, _BOTTOM / height, inner / width, tall / height))
+    sheet = Sheet(width, tall, _MARGINS, heading, note)
+    axes = sheet.panel(0.0, 0.0, inner, tall)
     norm = colors.Normalize(-largest, largest)
     image = axes.imshow(
         values, cmap=CHANGE_MAP, norm=norm, aspect="auto", origin="lower", interpolation="nearest"
     )
-    for count, setter, names in (
-        (len(patching.labels), axes.set_xticks, patching.labels),
-        (len(layers), axes.set_yticks, [str(layer) for layer in layers]),
+    for names, setter, length in (
+        (patching.labels, axes.set_xticks, inner),
+        ([str(layer) for layer in layers], axes.set_yticks, tall),
     ):
-        room = (inner if setter == axes.set_xticks else tall) * POINTS_PER_INCH / count
-        stride = max(1, -(-int(TICK_SIZE * 1.3) // max(1, int(room))))
-        shown = list(range(0, count, stride))
+        room = length * POINTS_PER_INCH / len(names)
+        stride = max(1, -(-int(MAP_TICK_SIZE * 1.3) // max(1, int(room))))
+        shown = list(range(0, len(names), stride))
         setter(shown, labels=[names[i] for i in shown])
-    axes.tick_params(labelsize=TICK_SIZE, length=2, width=0.5, pad=1.5)
+    style_ticks(axes, MAP_TICK_SIZE, pad=1.5)
     axes.tick_params(axis="x", rotation=90)
     axes.set_xlabel("patched step", fontsize=TEXT_SIZE)
     axes.set_ylabel("layer", fontsize=TEXT_SIZE)
     axes.spines[:].set_linewidth(0.5)
-    x = (width - _RIGHT + _BAR_GAP) / width
-    bar_axes = figure.add_axes((x, _BOTTOM / height, _BAR_WIDTH / width, tall / height))
-    bar = figure.colorbar(image, cax=bar_axes)
-    bar.set_label("effect on the metric", fontsize=TEXT_SIZE)
-    bar.ax.tick_params(labelsize=TICK_SIZE, length=2, width=0.5, pad=1.5)
-    bar.outline.set_linewidth(0.5)
-    for i, (line, size, colour) in enumerate(lines):
-        y = 1 - (0.13 + _LINE * i) / height
-        figure.text(_LEFT / width, y, line, fontsize=size, color=colour, va="center", parse_math=False)
-    return figure
+    sheet.colour_bar(image, (inner + _BAR_GAP, 0.0, _BAR_WIDTH, tall), "effect on the metric")
+    return sheet.figure

@@ -1,4 +1,6 @@
-"""Lock-in and decay over depth: the per-layer numbers of one diagnosis as two panels.
+"""Numbers over depth: one trace's profiles, and two groups of traces with where they differ.
+
+`profile_figure`, one diagnosis:
 
 1. Left, thinking steps: `lock_in` (what a step keeps for itself) against `question_share`. Shallow Lock-in
    would show in the shaded shallow band.
@@ -6,33 +8,42 @@
 3. A measure that does not apply to this trace (NaN: no summary, too few steps) leaves a gap, and a panel
    without any value says why.
 
-One trace gives numbers, not verdicts: the shading marks where to look, nothing more.
+`comparison_figure`, two groups:
+
+1. One column per metric. Above, the mean of each group at each layer; below, their difference with its
+   bootstrap interval, and zero.
+2. A filled marker in the lower panel is a layer whose corrected p-value is at most `level`; a hollow one is
+   not. An interval is for one layer alone, the p-value is corrected over all layers: where they disagree, the
+   marker is the more careful of the two.
+
+The bands in which the paper expects Shallow Lock-in and Deep Decay are shaded. One trace gives numbers, not
+verdicts: its shading marks where to look, nothing more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stepflow_tl.diagnosis.comparison import Comparison
 from stepflow_tl.diagnosis.diagnosis import Diagnosis
-from stepflow_tl.rendering.depth_axes import (
-    FIRST,
-    SECOND,
-    TEXT_SIZE,
-    TICK_SIZE,
-    TITLE_SIZE,
-    prepare_depth_axes,
-)
-from stepflow_tl.rendering.export import new_figure
-from stepflow_tl.rendering.extras import require
+from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.rendering.layout import wrap_to_width
+from stepflow_tl.rendering.sheet import TEXT_SIZE, TICK_SIZE, Margins, Sheet, style_ticks
+from stepflow_tl.statistics.effects import Effect
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
-_LEFT, _RIGHT, _BOTTOM, _TOP = 0.58, 0.12, 0.40, 0.45
-_GAP_X, _GAP_Y, _LINE = 0.30, 0.60, 0.15
+# Okabe and Ito's blue and vermilion, told apart further by marker and dash.
+_FIRST: dict[str, Any] = {"color": "#0072b2", "marker": "o", "linestyle": "-"}
+_SECOND: dict[str, Any] = {"color": "#d55e00", "marker": "s", "linestyle": (0, (4, 1.5))}
+_PROFILE = Margins(left=0.58, right=0.12, bottom=0.40, top=0.45)
+_PROFILE_GAP_X, _PROFILE_GAP_Y = 0.30, 0.60
+_GROUPS = Margins(left=0.62, right=0.12, bottom=0.40, top=0.45)
+_GROUPS_GAP_X, _GROUPS_GAP_Y = 0.55, 0.22
 _PANELS = (
     ("Thinking steps", ("lock_in", "on the step itself (lock-in)"), ("question_share", "on the question")),
     ("Summary steps", ("thinking_share", "on the thinking"), ("self_share", "on the summary itself")),
@@ -55,37 +66,124 @@ def profile_figure(
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    require("matplotlib", purpose="Drawing a profile")
     columns = 2 if width >= 5 else 1
     rows = len(_PANELS) // columns
-    panel_width = (width - _LEFT - _RIGHT - (columns - 1) * _GAP_X) / columns
+    panel_width = (_PROFILE.inner(width) - (columns - 1) * _PROFILE_GAP_X) / columns
     panel_height = min(2.0, 0.6 * panel_width)
     heading = title if title is not None else f"Step-Saliency over depth: {diagnosis.model_name}"
-    lines = wrap_to_width(heading, TITLE_SIZE, width - _LEFT)
-    top = _TOP + _LINE * len(lines)
-    height = top + rows * panel_height + (rows - 1) * _GAP_Y + _BOTTOM
-    figure = new_figure(width, height)
+    sheet = Sheet(width, rows * panel_height + (rows - 1) * _PROFILE_GAP_Y, _PROFILE, heading)
     for panel, (name, first, second) in enumerate(_PANELS):
         row, column = divmod(panel, columns)
-        x = _LEFT + column * (panel_width + _GAP_X)
-        y = height - top - panel_height - row * (panel_height + _GAP_Y)
-        axes = figure.add_axes((x / width, y / height, panel_width / width, panel_height / height))
+        x, down = column * (panel_width + _PROFILE_GAP_X), row * (panel_height + _PROFILE_GAP_Y)
+        axes = sheet.panel(x, down, panel_width, panel_height)
         axes.set_title(name, fontsize=TEXT_SIZE, pad=13, loc="left", fontweight="bold")
-        prepare_depth_axes(axes, diagnosis.n_layers)
+        _prepare(axes, diagnosis.n_layers)
         axes.set_ylim(0, 1.1)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25 %", "50 %", "75 %", "100 %"])
         _draw_shares(axes, diagnosis, (first, second), panel_width)
-        axes.tick_params(labelsize=TICK_SIZE, length=2, width=0.5, pad=2)
         if column == 0:
             axes.set_ylabel("share of a step's saliency", fontsize=TEXT_SIZE)
         else:
             axes.tick_params(labelleft=False)
         if row == rows - 1:
             axes.set_xlabel("layer", fontsize=TEXT_SIZE)
-    for i, line in enumerate(lines):
-        y = 1 - (0.15 + _LINE * i) / height
-        figure.text(_LEFT / width, y, line, fontsize=TITLE_SIZE, va="center", parse_math=False)
-    return figure
+    return sheet.figure
+
+
+def comparison_figure(
+    comparison: Comparison,
+    metrics: Sequence[str] = ("lock_in", "thinking_share"),
+    *,
+    n_layers: int | None = None,
+    width: float = 7.0,
+    level: float = 0.05,
+    title: str | None = None,
+) -> matplotlib.figure.Figure:
+    """Draw the groups of a comparison over depth, and their difference.
+
+    Args:
+        comparison: From `compare`.
+        metrics: Metrics that have a value at every layer, one column each.
+        n_layers: Layers of the whole model, for the bands; by default up to the last one compared.
+        width: Figure width in inches; below 5 the metrics stand one below the other.
+        level: Corrected p-value up to which a layer's marker is filled.
+        title: First line; by default it names groups and model.
+
+    Returns:
+        A matplotlib figure that belongs to no window. Save it with `save_figure`.
+
+    Raises:
+        ComparisonError: If there is no such metric.
+        ValueError: If `metrics` is empty or holds one that has no layers.
+        MissingExtraError: If matplotlib is not installed.
+    """
+    families = [_by_depth(comparison, metric) for metric in metrics]
+    if not families:
+        raise ValueError("no metric to draw: expected at least one, such as 'lock_in'")
+    last = max(effect.layer for family in families for effect in family if effect.layer is not None)
+    depth = last + 1 if n_layers is None else n_layers
+    (name, n), (other, other_n) = zip(comparison.names, comparison.n_traces, strict=True)
+    heading = title or f"{name} ({n} traces) and {other} ({other_n}): {comparison.model_name}"
+    columns = len(families) if width >= 5 else 1
+    rows = len(families) // columns
+    panel = (_GROUPS.inner(width) - (columns - 1) * _GROUPS_GAP_X) / columns
+    upper, lower = min(1.7, 0.6 * panel), min(1.0, 0.38 * panel)
+    inside = upper + _GROUPS_GAP_Y + lower
+    block = _GROUPS.top + inside + _GROUPS.bottom
+    sheet = Sheet(width, (rows - 1) * block + inside, _GROUPS, heading)
+    for i, (metric, family) in enumerate(zip(metrics, families, strict=True)):
+        row, column = divmod(i, columns)
+        x, down = column * (panel + _GROUPS_GAP_X), row * block
+        below = sheet.panel(x, down + upper + _GROUPS_GAP_Y, panel, lower)
+        above = sheet.panel(x, down, panel, upper, sharex=below)
+        above.set_title(metric, fontsize=TEXT_SIZE, pad=13, loc="left", fontweight="bold")
+        _prepare(above, depth)
+        _prepare(below, depth, named=False)
+        above.tick_params(labelbottom=False)
+        _draw_means(above, family, comparison.names)
+        _draw_difference(below, family, level)
+        below.set_xlabel("layer", fontsize=TEXT_SIZE)
+        if column == 0:
+            above.set_ylabel("mean", fontsize=TEXT_SIZE)
+            below.set_ylabel("difference", fontsize=TEXT_SIZE)
+    return sheet.figure
+
+
+def _prepare(axes: Any, n_layers: int, *, named: bool = True) -> None:
+    """Shade the bands, limit x to the model's layers, thin lines and a light grid.
+
+    Args:
+        axes: Of a matplotlib figure.
+        n_layers: Layers of the whole model.
+        named: Whether the bands' names stand inside, at the top: leave a tenth of the height free.
+    """
+    for band, name in ((shallow_band(n_layers), "shallow"), (deep_band(n_layers), "deep")):
+        axes.axvspan(band.start - 0.5, band.stop - 0.5, color="0.93", linewidth=0, zorder=0)
+        if named:
+            at = ((band.start + band.stop - 1) / 2, 0.927)
+            style = {"fontsize": TICK_SIZE, "color": "0.4", "ha": "center", "va": "bottom"}
+            axes.text(*at, name, transform=axes.get_xaxis_transform(), **style)
+    axes.set_xlim(-0.5, n_layers - 0.5)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", color="0.85", linewidth=0.4)
+    axes.set_axisbelow(True)
+    style_ticks(axes, TICK_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_linewidth(0.5)
+
+
+def _legend_above(axes: Any) -> None:
+    axes.legend(
+        fontsize=TICK_SIZE,
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=2,
+        borderaxespad=0,
+        borderpad=0.3,
+        handlelength=2.2,
+        columnspacing=1.0,
+    )
 
 
 def _draw_shares(
@@ -94,7 +192,7 @@ def _draw_shares(
     order = np.argsort(diagnosis.layers)
     layers = np.asarray(diagnosis.layers)[order]
     drawn = False
-    for (metric, name), style in zip(lines, (FIRST, SECOND), strict=True):
+    for (metric, name), style in zip(lines, (_FIRST, _SECOND), strict=True):
         shares = np.asarray(getattr(diagnosis, metric).tolist(), dtype=float)[order]
         if np.isnan(shares).all():
             continue
@@ -103,20 +201,50 @@ def _draw_shares(
         axes.plot(layers, shares, label=name, linewidth=1.1, markersize=2.6, **style)
         drawn = True
     if drawn:
-        axes.legend(
-            fontsize=TICK_SIZE,
-            frameon=False,
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=2,
-            borderaxespad=0,
-            borderpad=0.3,
-            handlelength=2.2,
-            columnspacing=1.0,
-        )
+        _legend_above(axes)
         return
     reasons = [diagnosis.reasons[metric] for metric, _ in lines if metric in diagnosis.reasons]
     words = "\n".join(
         wrap_to_width(reasons[0] if reasons else "not defined for this trace", TEXT_SIZE, width)
     )
     axes.text(0.5, 0.4, words, fontsize=TEXT_SIZE, color="0.35", transform=axes.transAxes, ha="center")
+
+
+def _by_depth(comparison: Comparison, metric: str) -> list[Effect]:
+    effects = comparison.of(metric)
+    if any(effect.layer is None for effect in effects):
+        raise ValueError(
+            f"{metric!r} has one value per trace, not one per layer: it cannot be drawn over depth"
+        )
+    return sorted(effects, key=lambda effect: effect.layer or 0)
+
+
+def _draw_means(axes: Any, effects: Sequence[Effect], names: tuple[str, str]) -> None:
+    layers = [effect.layer for effect in effects]
+    for name, field, style in ((names[0], "mean", _FIRST), (names[1], "other_mean", _SECOND)):
+        values = [getattr(effect, field) for effect in effects]
+        axes.plot(layers, values, label=name, linewidth=1.1, markersize=2.6, **style)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.15 * (high - low))  # room for the bands' names
+    _legend_above(axes)
+
+
+def _draw_difference(axes: Any, effects: Sequence[Effect], level: float) -> None:
+    layers = np.array([effect.layer for effect in effects])
+    low, high, middle = (
+        np.array([getattr(effect, field) for effect in effects], dtype=float)
+        for field in ("low", "high", "difference")
+    )
+    axes.axhline(0, color="0.3", linewidth=0.6)
+    axes.vlines(layers, low, high, color="0.25", linewidth=0.9)
+    sure = np.array([effect.p_corrected <= level for effect in effects])
+    for chosen, face in ((sure, "0.1"), (~sure, "white")):
+        axes.plot(
+            layers[chosen],
+            middle[chosen],
+            "o",
+            markersize=3,
+            color="0.1",
+            markerfacecolor=face,
+            markeredgewidth=0.7,
+        )

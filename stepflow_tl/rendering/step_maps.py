@@ -1,4 +1,4 @@
-"""Step maps as a grid of heatmaps, one panel a layer.
+"""Step maps as a grid of heatmaps, one panel per layer; and how any figure draws one map (`draw_map`).
 
 1. The head mean of each chosen layer (the paper's map) is brought to one scale, shared by all panels and the
    colour bar. Row i is what step i draws on; column j is the step it comes from.
@@ -21,16 +21,25 @@ import numpy as np
 import torch
 
 from stepflow_tl.errors import TraceError
-from stepflow_tl.rendering.export import new_figure
-from stepflow_tl.rendering.extras import require
 from stepflow_tl.rendering.layout import (
+    DECADES,
     POINTS_PER_INCH,
+    SegmentRun,
+    boundaries,
     evenly_over_depth,
+    margin_names,
+    row_shares,
     segment_runs,
-    wrap_to_width,
+    thin_ticks,
 )
-from stepflow_tl.rendering.map_axes import TEXT_SIZE, TICK_SIZE, TITLE_SIZE, draw_map, label_axes
-from stepflow_tl.rendering.scales import DECADES, row_shares
+from stepflow_tl.rendering.sheet import (
+    MAP_TICK_SIZE,
+    TEXT_SIZE,
+    Margins,
+    Sheet,
+    matplotlib_part,
+    style_ticks,
+)
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 
@@ -41,9 +50,10 @@ Normalise = Literal["row", "row_linear", "log"]
 
 MAX_DEFAULT_PANELS = 6
 COLOUR_MAP = "magma_r"
+PERCENT_TICKS = (0.001, 0.01, 0.1, 1.0)
+BOUNDARY_COLOUR = "#00a08a"  # absent from the colour maps, and visible on both of their ends
 
-# Margins and gaps in inches.
-_LEFT, _RIGHT, _BOTTOM, _TOP, _LINE = 0.52, 0.88, 0.52, 0.25, 0.14
+_MARGINS = Margins(left=0.52, right=0.88, bottom=0.52, top=0.25, line=0.14, first=0.13)
 _GAP_X, _GAP_Y = 0.14, 0.24
 _BAR_WIDTH, _BAR_GAP, _BAR_LENGTH = 0.11, 0.14, 2.4
 _UNIT = {
@@ -61,7 +71,7 @@ class _Scaled:
     norm: Any
     label: str
     floor: bool
-    percent: bool
+    percent_ticks: tuple[float, ...] | None
 
 
 def step_map_figure(
@@ -116,38 +126,99 @@ def step_map_figure(
 
     maps = saliency.head_mean(pooling, layers=chosen).detach().cpu().to(torch.float64)
     scaled = _scale(maps, normalise, pooling)
-    heading = _heading(saliency, chosen, layers is None, title, width)
-    side = (width - _LEFT - _RIGHT - _GAP_X * (columns - 1)) / columns
+    side = (_MARGINS.inner(width) - _GAP_X * (columns - 1)) / columns
     rows = -(-len(chosen) // columns)
-    top = _TOP + _LINE * len(heading)
-    height = top + rows * side + (rows - 1) * _GAP_Y + _BOTTOM
-    figure = new_figure(width, height)
+    heading = title if title is not None else f"Step-Saliency, head mean: {saliency.provenance.model_name}"
+    note = _note(saliency, chosen, by_default=layers is None)
+    body = rows * side + (rows - 1) * _GAP_Y
+    sheet = Sheet(width, body, _MARGINS, heading, note)
     runs = segment_runs(saliency.trace.steps)
     cell = side * POINTS_PER_INCH / n_steps
-
     for panel, layer in enumerate(chosen):
         row, column = divmod(panel, columns)
-        x = _LEFT + column * (side + _GAP_X)
-        y = height - top - side - row * (side + _GAP_Y)
-        axes = figure.add_axes((x / width, y / height, side / width, side / height))
+        axes = sheet.panel(column * (side + _GAP_X), row * (side + _GAP_Y), side, side)
         image = draw_map(axes, scaled.values[panel], COLOUR_MAP, scaled.norm, runs, cell)
         axes.set_title(f"layer {layer}", fontsize=TEXT_SIZE, pad=2.5)
         outer = {"left": column == 0, "bottom": panel + columns >= len(chosen)}
         label_axes(axes, saliency.labels, runs, cell, **outer)
-    _colour_bar(figure, image, scaled, width, height, top)
-    for i, (line, size, colour) in enumerate(heading):
-        y = 1 - (0.13 + _LINE * i) / height
-        figure.text(_LEFT / width, y, line, fontsize=size, color=colour, va="center", parse_math=False)
-    return figure
+    sheet.colour_bar(
+        image,
+        (_MARGINS.inner(width) + _BAR_GAP, 0.0, _BAR_WIDTH, min(body, _BAR_LENGTH)),
+        scaled.label,
+        percent_ticks=scaled.percent_ticks,
+        extend="min" if scaled.floor else "neither",
+    )
+    return sheet.figure
+
+
+def draw_map(
+    axes: Any, values: np.ndarray, colour_map: str, norm: Any, runs: list[SegmentRun], cell: float
+) -> Any:
+    """Draw one map and the lines between segments.
+
+    Args:
+        axes: Of a matplotlib figure.
+        values: `[query_step, key_step]`, masked above the diagonal.
+        colour_map: Name of a colour map.
+        norm: What brings values to colours.
+        runs: Segments, from `segment_runs`.
+        cell: Width of a step in points.
+
+    Returns:
+        The image, for a colour bar.
+    """
+    image = axes.imshow(values, cmap=colour_map, norm=norm, interpolation="nearest", aspect="auto")
+    n = values.shape[-1]
+    for at in boundaries(runs):
+        # An L inside the lower triangle: along the first row after the boundary, and down from the diagonal.
+        axes.plot(
+            [-0.5, at, at],
+            [at, at, n - 0.5],
+            color=BOUNDARY_COLOUR,
+            linewidth=min(0.8, 0.35 * cell),
+            solid_capstyle="butt",
+            solid_joinstyle="miter",
+        )
+    axes.set_xlim(-0.5, n - 0.5)
+    axes.set_ylim(n - 0.5, -0.5)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def label_axes(
+    axes: Any, labels: list[str], runs: list[SegmentRun], cell: float, *, left: bool, bottom: bool
+) -> None:
+    """Step labels along the outer panels only, then each segment's bar and name; `cell` is in points."""
+    ticks = thin_ticks(runs, MAP_TICK_SIZE * 1.2 / cell)
+    names = [labels[i] for i in ticks]
+    axes.set_xticks(ticks, labels=names if bottom else [""] * len(ticks), rotation=90)
+    axes.set_yticks(ticks, labels=names if left else [""] * len(ticks))
+    style_ticks(axes, MAP_TICK_SIZE, pad=1.5)
+    side = cell * len(labels)
+    bar_at = -(5 + max(len(name) for name in names) * MAP_TICK_SIZE * 0.66) / side
+    name_at = bar_at - 6 / side
+    placed = margin_names(runs, TEXT_SIZE * 0.66 / cell, len(labels))
+    for run, (name, centre) in zip(runs, placed, strict=True):
+        extent = [run.start - 0.5 + 0.7 / cell, run.end - 0.5 - 0.7 / cell]
+        if run.end - run.start < 2 / cell:  # too narrow for a gap at both ends
+            extent = [run.start - 0.5, run.end - 0.5]
+        bar = {"color": BOUNDARY_COLOUR, "linewidth": 1.5, "solid_capstyle": "butt", "clip_on": False}
+        text = {"fontsize": TEXT_SIZE, "ha": "center", "va": "center"}
+        if bottom:
+            axes.plot(extent, [bar_at, bar_at], transform=axes.get_xaxis_transform(), **bar)
+            axes.text(centre, name_at, name, transform=axes.get_xaxis_transform(), **text)
+        if left:
+            axes.plot([bar_at, bar_at], extent, transform=axes.get_yaxis_transform(), **bar)
+            axes.text(name_at, centre, name, transform=axes.get_yaxis_transform(), rotation=90, **text)
 
 
 def _readable_columns(panels: int, width: float) -> int:
-    fitting = max(1, int((width - _LEFT - _RIGHT + _GAP_X) // (0.85 + _GAP_X)))
+    fitting = max(1, int((_MARGINS.inner(width) + _GAP_X) // (0.85 + _GAP_X)))
     return {4: 2}.get(panels, min(panels, 3, fitting)) if fitting >= 2 else 1
 
 
 def _scale(maps: torch.Tensor, normalise: Normalise, pooling: Pooling) -> _Scaled:
-    colors = require("matplotlib.colors", purpose="Drawing a step map")
+    colors = matplotlib_part("colors")
     above = np.triu(np.ones(maps.shape[-2:], dtype=bool), k=1)
     percent = normalise != "log"
     if percent:
@@ -165,35 +236,13 @@ def _scale(maps: torch.Tensor, normalise: Normalise, pooling: Pooling) -> _Scale
     if floor:  # matplotlib masks the logarithm of 0; a pair without saliency is pale, not absent
         values = np.maximum(values, norm.vmin)
     masked = np.ma.masked_array(values, np.broadcast_to(above, values.shape))
-    return _Scaled(masked, norm, label, floor, percent)
+    ticks = PERCENT_TICKS if floor else (0.0, 0.25, 0.5, 0.75, 1.0)
+    return _Scaled(masked, norm, label, floor, ticks if percent else None)
 
 
-def _heading(
-    saliency: StepSaliency, chosen: tuple[int, ...], by_default: bool, title: str | None, width: float
-) -> list[tuple[str, float, str]]:
-    """Lines above the panels, each with its font size and colour."""
-    first = title if title is not None else f"Step-Saliency, head mean: {saliency.provenance.model_name}"
+def _note(saliency: StepSaliency, chosen: tuple[int, ...], *, by_default: bool) -> str:
     if by_default and len(chosen) < len(saliency.layers):
         shown = f"{len(chosen)} of {len(saliency.layers)} layers, evenly over depth."
     else:
         shown = f"{len(chosen)} of {saliency.n_layers} layers."
-    second = f"{shown} Rows draw on columns. Objective: {saliency.provenance.objective}."
-    lines = []
-    for text, size, colour in ((first, TITLE_SIZE, "black"), (second, TEXT_SIZE, "0.35")):
-        lines += [(line, size, colour) for line in wrap_to_width(text, size, width - _LEFT)]
-    return lines
-
-
-def _colour_bar(figure: Any, image: Any, scaled: _Scaled, width: float, height: float, top: float) -> None:
-    x = width - _RIGHT + _BAR_GAP
-    length = min(height - top - _BOTTOM, _BAR_LENGTH)
-    y = height - top - length
-    bar_axes = figure.add_axes((x / width, y / height, _BAR_WIDTH / width, length / height))
-    bar = figure.colorbar(image, cax=bar_axes, extend="min" if scaled.floor else "neither")
-    bar.set_label(scaled.label, fontsize=TEXT_SIZE)
-    bar.ax.tick_params(labelsize=TICK_SIZE, length=2, width=0.5, pad=1.5)
-    bar.outline.set_linewidth(0.5)
-    if scaled.percent:
-        bar.ax.minorticks_off()
-        ticks = [0.001, 0.01, 0.1, 1] if scaled.floor else [0, 0.25, 0.5, 0.75, 1]
-        bar.set_ticks(ticks, labels=[f"{100 * tick:g} %" for tick in ticks])
+    return f"{shown} Rows draw on columns. Objective: {saliency.provenance.objective}."

@@ -1,6 +1,6 @@
 """The trace's text in circuitsvis' `ColoredTokens`: what a step draws on, or what draws on it.
 
-1. Colour. `P[l, i, j]` of `diagnostics.measures.row_shares`, averaged over the layers asked for. Sources of
+1. Colour. `P[l, i, j]` of `diagnosis.measures.row_shares`, averaged over the layers asked for. Sources of
    step s are row s, which sums to 1; readers of s are column s: the share that each later step gives to s.
    Full colour is the largest share on another step; the step's own share, often far larger, clips there.
 2. Lines. circuitsvis makes every white space unbreakable, so a step is cut into lines, each a token that ends
@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.diagnosis import row_shares
-from stepflow_tl.errors import TraceError
 from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView, circuitsvis_view
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
@@ -67,8 +66,8 @@ def show_text(
     """
     if direction not in get_args(Direction):
         raise ValueError(f"unknown direction {direction!r}: expected one of {', '.join(get_args(Direction))}")
-    chosen = step_index(saliency, step)
-    label = saliency.labels[chosen]
+    found = saliency.trace.step(step)
+    chosen, label = found.index, found.label
     shares = step_shares(saliency, chosen, direction, layer, pooling)
     others = [share for index, share in enumerate(shares.tolist()) if index != chosen]
     largest = max(others, default=0.0) or 1.0
@@ -101,21 +100,6 @@ def _strongest(saliency: StepSaliency, chosen: int, shares: Float[Tensor, " step
     order = shares.argsort(descending=True, stable=True).tolist()
     others = [i for i in order if i != chosen and shares[i] > 0][:3]
     return ", ".join(f"{saliency.labels[i]} ({100 * float(shares[i]):.3g} %)" for i in others) or "none"
-
-
-def step_index(saliency: StepSaliency, step: str | int) -> int:
-    """Index of a step given by label or index.
-
-    Raises:
-        TraceError: If the trace has no such step; the message names those it has.
-    """
-    labels = saliency.labels
-    if isinstance(step, str) and step in labels:
-        return labels.index(step)
-    if not isinstance(step, str) and 0 <= step < len(labels):
-        return step
-    known = f"{labels[0]} to {labels[-1]} (0 to {len(labels) - 1})" if labels else "none"
-    raise TraceError(f"the trace has no step {step!r}: its steps are {known}")
 
 
 def step_shares(

@@ -1,1 +1,1 @@
-"""What every stored result shares: files, provenance, text tables."""
+"""What every stored result shares: the base class, files, provenance, text tables."""

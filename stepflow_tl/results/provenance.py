@@ -1,4 +1,4 @@
-"""What made a result: enough to run it again and to distrust it knowingly."""
+"""What made a result: enough to reproduce it and judge its limits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from stepflow_tl.version import __version__
+
 _PACKAGES = ("torch", "transformer-lens", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The model, objective and software behind one saliency map.
+    """The model, objective and software behind one result.
 
     Attributes:
         model_name: The model's own name, `cfg.model_name`.
@@ -64,8 +66,6 @@ def package_versions() -> dict[str, str]:
 
     This package's own comes from its source, so that a run from a checkout, not installed, has it too.
     """
-    from stepflow_tl.version import __version__
-
     found = {"python": platform.python_version(), "stepflow-tl": __version__}
     for name in _PACKAGES:
         try:

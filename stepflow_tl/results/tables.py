@@ -1,10 +1,17 @@
-"""Fixed-width and HTML tables from the same rows, so the terminal and the notebook never disagree."""
+"""Results as tables: text and HTML from the same rows, data frames, and the words and numbers in their cells.
+
+Terminal and notebook get the same rows, so they never disagree. pandas is imported only where a data frame is
+asked for.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
+
+from stepflow_tl.errors import require
 
 
 def number(value: float) -> str:
@@ -61,3 +68,24 @@ def nan_to_none(value: float) -> float | None:
 def none_to_nan(value: float | None) -> float:
     """What `nan_to_none` wrote, read back."""
     return math.nan if value is None else float(value)
+
+
+def shortened(text: str, width: int = 32) -> str:
+    """The text on one line, cut off after `width` characters."""
+    words = " ".join(text.split())
+    return words if len(words) <= width else words[: width - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """The text with unprintable characters escaped, so that an id cannot steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def dataframe(columns: Mapping[str, Sequence[Any]]) -> Any:
+    """A `pandas.DataFrame` with these columns.
+
+    Raises:
+        MissingExtraError: If pandas is not installed.
+    """
+    pandas = require("pandas", purpose="to_dataframe", extra="dataframes")
+    return pandas.DataFrame(dict(columns))

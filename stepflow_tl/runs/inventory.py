@@ -26,8 +26,8 @@ from stepflow_tl.diagnosis import Diagnosis, diagnose
 from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
 from stepflow_tl.errors import GradientError, ResultFileError, TraceError
 from stepflow_tl.results.files import file_digest
+from stepflow_tl.results.result import read_head
 from stepflow_tl.runs.manifest_reading import Done, ManifestIndex
-from stepflow_tl.saliency.files import read_facts
 from stepflow_tl.saliency.result import StepSaliency
 
 _ENDING = ".safetensors"
@@ -123,7 +123,7 @@ def _from_manifest(folder: Path, done: Done, index: ManifestIndex, verify: bool)
     if not path.is_file():
         return Problem(done.id, "missing", f"{path} is not there: run the same `analyze` again to make it")
     try:
-        facts = read_facts(path)
+        facts = read_head(path, StepSaliency)
         if verify and done.sha256 is not None and _sha256(path) != done.sha256:
             raise ResultFileError(f"{path} is not the file that was written (SHA-256 differs)")
         if facts.layers != done.layers:

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from stepflow_tl.causal import StepKnockout
-from stepflow_tl.causal.knockout_files import SCHEMA as KNOCKOUT_SCHEMA
 from stepflow_tl.errors import ResultFileError
 from stepflow_tl.results.files import Schema
 from stepflow_tl.saliency import StepSaliency
-from stepflow_tl.saliency.files import SCHEMA as SALIENCY_SCHEMA
 from stepflow_tl.trace import ReasoningTrace
 
 Result = TypeVar("Result", StepSaliency, StepKnockout)
@@ -41,7 +39,7 @@ def kept_result(path: Path, trace: ReasoningTrace, settings: Settings) -> StepSa
         DamagedResultError: If the file is damaged: analyse again.
         ResultFileError: If the file is whole but something else: leave it alone.
     """
-    return _kept(path, trace, settings, StepSaliency.load, SALIENCY_SCHEMA)
+    return _kept(path, trace, settings, StepSaliency.load, StepSaliency.schema)
 
 
 def kept_knockout(path: Path, trace: ReasoningTrace, settings: Settings) -> StepKnockout | None:
@@ -51,7 +49,7 @@ def kept_knockout(path: Path, trace: ReasoningTrace, settings: Settings) -> Step
         DamagedResultError: If the file is damaged: measure again.
         ResultFileError: If the file is whole but something else: leave it alone.
     """
-    return _kept(path, trace, settings, StepKnockout.load, KNOCKOUT_SCHEMA)
+    return _kept(path, trace, settings, StepKnockout.load, StepKnockout.schema)
 
 
 def _kept(

@@ -16,8 +16,7 @@ from typing import Any, Literal, get_args
 from stepflow_tl.causal.agreement import TraceAgreement
 from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis
 from stepflow_tl.diagnosis.diagnosis import Band
-from stepflow_tl.results.printable import printable
-from stepflow_tl.results.tables import number, text_table
+from stepflow_tl.results.tables import number, printable, text_table
 from stepflow_tl.runs.records import Unit
 
 Status = Literal["analysed", "kept", "failed"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stepflow_tl.errors import InputFileError
-from stepflow_tl.results.printable import printable
+from stepflow_tl.results.tables import printable
 
 Unit = Literal["line", "row"]
 

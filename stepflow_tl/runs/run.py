@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from stepflow_tl.diagnosis import DEFAULT_PAIR_FIELD
-from stepflow_tl.errors import DiskFullError, InputFileError, ResultFileError
+from stepflow_tl.errors import DiskFullError, InputFileError, ResultFileError, require
 from stepflow_tl.runs.engines import Engine, Job, LocalEngine
 from stepflow_tl.runs.entries import Done, Entry, Failed, RunSettings
 from stepflow_tl.runs.knockouts import FOLDER as KNOCKOUTS
@@ -157,9 +157,7 @@ def analyze_dataset(
         raise ValueError(f"unknown engine {engine!r}: expected 'local' or 'ray'")
     _make_folder(out)
     if figures:
-        from stepflow_tl.rendering.extras import require
-
-        require("matplotlib", purpose="Drawing figures")
+        require("matplotlib", purpose="Drawing figures", extra="plots")
     options = AnalysisOptions(
         objective, None if layers is None else tuple(layers), splitter, format, causal, figures, overwrite
     )

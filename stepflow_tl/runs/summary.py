@@ -23,8 +23,7 @@ import numpy as np
 
 from stepflow_tl.diagnosis import LAYER_METRICS, Comparison, compare_groups, left_out, pairing_field
 from stepflow_tl.errors import ComparisonError, ResultFileError
-from stepflow_tl.results.printable import printable
-from stepflow_tl.results.tables import html_table, number, text_table
+from stepflow_tl.results.tables import html_table, number, printable, text_table
 from stepflow_tl.runs.band_means import BandMean, band_means, band_row
 from stepflow_tl.runs.inventory import Problem, TraceNumbers, traces
 from stepflow_tl.runs.layer_table import layer_table

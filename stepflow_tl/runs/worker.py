@@ -31,7 +31,7 @@ from stepflow_tl.errors import DiskFullError, ModelError, StepflowError
 from stepflow_tl.models.facts import tokenizer_of
 from stepflow_tl.models.hook_names import resolve_hooks
 from stepflow_tl.results.files import file_digest, is_disk_full
-from stepflow_tl.results.printable import printable
+from stepflow_tl.results.tables import printable
 from stepflow_tl.runs.entries import Done, Entry, Failed, RunSettings
 from stepflow_tl.runs.kept_results import DamagedResultError, Settings, kept_result
 from stepflow_tl.runs.knockouts import Knockouts

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.results.files import Schema, TensorSpec
 from stepflow_tl.results.provenance import Provenance
+from stepflow_tl.results.result import TracedResult
 from stepflow_tl.saliency.pooling import Pooling, normalise
 from stepflow_tl.trace import ReasoningTrace
 
 
 @dataclass(frozen=True)
-class StepSaliency:
+class StepSaliency(TracedResult):
     """Step-to-step saliency of one trace (paper: Step-Saliency).
 
     Attributes:
@@ -36,6 +37,8 @@ class StepSaliency:
         n_layers: Number of layers of the whole model, for depth and bands.
         provenance: Model, objective, backend, versions.
     """
+
+    schema: ClassVar = Schema("stepflow_tl.StepSaliency", 1, "a step-saliency result", "StepSaliency.save")
 
     sums: Float[Tensor, "layer head query_step key_step"]
     template_sums: Float[Tensor, "layer head query_step"]
@@ -55,22 +58,11 @@ class StepSaliency:
             raise ValueError(
                 f"template_sums has shape {tuple(self.template_sums.shape)}, expected {expected}"
             )
-        if len(self.layers) != n_layers or len(set(self.layers)) != n_layers:
+        if len(self.layers) != n_layers:
             raise ValueError(f"layers {self.layers} must name each of the {n_layers} stored layers once")
-        if any(not 0 <= layer < self.n_layers for layer in self.layers):
-            raise ValueError(f"layers {self.layers} lie outside the model's 0..{self.n_layers - 1}")
+        self._check_layers()
         if not (torch.isfinite(self.sums).all() and torch.isfinite(self.template_sums).all()):
             raise ValueError("sums and template_sums must be finite")
-
-    @property
-    def step_lengths(self) -> Int[Tensor, " step"]:
-        """Tokens per step."""
-        return self.trace.step_lengths
-
-    @property
-    def labels(self) -> list[str]:
-        """Short step names in order: Q, T1, T2, ..., S1, ..."""
-        return [step.label for step in self.trace.steps]
 
     @property
     def n_heads(self) -> int:
@@ -110,47 +102,28 @@ class StepSaliency:
         """Mean over heads of `pooled`: the paper's map. Arguments as in `pooled`."""
         return self.pooled(pooling, layers=layers).mean(dim=1)
 
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file to `path`; see `files`.
-
-        It is atomic: a reader sees the old file or the whole new one.
-        """
-        from stepflow_tl.saliency.files import save_saliency
-
-        return save_saliency(self, path)
+    def _facts(self) -> dict[str, Any]:
+        return {}
 
     @classmethod
-    def load(cls, path: str | Path) -> StepSaliency:
-        """Read the file at `path` that `save` wrote.
+    def _specs(cls, document: dict[str, Any]) -> dict[str, TensorSpec]:
+        n_layers, n_steps = len(document["layers"]), len(document["trace"]["steps"])
+        return {
+            "sums": TensorSpec("float", (n_layers, None, n_steps, n_steps)),
+            "template_sums": TensorSpec("float", (n_layers, None, n_steps)),
+        }
 
-        Raises:
-            ResultFileError: If the file is missing, truncated, foreign or of an unknown version.
-        """
-        from stepflow_tl.saliency.files import load_saliency
-
-        return load_saliency(path)
-
-    def show(self, layer: int | None = None, *, step: str | int | None = None, **options: Any) -> Any:
-        """An interactive circuitsvis view for a notebook, which needs no network.
-
-        Args:
-            layer: One layer's heads (or its text view); all layers by default.
-            step: Show the trace's text instead, coloured by what this step ("T3", or an index) draws on, or
-                with `direction="readers"` by what draws on it.
-            **options: Of `rendering.show_step_maps` (`scale`, `pooling`), or with a step of
-                `rendering.show_text` (`direction`, `pooling`).
-        """
-        from stepflow_tl.rendering import show_step_maps, show_text
-
-        if step is None:
-            return show_step_maps(self, layer=layer, **options)
-        return show_text(self, step, layer=layer, **options)
-
-    def report(self, path: str | Path, **options: Any) -> Path:
-        """Write maps, text and profiles to `path` as one HTML page; see `rendering.write_report`."""
-        from stepflow_tl.rendering import write_report
-
-        return write_report(self, path, **options)
+    def _table(self, n: int) -> tuple[str, list[str], list[list[str]], list[str]]:
+        """Pairs of two different steps by the paper's map, averaged over the stored layers."""
+        mean = self.head_mean().double().mean(0)
+        earlier = torch.ones_like(mean, dtype=torch.bool).tril(-1)
+        rows = self._pair_rows(mean, earlier, n)
+        covered = f"{len(self.layers)} of {self.n_layers} layers"
+        footer = [
+            f"{len(rows)} of {int(earlier.sum())} pairs; nats per token pair, mean of heads and {covered}"
+        ]
+        header = ["step", "draws on", "mean saliency", "step's text", "other's text"]
+        return f"Step-Saliency: {self.provenance.model_name}", header, rows, footer
 
     def _layer_index(self, layers: tuple[int, ...]) -> list[int]:
         position = {layer: i for i, layer in enumerate(self.layers)}

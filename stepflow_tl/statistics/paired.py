@@ -1,10 +1,10 @@
 """Two conditions on the same questions: how much better is one, and could that be chance?
 
-1. Each question has a score a condition: the part of its answers that are right. Differences are taken
+1. Each question has one score per condition: the part of its answers that are right. Differences are taken
    question by question.
 2. The interval of their mean is the BCa bootstrap over questions, which are what was sampled: several answers
    to one question are not independent.
-3. With one answer a question, McNemar's exact test asks whether the questions that only one condition gets
+3. With one answer per question, McNemar's exact test asks whether the questions that only one condition gets
    right fall evenly; with several, signs of the differences are flipped.
 """
 
@@ -31,8 +31,8 @@ class PairedDifference:
         lost: Questions on which it scores lower.
         p_value: Two-sided; not corrected.
 
-    Where no question's score differs there is nothing to resample: both ends are 0, which is no interval. Say
-    "no answer differs" then, as `str` does.
+    Where no question's score differs there is nothing to resample: both ends are 0, which is not an interval.
+    Say "no answer differs" then, as `str` does.
     """
 
     n: int
@@ -70,7 +70,7 @@ def paired_difference(
     Args:
         scores: Part of right answers to each question, under the condition.
         other: The same under the other condition.
-        binary: Whether there is one answer a question (McNemar) or several (sign flips).
+        binary: Whether there is one answer per question (McNemar) or several (sign flips).
         confidence: Of the interval.
         n_bootstrap: Resamples, and flips.
         seed: Of both.

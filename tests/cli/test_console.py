@@ -7,7 +7,7 @@ import pytest
 
 from stepflow_tl.cli import console
 from stepflow_tl.cli.console import Progress
-from stepflow_tl.results.printable import printable
+from stepflow_tl.results.tables import printable
 
 
 class Terminal(io.StringIO):

@@ -76,18 +76,20 @@ def test_layers_that_are_no_whole_numbers_are_damage(tmp_path, layers):
 
     from stepflow_tl import StepSaliency
     from stepflow_tl.errors import ResultFileError
-    from stepflow_tl.saliency.files import SCHEMA, read_facts
+    from stepflow_tl.results.result import read_head
 
     path = result(0).save(tmp_path / "map")
     with safe_open(path, framework="pt") as file:
-        document = {**json.loads(file.metadata()[SCHEMA.name]), "layers": layers}
+        document = {**json.loads(file.metadata()[StepSaliency.schema.name]), "layers": layers}
         save_file(
-            {name: file.get_tensor(name) for name in file.keys()}, path, {SCHEMA.name: json.dumps(document)}
+            {name: file.get_tensor(name) for name in file.keys()},
+            path,
+            {StepSaliency.schema.name: json.dumps(document)},
         )
-    with pytest.raises(ResultFileError, match="does not hold together|cannot be read"):
+    with pytest.raises(ResultFileError, match="its content is inconsistent"):
         StepSaliency.load(path)
-    with pytest.raises(ResultFileError, match="cannot be read"):
-        read_facts(path)
+    with pytest.raises(ResultFileError, match="its content is inconsistent"):
+        read_head(path, StepSaliency)
 
 
 def test_a_manifest_without_settings_or_header_is_refused(tmp_path):

@@ -5,35 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from made_maps import make_saliency
+from made_maps import make_knockout, make_saliency
 from scipy.stats import spearmanr
 
-
-def make_knockout(saliency, effects=None, measured=None):
-    from stepflow_tl.causal import StepKnockout
-
-    n = len(saliency.labels)
-    measured = torch.ones(n, n, dtype=torch.bool).tril(-1) if measured is None else measured
-    if effects is None:
-        noise = torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-        effects = saliency.sums.mean((0, 1)) * noise.exp() * torch.where(noise > 1, -1, 1)
-    return StepKnockout(
-        effects=torch.where(measured, effects, 0),
-        measured=measured,
-        trace=saliency.trace,
-        layers=saliency.layers,
-        n_layers=saliency.n_layers,
-        heads=None,
-        measure="nll",
-        onto=None,
-        provenance=saliency.provenance,
-    )
-
-
-def draw(*args, **options):
-    from stepflow_tl.rendering import agreement_figure
-
-    return agreement_figure(*args, **options)
+from stepflow_tl.errors import ComparisonError
+from stepflow_tl.rendering import agreement_figure, save_figure
 
 
 def points(figure):
@@ -57,7 +33,7 @@ def test_every_measured_pair_is_a_point_at_its_two_numbers(pooling):
     measured[4, 2] = measured[7, 0] = False
     measured[3, 3] = True  # a step cut from itself is no edge between steps
     knockout = make_knockout(saliency, measured=measured)
-    figure = draw(saliency, knockout, pooling=pooling)
+    figure = agreement_figure(saliency, knockout, pooling=pooling)
     pairs = measured.tril(-1)
     across = saliency.head_mean(pooling).mean(0)[pairs].numpy()
     effects = knockout.pooled(pooling)[pairs].numpy()
@@ -72,7 +48,7 @@ def test_every_measured_pair_is_a_point_at_its_two_numbers(pooling):
 
 def test_colour_and_marker_say_which_segments_the_edge_joins():
     saliency = make_saliency(4, 2)
-    figure = draw(saliency, make_knockout(saliency, effects=saliency.sums[0, 0].abs()))
+    figure = agreement_figure(saliency, make_knockout(saliency, effects=saliency.sums[0, 0].abs()))
     counts = {marker: len(found) for (marker, _), found in points(figure).items()}
     assert counts == {"o": 4, "s": 6, "D": 2, "^": 8, "P": 1}
     names = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -93,7 +69,7 @@ def test_colour_and_marker_say_which_segments_the_edge_joins():
 def test_the_legend_has_the_correlation_within_each_kind():
     saliency = make_saliency(6, 2)
     knockout = make_knockout(saliency)
-    names = [text.get_text() for text in draw(saliency, knockout).legends[0].get_texts()]
+    names = [text.get_text() for text in agreement_figure(saliency, knockout).legends[0].get_texts()]
     across, effects = saliency.head_mean().mean(0).numpy(), knockout.pooled("mean").abs().numpy()
     thinking = [(i, j) for i in range(1, 7) for j in range(1, i)]
     expected = spearmanr([across[pair] for pair in thinking], [effects[pair] for pair in thinking]).statistic
@@ -105,22 +81,22 @@ def test_a_cut_that_helps_is_hollow():
     saliency = make_saliency(3, 1)
     effects = saliency.sums.mean((0, 1)).clone()
     effects[2, 1] *= -1
-    figure = draw(saliency, make_knockout(saliency, effects=effects))
+    figure = agreement_figure(saliency, make_knockout(saliency, effects=effects))
     hollow = [found for (_, is_hollow), found in points(figure).items() if is_hollow]
     assert len(hollow) == 1 and hollow[0].shape == (1, 2) and hollow[0][0, 1] > 0
     assert "hollow: the cut helped" in words(figure)
-    assert "hollow" not in words(draw(saliency, make_knockout(saliency, effects=effects.abs())))
+    assert "hollow" not in words(agreement_figure(saliency, make_knockout(saliency, effects=effects.abs())))
 
 
 def test_scales_follow_the_values_and_what_is_too_small_stands_on_the_edge():
     saliency = make_saliency(5, 1, sums=torch.ones(2, 2, 7, 7, dtype=torch.float64).tril())
     effects = torch.linspace(1, 2, 49, dtype=torch.float64).reshape(7, 7)
-    figure = draw(saliency, make_knockout(saliency, effects=effects), pooling="sum")
+    figure = agreement_figure(saliency, make_knockout(saliency, effects=effects), pooling="sum")
     axes = figure.axes[0]
     assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
     assert axes.get_ylim()[0] == 0 and "Spearman -, n = 21" in words(figure)
     effects[3, 1], effects[4, 2], effects[5, 0] = 0, 1e-12, 1e-3
-    figure = draw(saliency, make_knockout(saliency, effects=effects), pooling="sum")
+    figure = agreement_figure(saliency, make_knockout(saliency, effects=effects), pooling="sum")
     axes = figure.axes[0]
     largest = float(effects.tril(-1).max())
     assert axes.get_yscale() == "log" and axes.get_ylim()[0] == pytest.approx(largest * 1e-6)
@@ -132,9 +108,9 @@ def test_scales_follow_the_values_and_what_is_too_small_stands_on_the_edge():
 def test_layers_and_target_are_named():
     saliency = make_saliency(4, 1)
     knockout = make_knockout(saliency)
-    assert "layers 0 to 7" in words(draw(saliency, knockout))
+    assert "layers 0 to 7" in words(agreement_figure(saliency, knockout))
     other = dataclasses.replace(knockout, layers=(3,), onto="summary")
-    found = words(draw(saliency, other, width=7.0))
+    found = words(agreement_figure(saliency, other, width=7.0))
     assert "saliency of layers 0 to 7, cut in layer 3" in found and "effect on summary" in found
 
 
@@ -142,7 +118,7 @@ def test_layers_and_target_are_named():
 @pytest.mark.parametrize("n_thinking", [1, 20, 112])
 def test_no_text_overlaps_another_or_leaves_the_figure(n_thinking, width):
     saliency = make_saliency(n_thinking, 3)
-    figure = draw(saliency, make_knockout(saliency), width=width)
+    figure = agreement_figure(saliency, make_knockout(saliency), width=width)
     renderer = figure.canvas.get_renderer()
     figure.draw(renderer)
     axes = figure.axes[0]
@@ -162,19 +138,17 @@ def test_no_text_overlaps_another_or_leaves_the_figure(n_thinking, width):
 
 @pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
 def test_it_can_be_saved(tmp_path, ending):
-    from stepflow_tl.rendering import save_figure
-
     saliency = make_saliency(66, 3)  # more points than are drawn one by one
-    path = save_figure(draw(saliency, make_knockout(saliency)), tmp_path / f"scatter{ending}", dpi=100)
+    path = save_figure(
+        agreement_figure(saliency, make_knockout(saliency)), tmp_path / f"scatter{ending}", dpi=100
+    )
     assert 2_000 < path.stat().st_size < 400_000
 
 
 def test_what_cannot_be_compared_is_refused():
-    from stepflow_tl.errors import ComparisonError
-
     saliency = make_saliency(3, 1)
     with pytest.raises(ComparisonError, match="of different traces"):
-        draw(make_saliency(4, 1), make_knockout(saliency))
+        agreement_figure(make_saliency(4, 1), make_knockout(saliency))
     only_own = torch.eye(5, dtype=torch.bool)
     with pytest.raises(ComparisonError, match="no pair with the key step before the query step"):
-        draw(saliency, make_knockout(saliency, measured=only_own))
+        agreement_figure(saliency, make_knockout(saliency, measured=only_own))

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 from made_maps import make_saliency
 
+from stepflow_tl.errors import ModelError, TraceError
+from stepflow_tl.rendering.arcs import arc_figure, edge_weights
+
 
 def arcs_of(figure):
     return {
@@ -14,8 +17,6 @@ def arcs_of(figure):
 
 @pytest.mark.parametrize("per_step", [1, 2, 3])
 def test_every_step_has_its_strongest_sources(per_step):
-    from stepflow_tl.rendering.arcs import arc_figure
-
     saliency = make_saliency(6, 2)
     mean = saliency.head_mean(layers=[2, 3]).mean(0).numpy()
     expected = set()
@@ -27,8 +28,6 @@ def test_every_step_has_its_strongest_sources(per_step):
 
 
 def test_weights_are_shares_among_earlier_steps_and_set_the_width():
-    from stepflow_tl.rendering.arcs import arc_figure, edge_weights
-
     saliency = make_saliency(6, 2)
     weights = edge_weights(saliency, (0, 1))
     np.testing.assert_allclose(weights.sum(1), [0, *[1] * 8])
@@ -42,8 +41,6 @@ def test_weights_are_shares_among_earlier_steps_and_set_the_width():
 
 
 def test_the_default_is_the_shallow_band_of_the_stored_layers():
-    from stepflow_tl.rendering.arcs import arc_figure
-
     figure = arc_figure(make_saliency(4, 1, n_layers=12))
     assert any(text.get_text().startswith("layers 0 to 2;") for text in figure.texts)
     figure = arc_figure(make_saliency(4, 1, n_layers=12).select([7, 9]))
@@ -53,8 +50,6 @@ def test_the_default_is_the_shallow_band_of_the_stored_layers():
 @pytest.mark.parametrize("width", [7.0, 3.3])
 @pytest.mark.parametrize("n_thinking", [1, 20, 112])
 def test_no_text_overlaps_another_or_leaves_the_figure(width, n_thinking):
-    from stepflow_tl.rendering.arcs import arc_figure
-
     figure = arc_figure(make_saliency(n_thinking, 3), width=width)
     renderer = figure.canvas.get_renderer()
     figure.draw(renderer)
@@ -70,9 +65,6 @@ def test_no_text_overlaps_another_or_leaves_the_figure(width, n_thinking):
 
 
 def test_what_cannot_be_drawn_is_refused():
-    from stepflow_tl.errors import ModelError, TraceError
-    from stepflow_tl.rendering.arcs import arc_figure
-
     with pytest.raises(ValueError, match="per_step is 0"):
         arc_figure(make_saliency(3, 1), per_step=0)
     with pytest.raises(ModelError, match="layers \\[99\\]"):

@@ -7,6 +7,8 @@ import pytest
 from made_maps import labels_of, make_saliency
 from rendered_pages import HOSTILE
 
+from stepflow_tl.rendering import show
+
 DRAWN = "document.querySelector('[data-stepflow-view][id] :not(p)')"
 # What circuitsvis makes of white space.
 TEXT = "document.querySelector('.colored-tokens').textContent.replaceAll('\\u00a0', ' ')"
@@ -23,7 +25,7 @@ def place(page, selector):
 
 @pytest.mark.parametrize("layer", [None, 2])
 def test_maps_are_drawn_and_a_click_on_a_head_shows_it(layer, open_page, tmp_path):
-    view = make_saliency(5, 1, n_layers=3, n_heads=3).show(layer)
+    view = show(make_saliency(5, 1, n_layers=3, n_heads=3), layer=layer)
     page = open_page(view.save(tmp_path / "view.html"), DRAWN)
     name = "L1" if layer is None else "L2H1"
     page.wait_for("document.querySelectorAll('canvas').length >= 4")  # three small maps and a large one
@@ -38,7 +40,7 @@ def test_maps_are_drawn_and_a_click_on_a_head_shows_it(layer, open_page, tmp_pat
 
 def test_the_text_view_shows_every_step_and_its_share_on_hover(open_page, tmp_path):
     saliency = make_saliency(5, 1, text="some words")
-    page = open_page(saliency.show(step="T3").save(tmp_path / "view.html"), DRAWN)
+    page = open_page(show(saliency, step="T3").save(tmp_path / "view.html"), DRAWN)
     text = page.evaluate(TEXT)
     assert all(label in text for label in labels_of(5, 1)) and text.count("some words") == 7
     assert "▸T3" in text
@@ -51,7 +53,7 @@ def test_the_text_view_shows_every_step_and_its_share_on_hover(open_page, tmp_pa
 
 def test_the_strongest_source_has_the_full_colour_and_a_later_step_none(open_page, tmp_path):
     saliency = make_saliency(5, 1)
-    page = open_page(saliency.show(step="T3").save(tmp_path / "view.html"), DRAWN)
+    page = open_page(show(saliency, step="T3").save(tmp_path / "view.html"), DRAWN)
     colours = page.evaluate(
         "[...document.querySelectorAll('.colored-tokens > span > span')].map(e => e.style.backgroundColor)"
     )
@@ -63,7 +65,7 @@ def test_the_strongest_source_has_the_full_colour_and_a_later_step_none(open_pag
 
 def test_hostile_texts_are_shown_as_written(open_page, tmp_path):
     saliency = make_saliency(len(HOSTILE) - 2, 1, text=HOSTILE, model_name=HOSTILE[0])
-    page = open_page(saliency.show(step="S1").save(tmp_path / "view.html"), DRAWN)
+    page = open_page(show(saliency, step="S1").save(tmp_path / "view.html"), DRAWN)
     text = page.evaluate(TEXT)
     for hostile in HOSTILE:
         if hostile.isprintable():  # the others are named, see test_text_view
@@ -75,7 +77,7 @@ def test_hostile_texts_are_shown_as_written(open_page, tmp_path):
 
 def test_a_step_of_ten_thousand_characters_fits_the_page(open_page, tmp_path):
     saliency = make_saliency(1, 1, text=["What?", "x" * 10_000, "y"])
-    page = open_page(saliency.show(step="S1").save(tmp_path / "view.html"), DRAWN)
+    page = open_page(show(saliency, step="S1").save(tmp_path / "view.html"), DRAWN)
     assert page.evaluate(TEXT).count("x") == 10_000
     assert page.evaluate(
         "document.querySelector('.colored-tokens').getBoundingClientRect().right <= innerWidth"
@@ -113,7 +115,7 @@ def is_drawn(page, name):
 
 
 def test_later_outputs_use_the_first_one_s_script_also_when_it_is_cleared(notebook_page):
-    view, other = make_saliency(3, 1).show(step="T1"), make_saliency(3, 1).show(step="T2")
+    view, other = show(make_saliency(3, 1), step="T1"), show(make_saliency(3, 1), step="T2")
     notebook_page.show("A", view.html)
     notebook_page.show("B", other.fragment)
     notebook_page.wait_for("document.querySelectorAll('.colored-tokens').length === 2")
@@ -125,7 +127,7 @@ def test_later_outputs_use_the_first_one_s_script_also_when_it_is_cleared(notebo
 
 
 def test_outputs_that_come_before_the_script_wait_for_it_and_say_so(notebook_page):
-    view = make_saliency(3, 1).show(step="T1")
+    view = show(make_saliency(3, 1), step="T1")
     notebook_page.show("A", view.fragment)
     notebook_page.show("B", view.fragment)
     time.sleep(0.1)
@@ -137,7 +139,7 @@ def test_outputs_that_come_before_the_script_wait_for_it_and_say_so(notebook_pag
 
 
 def test_a_second_copy_of_the_script_does_no_harm(notebook_page):
-    view = make_saliency(3, 1).show(step="T1")
+    view = show(make_saliency(3, 1), step="T1")
     notebook_page.show("A", view.html)
     notebook_page.show("B", view.html)
     notebook_page.wait_for("document.querySelectorAll('.colored-tokens').length === 2")

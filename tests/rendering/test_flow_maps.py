@@ -1,9 +1,14 @@
 """Before and after StepFlow: the panels show shares and their difference."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from made_maps import make_saliency
+
+from stepflow_tl.errors import ComparisonError
+from stepflow_tl.rendering import flow_figure
 
 
 def made_pair(n_thinking=6, n_summary=2):
@@ -19,8 +24,6 @@ def shares(saliency, layers):
 
 @pytest.mark.parametrize("layers", [None, [1, 2]])
 def test_three_panels_plain_repaired_and_change(layers):
-    from stepflow_tl.rendering import flow_figure
-
     plain, repaired = made_pair()
     figure = flow_figure(plain, repaired, layers=layers)
     images = [axes.images[0].get_array() for axes in figure.axes[:3]]
@@ -36,8 +39,6 @@ def test_three_panels_plain_repaired_and_change(layers):
 
 
 def test_no_change_is_drawn_as_none():
-    from stepflow_tl.rendering import flow_figure
-
     plain, _ = made_pair()
     image = flow_figure(plain, plain).axes[2].images[0]
     assert not image.get_array().compressed().any() and image.norm(0.0) == 0.5
@@ -45,8 +46,6 @@ def test_no_change_is_drawn_as_none():
 
 @pytest.mark.parametrize("n_thinking", [6, 112])
 def test_no_text_overlaps_another_or_leaves_the_figure(n_thinking):
-    from stepflow_tl.rendering import flow_figure
-
     figure = flow_figure(*made_pair(n_thinking))
     renderer = figure.canvas.get_renderer()
     figure.draw(renderer)
@@ -75,10 +74,6 @@ def test_no_text_overlaps_another_or_leaves_the_figure(n_thinking):
     ],
 )
 def test_the_second_panel_says_what_was_on_the_model(placebo, panel):
-    import dataclasses
-
-    from stepflow_tl.rendering import flow_figure
-
     plain, repaired = made_pair()
     notes = {"stepflow": "StepFlow()"} | ({"placebo": placebo} if placebo else {})
     provenance = dataclasses.replace(repaired.provenance, notes=notes)
@@ -91,16 +86,11 @@ def test_the_second_panel_says_what_was_on_the_model(placebo, panel):
     [([5], "Layer 5."), ([0, 1], "Mean of layers 0, 1."), ([2, 3, 4], "Mean of layers 2 to 4.")],
 )
 def test_layers_are_named_in_words(layers, words):
-    from stepflow_tl.rendering import flow_figure
-
     figure = flow_figure(*made_pair(), layers=layers)
     assert any(text.get_text().startswith(words) for text in figure.texts)
 
 
 def test_maps_of_different_traces_are_refused():
-    from stepflow_tl.errors import ComparisonError
-    from stepflow_tl.rendering import flow_figure
-
     plain, _ = made_pair()
     for other, what in ((make_saliency(7, 2), "tokens"), (make_saliency(6, 2, model_name="other"), "model")):
         with pytest.raises(ComparisonError, match=f"differ in their {what}: map one trace twice"):

@@ -1,130 +1,55 @@
-"""Which output of a notebook carries the script: always exactly one, whatever is run again."""
+"""`show` turns every kind of result into what a notebook displays, and says what it takes."""
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from made_maps import make_saliency
+from made_maps import make_knockout, make_patching, make_saliency
+from matplotlib.figure import Figure
+
+from stepflow_tl import compare, diagnose, show
+from stepflow_tl.rendering import CircuitsvisView, show_step_maps, show_text
 
 
-class Notebook:
-    """A front end: outputs are cleared when their cell runs, and can be replaced by display id."""
-
-    def __init__(self, carrier):
-        self.carrier, self.runs, self.outputs = carrier, 0, {}
-
-    def run(self, cell, n_views=1):
-        self.runs += 1
-        self.outputs[cell] = {}
-        for _ in range(n_views):
-            carries, display_id, former = self.carrier.place(None, cell, f"run {self.runs}")
-            self.outputs[cell][display_id] = carries
-            if former is not None and former.display_id in self.outputs.get(former.cell, {}):
-                self.outputs[former.cell][former.display_id] = False
-
-    def clear(self, cell):
-        self.outputs[cell] = {}
-
-    @property
-    def carriers(self):
-        return [cell for cell, outputs in self.outputs.items() if any(outputs.values())]
-
-    @property
-    def copies(self):
-        return sum(carries for outputs in self.outputs.values() for carries in outputs.values())
+@pytest.fixture(scope="module")
+def saliency():
+    return make_saliency(5, 2)
 
 
-@pytest.fixture
-def notebook():
-    from stepflow_tl.rendering.notebook import ScriptCarrier
-
-    return Notebook(ScriptCarrier())
+def test_a_saliency_becomes_maps_and_with_a_step_its_text(saliency):
+    assert show(saliency, layer=5, scale="row") == show_step_maps(saliency, 5, scale="row")
+    assert show(saliency, step=0, direction="readers") == show_text(saliency, "Q", direction="readers")
 
 
-def test_the_first_output_carries_and_later_ones_share(notebook):
-    for cell in "ABC":
-        notebook.run(cell, n_views=2)
-    assert (notebook.carriers, notebook.copies) == (["A"], 1)
+def test_other_results_become_their_picture(saliency):
+    assert isinstance(show(make_knockout(saliency), pooling="mean"), CircuitsvisView)
+    comparison = compare([saliency] * 3, [make_saliency(6, 2)] * 3, n_bootstrap=50, n_permutations=50)
+    for result, first in (
+        (make_patching(saliency), "patching of resid_pre: tiny"),
+        (diagnose(saliency), "Step-Saliency over depth: tiny"),
+        (comparison, "correct (3 traces) and wrong (3): tiny"),
+    ):
+        figure = show(result)
+        assert isinstance(figure, Figure) and figure.texts[0].get_text() == first
+        assert show(result, title="Mine").texts[0].get_text() == "Mine"
 
 
-def test_the_carrier_run_again_carries_again(notebook):
-    for cell in "ABA":
-        notebook.run(cell, n_views=2)
-    assert (notebook.carriers, notebook.copies) == (["A"], 1)
+def test_a_saliency_is_shown_against_another_result(saliency):
+    assert "Spearman" in show(saliency, knockout=make_knockout(saliency)).texts[0].get_text()
+    assert [axes.get_title() for axes in show(saliency, repaired=saliency).axes[:2]] == [
+        "plain",
+        "with StepFlow",
+    ]
+    with pytest.raises(TypeError, match="step and knockout ask for different views of one saliency"):
+        show(saliency, step="T1", knockout=make_knockout(saliency))
 
 
-def test_another_cell_run_again_takes_the_script_over(notebook):
-    for cell in "ABB":
-        notebook.run(cell)
-    assert (notebook.carriers, notebook.copies) == (["B"], 1)
+@pytest.mark.parametrize("result", [None, 3, SimpleNamespace(sums=1)])
+def test_what_cannot_be_shown_is_refused_with_what_can(result):
+    kinds = "StepSaliency, StepKnockout, StepPatching, Diagnosis, Comparison"
+    with pytest.raises(TypeError, match=f"cannot show a {type(result).__name__}: expected .* one of {kinds}"):
+        show(result)
 
 
-def test_after_the_carrier_was_cleared_running_any_cell_again_brings_the_script_back(notebook):
-    notebook.run("A")
-    notebook.run("B")
-    notebook.clear("A")
-    assert notebook.copies == 0
-    notebook.run("B")
-    assert (notebook.carriers, notebook.copies) == (["B"], 1)
-
-
-@settings(max_examples=60)
-@given(st.lists(st.tuples(st.sampled_from("ABCD"), st.integers(1, 3)), min_size=1, max_size=12))
-def test_there_is_one_copy_whatever_is_run_in_whatever_order(order):
-    from stepflow_tl.rendering.notebook import ScriptCarrier
-
-    notebook = Notebook(ScriptCarrier())
-    for cell, n_views in order:
-        notebook.run(cell, n_views)
-        assert notebook.copies == 1
-
-
-@pytest.fixture
-def jupyter(monkeypatch):
-    """IPython's display functions and a kernel shell, recorded; `jupyter.request` is the execute request."""
-    from stepflow_tl.rendering import notebook
-
-    state = SimpleNamespace(shown=[], updated=[], request=None)
-    ipython, display = ModuleType("IPython"), ModuleType("IPython.display")
-    ipython.get_ipython = lambda: SimpleNamespace(get_parent=lambda: state.request)
-    display.display = lambda data, raw, display_id=None: state.shown.append((data, display_id))
-    display.update_display = lambda data, raw, display_id: state.updated.append((data, display_id))
-    monkeypatch.setitem(sys.modules, "IPython", ipython)
-    monkeypatch.setitem(sys.modules, "IPython.display", display)
-    monkeypatch.setattr(notebook, "_CARRIER", notebook.ScriptCarrier())
-    return state
-
-
-def request(run, cell_id=None, code=""):
-    return {
-        "header": {"msg_id": run},
-        "metadata": {"cellId": cell_id} if cell_id else {},
-        "content": {"code": code},
-    }
-
-
-@pytest.mark.parametrize(
-    "cells", [({"cell_id": "a"}, {"cell_id": "b"}), ({"code": "s.show()"}, {"code": "s.show(3)"})]
-)
-def test_ipython_gets_the_script_once_and_the_former_carrier_is_sent_again_without_it(jupyter, cells):
-    view = make_saliency(3, 1).show()
-    for run, cell in (("1", cells[0]), ("2", cells[1]), ("3", cells[1])):
-        jupyter.request = request(run, **cell)
-        view._ipython_display_()
-    assert [data["text/html"] == view.html for data, _ in jupyter.shown] == [True, False, True]
-    assert jupyter.shown[1][0]["text/html"] == view.fragment
-    assert jupyter.updated == [({"text/html": view.fragment, "text/plain": repr(view)}, jupyter.shown[0][1])]
-
-
-def test_outside_a_kernel_and_on_colab_every_view_carries_the_script(jupyter, monkeypatch):
-    view = make_saliency(3, 1).show()
-    view._ipython_display_()
-    view._ipython_display_()
-    jupyter.request = request("1", "a")
-    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
-    view._ipython_display_()
-    view._ipython_display_()
-    assert [data["text/html"] == view.html for data, _ in jupyter.shown] == [True] * 4
-    assert jupyter.updated == []
+def test_an_option_of_another_view_is_refused(saliency):
+    with pytest.raises(TypeError, match="direction"):
+        show(saliency, direction="readers")

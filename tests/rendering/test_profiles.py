@@ -1,17 +1,16 @@
+"""Pictures over depth, of one trace and of two groups: what is drawn is what the numbers say."""
+
 import numpy as np
 import pytest
+import torch
 from made_maps import make_saliency
 
-
-def profile_figure(*args, **kwargs):
-    from stepflow_tl.rendering import profile_figure
-
-    return profile_figure(*args, **kwargs)
+from stepflow_tl.diagnosis import compare, diagnose
+from stepflow_tl.errors import ComparisonError
+from stepflow_tl.rendering import comparison_figure, profile_figure
 
 
 def diagnosis_of(n_thinking: int, n_summary: int, *, n_layers: int = 12, layers=None, window: int = 0):
-    from stepflow_tl.diagnosis import diagnose
-
     saliency = make_saliency(n_thinking, n_summary, n_layers=n_layers)
     return diagnose(saliency if layers is None else saliency.select(layers), window=window)
 
@@ -83,3 +82,48 @@ def test_the_title_names_the_model_unless_one_is_given():
     diagnosis = diagnosis_of(6, 3)
     assert profile_figure(diagnosis).texts[0].get_text() == "Step-Saliency over depth: tiny"
     assert profile_figure(diagnosis, title="Mine").texts[0].get_text() == "Mine"
+
+
+def made_comparison():
+    def made(seed):
+        sums = torch.rand(8, 2, 9, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return make_saliency(5, 3, sums=torch.tril(sums))
+
+    groups = [[made(10 * side + i) for i in range(5)] for side in (0, 1)]
+    return compare(*groups, n_bootstrap=200, n_permutations=200)
+
+
+def test_means_above_and_differences_below_for_every_layer():
+    comparison = made_comparison()
+    figure = comparison_figure(comparison, ("lock_in", "self_share"))
+    assert len(figure.axes) == 4
+    for metric, below, above in zip(
+        ("lock_in", "self_share"), figure.axes[::2], figure.axes[1::2], strict=True
+    ):
+        effects = comparison.of(metric)
+        first, other = above.lines[:2]
+        assert list(first.get_xdata()) == list(range(8))
+        np.testing.assert_allclose(first.get_ydata(), [effect.mean for effect in effects])
+        np.testing.assert_allclose(other.get_ydata(), [effect.other_mean for effect in effects])
+        assert [text.get_text() for text in above.get_legend().get_texts()] == ["correct", "wrong"]
+        spans = np.array(below.collections[0].get_segments())[:, :, 1]
+        np.testing.assert_allclose(spans, [(effect.low, effect.high) for effect in effects])
+
+
+def test_a_filled_marker_is_a_layer_that_passes_the_correction():
+    comparison = made_comparison()
+    values = sorted(effect.p_corrected for effect in comparison.of("lock_in"))
+    for level in (0.0, values[4], 1.0):
+        below = comparison_figure(comparison, ("lock_in",), level=level).axes[0]
+        filled = {line.get_markerfacecolor(): list(line.get_xdata()) for line in below.lines[1:]}
+        assert filled["0.1"] == [e.layer for e in comparison.of("lock_in") if e.p_corrected <= level]
+        assert sorted(filled["0.1"] + filled["white"]) == list(range(8))
+
+
+def test_what_has_no_layers_is_refused():
+    with pytest.raises(ValueError, match="decay_slope.*not one per layer"):
+        comparison_figure(made_comparison(), ("decay_slope",))
+    with pytest.raises(ComparisonError, match="no metric 'lockin'"):
+        comparison_figure(made_comparison(), ("lockin",))
+    with pytest.raises(ValueError, match="no metric to draw"):
+        comparison_figure(made_comparison(), ())

@@ -1,16 +1,15 @@
+import builtins
 import gc
 import weakref
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from made_maps import labels_of, make_saliency
 
-
-def step_map_figure(*args, **kwargs):
-    from stepflow_tl.rendering import step_map_figure
-
-    return step_map_figure(*args, **kwargs)
+from stepflow_tl import errors
+from stepflow_tl.rendering import step_map_figure
 
 
 def panels_of(figure):
@@ -139,10 +138,6 @@ def test_step_labels_stand_on_the_outer_panels_only():
     ],
 )
 def test_bad_options_are_refused_with_what_was_expected(options, error, match):
-    import builtins
-
-    from stepflow_tl import errors
-
     with pytest.raises(getattr(errors, error, getattr(builtins, error, None)), match=match):
         step_map_figure(make_saliency(5, 1), **options)
 
@@ -154,8 +149,6 @@ def test_a_hostile_model_name_is_drawn_as_written():
 
 
 def test_figures_leave_no_trace_in_pyplot_and_are_freed():
-    import matplotlib.pyplot as plt
-
     figure = step_map_figure(make_saliency(2, 1))
     assert plt.get_fignums() == []
     alive = weakref.ref(figure)

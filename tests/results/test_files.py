@@ -4,29 +4,28 @@ import json
 import os
 
 import pytest
+import safetensors
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from stepflow_tl import StepSaliency, step_saliency
+from stepflow_tl.errors import ResultFileError
+
+SCHEMA = StepSaliency.schema
 
 
 @pytest.fixture(scope="module")
 def saliency(tiny_model, tiny_trace):
-    from stepflow_tl import step_saliency
-
     return step_saliency(tiny_model(), tiny_trace, layers=[0, 3])
 
 
 def load(path):
-    from stepflow_tl import StepSaliency
-
     return StepSaliency.load(path)
 
 
 def rewrite(source, target, **changes):
     """Copy a result file with other metadata; a change to None drops the field."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    from stepflow_tl.saliency.files import SCHEMA
-
     with safe_open(source, framework="pt") as file:
         document = {**json.loads(file.metadata()[SCHEMA.name]), **changes}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -37,10 +36,6 @@ def rewrite(source, target, **changes):
 
 def rewrite_raw(source, target, metadata):
     """Copy a result file with this string as its metadata."""
-    from safetensors.torch import load_file, save_file
-
-    from stepflow_tl.saliency.files import SCHEMA
-
     save_file(load_file(source), target, metadata={SCHEMA.name: metadata})
     return target
 
@@ -66,8 +61,6 @@ def test_a_result_is_as_readable_as_any_other_file(saliency, tmp_path):
 
 
 def test_every_truncation_is_refused(saliency, tmp_path):
-    from stepflow_tl.errors import ResultFileError
-
     whole = saliency.save(tmp_path / "whole").read_bytes()
     for length in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1]:
         (tmp_path / "cut").write_bytes(whole[:length])
@@ -76,10 +69,6 @@ def test_every_truncation_is_refused(saliency, tmp_path):
 
 
 def test_a_foreign_file_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    from stepflow_tl.errors import ResultFileError
-
     (tmp_path / "text").write_text("hello, this is not a map at all")
     with pytest.raises(ResultFileError, match="not a whole safetensors file"):
         load(tmp_path / "text")
@@ -91,8 +80,6 @@ def test_a_foreign_file_is_refused(tmp_path):
 
 
 def test_a_newer_version_says_what_to_do(saliency, tmp_path):
-    from stepflow_tl.errors import ResultFileError
-
     newer = rewrite(saliency.save(tmp_path / "map"), tmp_path / "newer", version=999)
     with pytest.raises(ResultFileError, match="schema version 999.*upgrade stepflow-tl"):
         load(newer)
@@ -112,20 +99,16 @@ def test_a_newer_version_says_what_to_do(saliency, tmp_path):
         {"provenance": [1]},
     ],
 )
-def test_metadata_that_does_not_hold_together_is_refused(saliency, tmp_path, changes):
-    from stepflow_tl.errors import ResultFileError
-
+def test_inconsistent_metadata_is_refused(saliency, tmp_path, changes):
     broken = rewrite(saliency.save(tmp_path / "map"), tmp_path / "broken", **changes)
-    with pytest.raises(ResultFileError, match="does not hold together"):
+    with pytest.raises(ResultFileError, match="its content is inconsistent"):
         load(broken)
 
 
 @pytest.mark.parametrize("metadata", ["not json", "[]", "[" * 100_000, "", "null"])
-def test_metadata_that_is_no_document_is_refused(saliency, tmp_path, metadata):
-    from stepflow_tl.errors import ResultFileError
-
+def test_metadata_that_is_not_a_document_is_refused(saliency, tmp_path, metadata):
     broken = rewrite_raw(saliency.save(tmp_path / "map"), tmp_path / "broken", metadata)
-    with pytest.raises(ResultFileError, match="does not hold together"):
+    with pytest.raises(ResultFileError, match="its content is inconsistent"):
         load(broken)
 
 
@@ -136,16 +119,12 @@ def test_unknown_provenance_fields_of_later_versions_are_ignored(saliency, tmp_p
 
 
 def test_a_folder_that_is_not_there_is_named_and_nothing_is_left(saliency, tmp_path):
-    from stepflow_tl.errors import ResultFileError
-
     with pytest.raises(ResultFileError, match="cannot write .*nothing was changed there"):
         saliency.save(tmp_path / "nowhere" / "map")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_write_that_fails_half_way_keeps_the_old_file(saliency, tmp_path, monkeypatch):
-    from stepflow_tl.errors import ResultFileError
-
     target = saliency.save(tmp_path / "map")
     before = target.read_bytes()
 
@@ -160,11 +139,6 @@ def test_a_write_that_fails_half_way_keeps_the_old_file(saliency, tmp_path, monk
 
 
 def test_a_later_minor_version_is_read_and_what_it_adds_passed_over(saliency, tmp_path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    from stepflow_tl.saliency.files import SCHEMA
-
     source = saliency.save(tmp_path / "map")
     with safe_open(source, framework="pt") as file:
         document = json.loads(file.metadata()[SCHEMA.name])
@@ -179,9 +153,7 @@ def test_a_later_minor_version_is_read_and_what_it_adds_passed_over(saliency, tm
 
 
 @pytest.mark.parametrize("version", [0, -1, True, 1.0, "1", None])
-def test_a_version_that_is_none_is_refused(saliency, tmp_path, version):
-    from stepflow_tl.errors import ResultFileError
-
+def test_a_version_that_is_not_a_whole_number_is_refused(saliency, tmp_path, version):
     broken = rewrite(saliency.save(tmp_path / "map"), tmp_path / "broken", version=version)
     with pytest.raises(ResultFileError, match="the schema version is .*expected a whole number"):
         load(broken)
@@ -202,13 +174,6 @@ def test_a_version_that_is_none_is_refused(saliency, tmp_path, version):
 def test_tensors_that_the_document_does_not_account_for_are_refused_unread(
     saliency, tmp_path, name, change, found, monkeypatch
 ):
-    import safetensors
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    from stepflow_tl.errors import ResultFileError
-    from stepflow_tl.saliency.files import SCHEMA
-
     source = saliency.save(tmp_path / "map")
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata()
@@ -237,14 +202,12 @@ def test_tensors_that_the_document_does_not_account_for_are_refused_unread(
             return getattr(self.file, name)
 
     monkeypatch.setattr(safetensors, "safe_open", Unread)
-    with pytest.raises(ResultFileError, match=f"does not hold together.*{found}"):
+    with pytest.raises(ResultFileError, match=f"its content is inconsistent.*{found}"):
         load(source)
 
 
 def test_a_header_that_declares_more_than_the_file_holds_is_refused(saliency, tmp_path):
     """Before anything is allocated: 2**60 bytes could not be."""
-    from stepflow_tl.errors import ResultFileError
-
     source = saliency.save(tmp_path / "map")
     data = source.read_bytes()
     length = int.from_bytes(data[:8], "little")

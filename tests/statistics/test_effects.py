@@ -3,16 +3,12 @@ import math
 import numpy as np
 import pytest
 
-
-def effects():
-    from stepflow_tl.statistics import effects
-
-    return effects
+from stepflow_tl.statistics import effects
 
 
 def column_effects(x, y, *, paired=False, n_bootstrap=200, n_permutations=200, seed=0):
-    amount = effects().Resampling(0.95, n_bootstrap, n_permutations, seed)
-    return effects().column_effects(
+    amount = effects.Resampling(0.95, n_bootstrap, n_permutations, seed)
+    return effects.column_effects(
         np.asarray(x, float), np.asarray(y, float), paired=paired, resampling=amount
     )
 
@@ -68,18 +64,18 @@ def test_fewer_than_two_values_give_their_number_and_no_test():
 def test_holm_steps_down():
     p = np.array([0.01, 0.04, 0.03, 0.005])
     # Sorted: .005 * 4, .01 * 3, .03 * 2, .04 * 1 raised to what came before.
-    np.testing.assert_allclose(effects().corrected(p, "holm"), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(effects.corrected(p, "holm"), [0.03, 0.06, 0.06, 0.02])
 
 
 def test_benjamini_hochberg_steps_up():
     p = np.array([0.01, 0.04, 0.03, 0.005])
-    np.testing.assert_allclose(effects().corrected(p, "fdr_bh"), [0.02, 0.04, 0.04, 0.02])
+    np.testing.assert_allclose(effects.corrected(p, "fdr_bh"), [0.02, 0.04, 0.04, 0.02])
 
 
 @pytest.mark.parametrize("method", ["holm", "fdr_bh", "none"])
 def test_corrections_stay_probabilities_and_skip_missing_tests(method):
     p = np.array([0.9, math.nan, 0.6, 0.02])
-    found = effects().corrected(p, method)
+    found = effects.corrected(p, method)
     assert math.isnan(found[1]) and (found[[0, 2, 3]] <= 1).all() and (found[[0, 2, 3]] >= p[[0, 2, 3]]).all()
-    np.testing.assert_allclose(found[[0, 2, 3]], effects().corrected(p[[0, 2, 3]], method))
-    assert np.isnan(effects().corrected(np.full(2, math.nan), method)).all()
+    np.testing.assert_allclose(found[[0, 2, 3]], effects.corrected(p[[0, 2, 3]], method))
+    assert np.isnan(effects.corrected(np.full(2, math.nan), method)).all()

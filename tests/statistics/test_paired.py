@@ -1,14 +1,14 @@
 """Paired differences: values by hand, coverage of the interval, and McNemar against its definition."""
 
+from math import comb
+
 import numpy as np
 import pytest
 
+from stepflow_tl.statistics.paired import PairedDifference, paired_difference
+
 
 def test_counts_mean_and_mcnemar_by_hand():
-    from math import comb
-
-    from stepflow_tl.statistics.paired import paired_difference
-
     a = np.array([1.0] * 9 + [0.0] * 2 + [1.0] * 30 + [0.0] * 9)
     b = np.array([0.0] * 9 + [1.0] * 2 + [1.0] * 30 + [0.0] * 9)
     found = paired_difference(a, b, binary=True)
@@ -21,8 +21,6 @@ def test_counts_mean_and_mcnemar_by_hand():
 
 
 def test_nothing_differs():
-    from stepflow_tl.statistics.paired import PairedDifference, paired_difference
-
     same = np.array([1.0, 0.0, 1.0])
     found = paired_difference(same, same, binary=True)
     assert found == PairedDifference(3, 0.0, 0.0, 0.0, 0, 0, 1.0)
@@ -33,8 +31,6 @@ def test_nothing_differs():
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_intervals_hold_the_truth_and_p_values_are_small_as_often_as_they_may(binary):
-    from stepflow_tl.statistics.paired import paired_difference
-
     rng = np.random.default_rng(0)
     held, small, n_runs = 0, 0, 200
     for run in range(n_runs):
@@ -48,8 +44,6 @@ def test_intervals_hold_the_truth_and_p_values_are_small_as_often_as_they_may(bi
 
 
 def test_an_effect_is_found():
-    from stepflow_tl.statistics.paired import paired_difference
-
     rng = np.random.default_rng(1)
     base = rng.random((400, 8)) < 0.5
     better = base | (rng.random((400, 8)) < 0.2)

@@ -1,30 +1,43 @@
-"""What the report page knows: one JSON document, everything of it data.
+"""What the report page knows: one JSON document, all of it data, its maps in one or two bytes per cell.
 
-1. The head mean of every stored layer, two bytes a cell.
-2. Every head's map, at the best precision that keeps the page small: two bytes a cell while they take at
+1. The head mean of every stored layer, two bytes per cell.
+2. Every head's map, at the best precision that keeps the page small: two bytes per cell while they take at
    most 4 MB, one byte up to 16 MB, and none beyond that. The page states which.
 3. The trace's pieces (steps and the template between them), the per-layer numbers of `diagnose`, bands and
    provenance. Lists of numbers are compressed (zlib) and written in base64.
 
 Nothing here depends on when or where it runs: the same result gives the same document.
+
+A map is quantised (`quantise`) with a stated error:
+
+1. It is causal, so only its lower triangle is kept, row by row.
+2. A row's largest value is kept as float32; every other cell as its logarithm relative to it: code 0 is
+   nothing, the highest code is the largest value, and the codes between are even steps of the logarithm over
+   `decades` decades. What lies below the last decade becomes 0.
+3. Hence the relative error of a cell is at most half a step, whatever the level of its row.
+
+Two bytes over 8 decades err by at most 0.014 %, one byte over 4 decades by 1.83 %. Memory: the codes, and a
+few copies of one map.
 """
 
 from __future__ import annotations
 
 import base64
-import math
 import zlib
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
 
 from stepflow_tl.diagnosis import Diagnosis, diagnose
 from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
 from stepflow_tl.errors import GradientError, TraceError
 from stepflow_tl.models.bands import deep_band, shallow_band
-from stepflow_tl.rendering.report.quantise import Bits, QuantisedMaps, quantise
-from stepflow_tl.rendering.scales import DECADES
+from stepflow_tl.rendering.layout import DECADES, PER_PAIR, saliency_words
+from stepflow_tl.results.tables import nan_to_none
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.version import __version__
@@ -32,11 +45,9 @@ from stepflow_tl.version import __version__
 _MOST_BYTES_AT_16_BITS = 4_000_000
 _MOST_BYTES_AT_8_BITS = 16_000_000
 _SUPERSCRIPT = {4: "⁻⁴", 8: "⁻⁸"}
-_QUANTITY = {
-    "mean": "mean saliency, nats per token pair",
-    "causal_mean": "mean saliency, nats per causal token pair",
-    "sum": "summed saliency, nats",
-}
+_DECADES_OF = {8: 4, 16: 8}
+
+Bits = Literal[8, 16]
 
 
 def report_payload(saliency: StepSaliency, *, pooling: Pooling = "mean") -> dict[str, Any]:
@@ -63,7 +74,7 @@ def report_payload(saliency: StepSaliency, *, pooling: Pooling = "mean") -> dict
             "shallow": list(shallow_band(saliency.n_layers)),
             "deep": list(deep_band(saliency.n_layers)),
         },
-        "quantity": _QUANTITY[pooling],
+        "quantity": f"{saliency_words(pooling)}, nats{PER_PAIR[pooling]}",
         "decades": DECADES,
         "mean": _packed(mean),
         "heads": None if heads is None else _packed(heads),
@@ -74,7 +85,7 @@ def report_payload(saliency: StepSaliency, *, pooling: Pooling = "mean") -> dict
 
 
 def head_bits(n_maps: int, n_steps: int) -> Bits | None:
-    """Bits a cell at which all heads' maps fit the page, or `None` where they do not."""
+    """Bits per cell at which all heads' maps fit the page, or `None` where they do not."""
     cells = n_maps * n_steps * (n_steps + 1) // 2
     if 2 * cells <= _MOST_BYTES_AT_16_BITS:
         return 16
@@ -109,13 +120,13 @@ def _profiles(saliency: StepSaliency, pooling: Pooling) -> dict[str, Any]:
         return {"refusal": str(error)}
     return {
         "metrics": {name: _numbers(diagnosis, name) for name in LAYER_METRICS},
-        "decay_slope": None if math.isnan(diagnosis.decay_slope) else diagnosis.decay_slope,
+        "decay_slope": nan_to_none(diagnosis.decay_slope),
         "reasons": dict(diagnosis.reasons),
     }
 
 
 def _numbers(diagnosis: Diagnosis, metric: str) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in getattr(diagnosis, metric).tolist()]
+    return [nan_to_none(value) for value in getattr(diagnosis, metric).tolist()]
 
 
 def _provenance(saliency: StepSaliency, pooling: Pooling) -> list[list[str]]:
@@ -148,3 +159,51 @@ def _error(maps: QuantisedMaps) -> str:
         f"in {maps.bits} bits on a logarithmic scale, exact to {100 * maps.relative_error:.2g} %; a value "
         f"below 10{_SUPERSCRIPT[maps.decades]} of its row's largest counts as 0"
     )
+
+
+@dataclass(frozen=True)
+class QuantisedMaps:
+    """Lower triangles of step maps as codes.
+
+    Attributes:
+        bits: Bits per code: 8 or 16.
+        codes: Unsigned codes, one row per map, its cells in the order (0, 0), (1, 0), (1, 1), (2, 0) ...
+        row_max: Largest value of each row, float32.
+    """
+
+    bits: Bits
+    codes: Shaped[np.ndarray, "map cell"]
+    row_max: Shaped[np.ndarray, "map step"]
+
+    @property
+    def decades(self) -> int:
+        """Decades below a row's largest value that are told from 0."""
+        return _DECADES_OF[self.bits]
+
+    @property
+    def relative_error(self) -> float:
+        """Largest relative error of a cell that is not 0."""
+        return 10 ** (self.decades / (_highest_code(self.bits) - 1) / 2) - 1
+
+
+def quantise(maps: Float[Tensor, "map query_step key_step"], bits: Bits) -> QuantisedMaps:
+    """Quantise the lower triangles of non-negative maps; what lies above the diagonal is not looked at."""
+    n_maps, n_steps, _ = maps.shape
+    queries, keys = np.tril_indices(n_steps)
+    codes = np.zeros((n_maps, len(queries)), dtype=f"<u{bits // 8}")
+    row_max = np.zeros((n_maps, n_steps), dtype="<f4")
+    highest, decades = _highest_code(bits), _DECADES_OF[bits]
+    for index in range(n_maps):  # one map at a time: the logarithms take eight bytes per cell
+        values = maps[index].tril().to("cpu", torch.float32).numpy()
+        row_max[index] = values.max(axis=-1)
+        above = row_max[index, queries].astype(np.float64)
+        relative = np.divide(values[queries, keys], above, out=np.zeros_like(above), where=above > 0)
+        with np.errstate(divide="ignore"):
+            exact = highest + np.log10(relative) * ((highest - 1) / decades)
+        # Code 1 is the last decade's end; what rounds below it is 0, as is the logarithm of 0.
+        codes[index] = np.where(exact < 0.5, 0, np.rint(np.maximum(exact, 0)))
+    return QuantisedMaps(bits, codes, row_max)
+
+
+def _highest_code(bits: Bits) -> int:
+    return 2**bits - 1

@@ -7,6 +7,11 @@ import torch
 from made_maps import labels_of, make_saliency
 from rendered_pages import HOSTILE
 
+from stepflow_tl import diagnose
+from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
+from stepflow_tl.rendering import report
+from stepflow_tl.rendering import report_payload as payload
+
 READY = "document.documentElement.dataset.shown"
 TEXTS = [f"Step {label} says {i * 7}." for i, label in enumerate(labels_of(6, 2))]
 
@@ -19,7 +24,7 @@ def saliency():
 @pytest.fixture
 def open_report(open_page, tmp_path):
     def open_one(saliency, **options):
-        return open_page(saliency.report(tmp_path / "out.html"), READY, **options)
+        return open_page(report(saliency, tmp_path / "out.html"), READY, **options)
 
     return open_one
 
@@ -208,9 +213,6 @@ def test_every_control_has_a_name(saliency, open_report):
 
 
 def test_profiles_are_diagnose_s_numbers_and_a_click_chooses_the_layer(saliency, open_report):
-    from stepflow_tl import diagnose
-    from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
-
     page = open_report(saliency)
     cells = page.evaluate(
         "[...document.querySelectorAll('#numbers tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
@@ -333,8 +335,6 @@ def test_small_and_empty_results_open_too(made, said, open_report):
 
 @pytest.mark.parametrize("bits", [8, None])
 def test_fewer_bits_open_too(bits, saliency, open_report, monkeypatch):
-    from stepflow_tl.rendering.report import payload
-
     monkeypatch.setattr(payload, "head_bits", lambda n_maps, n_steps: bits)
     page = open_report(saliency)
     choose(page, "layer", "5")
@@ -347,7 +347,7 @@ def test_fewer_bits_open_too(bits, saliency, open_report, monkeypatch):
 
 
 def test_a_damaged_page_says_so(saliency, open_page, tmp_path):
-    path = saliency.report(tmp_path / "out.html")
+    path = report(saliency, tmp_path / "out.html")
     page_text = path.read_text("utf-8")
     path.write_text(page_text.replace('"codes":"', '"codes":"AAAA', 1), encoding="utf-8")
     page = open_page(path, "!document.getElementById('problem').hidden")

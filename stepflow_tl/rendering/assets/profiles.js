@@ -122,7 +122,7 @@ class Profiles {
   }
 }
 
-/** All metrics, one row a layer. */
+/** All metrics, one row per layer. */
 function fillTable(table, { layers, profiles }) {
   const metrics = Object.keys(profiles.metrics);
   const head = table.createTHead().insertRow();

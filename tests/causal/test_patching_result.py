@@ -1,24 +1,24 @@
-"""`StepPatching`: what is saved comes back, damage is named, and the picture shows the effects."""
+"""`StepPatching`: what is saved comes back, damage is named, and the table lists the strongest effects."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from stepflow_tl.causal import StepPatching, step_patching
+from stepflow_tl.errors import ResultFileError
 
 
 @pytest.fixture(scope="module")
 def patching(tiny_model, right_trace, wrong_trace):
-    from stepflow_tl.causal import step_patching
-
     return step_patching(
         tiny_model(), right_trace, wrong_trace, metric="summary", layers=[1, 0], steps=["T1", "S1"]
     )
 
 
 def test_what_is_saved_comes_back(patching, tmp_path):
-    from stepflow_tl.causal import StepPatching
-
     again = StepPatching.load(patching.save(tmp_path / "patching"))
     assert torch.equal(again.effects, patching.effects) and again.effects.any()
     for name in ("method", "component", "alignment", "matches", "layers", "n_layers", "receiving_step"):
@@ -31,28 +31,19 @@ def test_what_is_saved_comes_back(patching, tmp_path):
 @pytest.mark.parametrize(
     "changes", [{"method": "guess"}, {"alignment": 3}, {"matches": [[{}, {}]]}, {"layers": [0]}]
 )
-def test_metadata_that_does_not_hold_together_is_refused(changes, patching, tmp_path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    from stepflow_tl.causal import StepPatching
-    from stepflow_tl.errors import ResultFileError
-
+def test_inconsistent_metadata_is_refused(changes, patching, tmp_path):
     name = "stepflow_tl.StepPatching"
     with safe_open(patching.save(tmp_path / "whole"), framework="pt") as file:
         document = {**json.loads(file.metadata()[name]), **changes}
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     save_file(tensors, tmp_path / "broken", metadata={name: json.dumps(document)})
-    with pytest.raises(ResultFileError, match="does not hold together"):
+    with pytest.raises(ResultFileError, match="its content is inconsistent"):
         StepPatching.load(tmp_path / "broken")
 
 
-def test_the_picture_shows_layers_upward_and_steps_to_the_right(patching):
-    pytest.importorskip("matplotlib")
-    figure = patching.show()
-    axes = figure.axes[0]
-    np.testing.assert_array_equal(axes.images[0].get_array(), patching.effects.flip(0).numpy())
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "1"] and not axes.yaxis_inverted()
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["T1", "S1"]
-    norm = axes.images[0].norm
-    assert norm.vmax == -norm.vmin == float(patching.effects.abs().max())
+def test_the_table_lists_the_strongest_effects_first(patching):
+    lines = patching.table(3).splitlines()
+    assert lines[0] == f"Patching of resid_pre: {patching.provenance.model_name}"
+    row, column = divmod(int(patching.effects.abs().argmax()), 2)
+    assert lines[5].split()[:2] == [str(patching.layers[row]), patching.labels[column]]
+    assert lines[-1].startswith("3 of 4 entries; positive: the patch raises the metric; without a patch ")

@@ -19,7 +19,7 @@ from string import Template
 from typing import Any
 
 from stepflow_tl.errors import ResultFileError
-from stepflow_tl.rendering.report.payload import report_payload
+from stepflow_tl.rendering.report_payload import report_payload
 from stepflow_tl.results.files import write_atomically
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
@@ -28,7 +28,7 @@ _SCRIPTS = ("decode.js", "colours.js", "text.js", "map.js", "steps.js", "profile
 _ENDINGS = (".html", ".htm")
 
 
-def write_report(
+def report(
     saliency: StepSaliency, path: str | Path, *, pooling: Pooling = "mean", title: str | None = None
 ) -> Path:
     """Write one trace's report as a single HTML page that opens from disk without any network.
@@ -47,8 +47,8 @@ def write_report(
         TraceError: If the trace has no steps.
         ResultFileError: If the ending is another, or the file cannot be written; `path` is then as it was.
 
-    Cost: a second or two, and 1.3 to 2.7 bytes of page for each head's cell (`payload`): under 6 MB for 28
-    layers of 32 heads at 60 steps.
+    Cost: a second or two, and 1.3 to 2.7 bytes of page for each head's cell (`report_payload`): under 6 MB
+    for 28 layers of 32 heads at 60 steps.
     """
     target = Path(path)
     if target.suffix.lower() not in _ENDINGS:
@@ -78,7 +78,7 @@ def report_html(payload: dict[str, Any], title: str) -> str:
 
 def _asset(name: str) -> str:
     """A file of `assets/`, with the line ends a browser would make of it before it takes the hash."""
-    text = files("stepflow_tl.rendering.report").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
+    text = files("stepflow_tl.rendering").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
     return text.replace("\r\n", "\n")
 
 

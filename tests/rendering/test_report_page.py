@@ -9,11 +9,14 @@ import torch
 from made_maps import make_saliency
 from rendered_pages import HOSTILE, elements_of
 
+from stepflow_tl.errors import ResultFileError
+from stepflow_tl.rendering import report
+
 
 @pytest.fixture
 def written(tmp_path):
     def write(saliency, **options):
-        return saliency.report(tmp_path / "out.html", **options).read_text(encoding="utf-8")
+        return report(saliency, tmp_path / "out.html", **options).read_text(encoding="utf-8")
 
     return write
 
@@ -47,7 +50,7 @@ def test_the_policy_allows_this_script_and_this_style_by_hash_and_nothing_else(w
 
 
 def test_no_asset_writes_markup():
-    assets = files("stepflow_tl.rendering.report").joinpath("assets")
+    assets = files("stepflow_tl.rendering").joinpath("assets")
     scripts = [file for file in assets.iterdir() if file.name.endswith(".js")]
     assert len(scripts) == 7
     for script in scripts:
@@ -88,25 +91,21 @@ def test_twenty_eight_layers_of_thirty_two_heads_at_sixty_steps_stay_under_six_m
     saliency = make_saliency(
         57, 2, sums=torch.tril(10 ** (-8 * decades)), text="a step of ordinary length. " * 8
     )
-    assert saliency.report(tmp_path / "out.html").stat().st_size < 6_000_000
+    assert report(saliency, tmp_path / "out.html").stat().st_size < 6_000_000
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out", "out.pdf"])
 def test_another_ending_is_refused_before_anything_is_written(name, tmp_path):
-    from stepflow_tl.errors import ResultFileError
-
     (tmp_path / name).write_bytes(b"kept")
     with pytest.raises(ResultFileError, match=f"'{name}': expected a name that ends in .html"):
-        make_saliency(2, 1).report(tmp_path / name)
+        report(make_saliency(2, 1), tmp_path / name)
     assert (tmp_path / name).read_bytes() == b"kept"
 
 
 def test_a_missing_folder_is_named_and_an_old_page_is_replaced_whole(tmp_path):
-    from stepflow_tl.errors import ResultFileError
-
     saliency = make_saliency(2, 1)
     with pytest.raises(ResultFileError, match="absent"):
-        saliency.report(tmp_path / "absent" / "out.html")
+        report(saliency, tmp_path / "absent" / "out.html")
     (tmp_path / "out.htm").write_text("old" * 1_000_000)
-    assert saliency.report(str(tmp_path / "out.htm")).read_text("utf-8").endswith("</html>\n")
+    assert report(saliency, str(tmp_path / "out.htm")).read_text("utf-8").endswith("</html>\n")
     assert [path.name for path in tmp_path.iterdir()] == ["out.htm"]

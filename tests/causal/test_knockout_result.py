@@ -5,19 +5,19 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from stepflow_tl import StepKnockout, step_knockout, step_saliency
+from stepflow_tl.errors import ResultFileError
 
 
 @pytest.fixture(scope="module")
 def knockout(bridges, tiny_trace):
-    from stepflow_tl import step_knockout
-
     return step_knockout(bridges("llama"), tiny_trace, layers="deep", heads=[1, 2])
 
 
 def rewrite(source, target, **changes):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     name = "stepflow_tl.StepKnockout"
     with safe_open(source, framework="pt") as file:
         document = {**json.loads(file.metadata()[name]), **changes}
@@ -27,8 +27,6 @@ def rewrite(source, target, **changes):
 
 
 def test_what_is_saved_comes_back(knockout, tmp_path):
-    from stepflow_tl import StepKnockout
-
     again = StepKnockout.load(knockout.save(tmp_path / "map"))
     assert torch.equal(again.effects, knockout.effects) and again.effects.dtype == torch.float64
     assert torch.equal(again.measured, knockout.measured) and again.trace == knockout.trace
@@ -39,9 +37,6 @@ def test_what_is_saved_comes_back(knockout, tmp_path):
 
 
 def test_every_defect_of_a_file_is_named(knockout, tmp_path, bridges, tiny_trace):
-    from stepflow_tl import StepKnockout, step_saliency
-    from stepflow_tl.errors import ResultFileError
-
     path = knockout.save(tmp_path / "map")
     (tmp_path / "cut").write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ResultFileError, match="cut is not a whole safetensors file"):
@@ -67,12 +62,9 @@ def test_every_defect_of_a_file_is_named(knockout, tmp_path, bridges, tiny_trace
         {"provenance": []},
     ],
 )
-def test_metadata_that_does_not_hold_together_is_refused(changes, knockout, tmp_path):
-    from stepflow_tl import StepKnockout
-    from stepflow_tl.errors import ResultFileError
-
+def test_inconsistent_metadata_is_refused(changes, knockout, tmp_path):
     broken = rewrite(knockout.save(tmp_path / "map"), tmp_path / "broken", **changes)
-    with pytest.raises(ResultFileError, match="does not hold together"):
+    with pytest.raises(ResultFileError, match="its content is inconsistent"):
         StepKnockout.load(broken)
 
 

@@ -1,25 +1,17 @@
+"""The face of `rendering`: nothing heavy before it is used, and a missing library is named."""
+
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from made_maps import make_saliency
 
-MODULES = [
-    "stepflow_tl.rendering",
-    "stepflow_tl.rendering.circuitsvis_view",
-    "stepflow_tl.rendering.export",
-    "stepflow_tl.rendering.extras",
-    "stepflow_tl.rendering.layout",
-    "stepflow_tl.rendering.notebook",
-    "stepflow_tl.rendering.profiles",
-    "stepflow_tl.rendering.report.page",
-    "stepflow_tl.rendering.report.payload",
-    "stepflow_tl.rendering.report.quantise",
-    "stepflow_tl.rendering.scales",
-    "stepflow_tl.rendering.step_map_view",
-    "stepflow_tl.rendering.step_maps",
-    "stepflow_tl.rendering.text_view",
-]
+from stepflow_tl import errors, rendering
+from stepflow_tl.errors import MissingExtraError
+
+FILES = sorted(Path(rendering.__file__).parent.glob("[!_]*.py"))
+MODULES = ["stepflow_tl.rendering", *(f"stepflow_tl.rendering.{file.stem}" for file in FILES)]
 PLOTTING = ("matplotlib", "circuitsvis")
 
 
@@ -33,7 +25,7 @@ def loaded_after(statement: str) -> set[str]:
 
 def test_no_rendering_module_imports_a_plotting_library():
     loaded = loaded_after("import " + ", ".join(MODULES))
-    assert "stepflow_tl" in loaded and not loaded & set(PLOTTING)
+    assert len(FILES) > 10 and "stepflow_tl" in loaded and not loaded & set(PLOTTING)
 
 
 def test_the_package_itself_imports_no_torch():
@@ -48,36 +40,28 @@ def test_the_check_above_can_fail():
     ("library", "view"), [("matplotlib", "step_map_figure"), ("circuitsvis", "show_step_maps")]
 )
 def test_a_missing_library_is_named_with_its_install_command(library, view, monkeypatch):
-    from stepflow_tl import rendering
-    from stepflow_tl.errors import MissingExtraError
-    from stepflow_tl.rendering import extras
-
-    draw, real = getattr(rendering, view), extras.importlib.import_module
+    draw, real = getattr(rendering, view), errors.importlib.import_module
 
     def without_library(name, *args):
         if name.partition(".")[0] == library:
             raise ModuleNotFoundError(f"No module named {library!r}", name=library)
         return real(name, *args)
 
-    monkeypatch.setattr(extras.importlib, "import_module", without_library)
+    monkeypatch.setattr(errors.importlib, "import_module", without_library)
     with pytest.raises(MissingExtraError, match=rf"needs {library}.*pip install 'stepflow-tl\[plots\]'"):
         draw(make_saliency(2, 1))
 
 
 def test_a_library_that_is_installed_but_broken_raises_its_own_error(monkeypatch):
-    from stepflow_tl.rendering import extras
-
     def broken(name):
         raise ModuleNotFoundError("No module named 'kiwisolver'", name="kiwisolver")
 
-    monkeypatch.setattr(extras.importlib, "import_module", broken)
+    monkeypatch.setattr(errors.importlib, "import_module", broken)
     with pytest.raises(ModuleNotFoundError, match="kiwisolver"):
-        extras.require("matplotlib", purpose="Drawing")
+        errors.require("matplotlib", purpose="Drawing", extra="plots")
 
 
 def test_an_unknown_name_is_refused_with_the_public_ones():
-    from stepflow_tl import rendering
-
     with pytest.raises(AttributeError, match="'sankey'; public names: CircuitsvisView, agreement_figure"):
         _ = rendering.sankey
     assert set(rendering.__all__) <= set(dir(rendering))

@@ -1,15 +1,16 @@
+"""Heatmaps of saliency and knockout: values on their scale, hostile labels escaped, nothing loaded."""
+
+import dataclasses
 import html
 
 import pytest
 import torch
-from made_maps import labels_of, make_saliency
+from made_maps import labels_of, make_knockout, make_saliency
 from rendered_pages import HOSTILE, elements_of, props_of
 
-
-def show_step_maps(*args, **kwargs):
-    from stepflow_tl.rendering import show_step_maps
-
-    return show_step_maps(*args, **kwargs)
+from stepflow_tl.errors import ModelError
+from stepflow_tl.rendering import show, show_step_maps
+from stepflow_tl.saliency.result import StepSaliency
 
 
 def test_layers_are_shown_as_heads_by_default():
@@ -64,8 +65,6 @@ def test_a_map_of_zeros_gives_zeros_and_no_nan(scale, layer):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_labels_and_names_cannot_become_markup(text, monkeypatch, tmp_path):
-    from stepflow_tl.saliency.result import StepSaliency
-
     plain = make_saliency(5, 1)
     expected = elements_of(show_step_maps(plain).save(tmp_path / "plain.html").read_text(encoding="utf-8"))
     hostile = make_saliency(5, 1, model_name=text)
@@ -103,7 +102,28 @@ def test_the_caption_says_what_the_colours_mean():
 
 
 def test_an_absent_layer_is_refused_by_name():
-    from stepflow_tl.errors import ModelError
-
     with pytest.raises(ModelError, match=r"layers \[8\] are not in this map"):
         show_step_maps(make_saliency(2, 1), 8)
+
+
+@pytest.fixture
+def knockout():
+    saliency = make_saliency(3, 1, model_name="</script><b>")
+    effects = torch.zeros(5, 5, dtype=torch.float64)
+    effects[1, 0], effects[2, 1] = 0.5, -2.0
+    return make_knockout(saliency, effects)
+
+
+def test_values_keep_their_sign_on_one_scale(knockout):
+    view = show(knockout)
+    props = props_of(view)
+    values = torch.tensor(props["attention"])[0]
+    assert float(values[1, 0]) == 0.25 and float(values[2, 1]) == -1.0
+    assert props["tokens"] == knockout.labels and props["attentionHeadNames"] == ["nll"]
+    assert "from 2 (purple, the cut hurts)" in view.html and "</script><b>" not in view.html
+    assert "pairs were measured" in view.html
+
+
+def test_a_map_without_any_effect_is_white(knockout):
+    empty = dataclasses.replace(knockout, effects=torch.zeros_like(knockout.effects))
+    assert "NaN" not in show(empty, pooling="mean").html[-5000:]
