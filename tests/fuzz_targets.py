@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 MODEL_TEXT = (
     "<|im_start|>user\nWhat is 2+3*4?<|im_end|>\n<|im_start|>assistant\n<think>\n3*4 is 12. That is "
@@ -225,8 +226,7 @@ def run_diagnosis_json(data: bytes) -> None:
 
 
 def run_records(data: bytes) -> None:
-    from stepflow_tl.runs.records import Record
-    from stepflow_tl.runs.sources import read_records
+    from stepflow_tl.runs.records import Record, read_records
 
     path = _file(data, "records.jsonl")
     taken = refused = 0
@@ -253,14 +253,14 @@ def run_questions(data: bytes) -> None:
 
 
 def run_manifest(data: bytes) -> None:
-    from stepflow_tl.runs.manifest_reading import read_manifests
+    from stepflow_tl.runs.manifest import read_manifests
 
     folder = scratch() / "manifests"
     folder.mkdir(exist_ok=True)
     (folder / "manifest.jsonl").write_bytes(data)
     with own_errors():
-        found = read_manifests(folder).done
-    assert len({done.id for done in found}) == len(found)
+        found = read_manifests(folder).entries
+    assert len({entry.id for entry in found}) == len(found)
 
 
 def run_folder(data: bytes) -> None:
@@ -278,8 +278,8 @@ def run_folder(data: bytes) -> None:
 def run_file_names(data: bytes) -> None:
     from pathlib import PurePosixPath, PureWindowsPath
 
-    from stepflow_tl.runs.file_names import FileNames
-    from stepflow_tl.runs.inventory import inside
+    from stepflow_tl.runs.outcomes import inside
+    from stepflow_tl.runs.plan import FileNames
 
     names = FileNames()
     ids = text_of(data).split("\n")
@@ -296,9 +296,8 @@ def run_arguments(data: bytes) -> None:
     from stepflow_tl.cli import main as cli
 
     arguments = [part.replace("\0", "") for part in text_of(data).split("\n")]
-    stopped = functools.partial(_patched, cli)
     with (
-        stopped() as ran,
+        _without_commands() as ran,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
@@ -309,18 +308,17 @@ def run_arguments(data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _patched(cli: Any) -> Iterator[list[Any]]:
+def _without_commands() -> Iterator[list[Any]]:
     """The command line with commands that do nothing but take their arguments."""
-    names = [name for name in vars(cli) if name.startswith("_run_")]
-    kept = {name: getattr(cli, name) for name in names}
+    from stepflow_tl.cli import analyze, main, report, summarize
+
     ran: list[Any] = []
-    try:
-        for name in names:
-            setattr(cli, name, lambda arguments: ran.append(arguments) or 0)
+    with contextlib.ExitStack() as patches:
+        for module in (analyze, main, report, summarize):
+            for name in [name for name in vars(module) if name == "_run" or name.startswith("_run_")]:
+                take = patches.enter_context(mock.patch.object(module, name))
+                take.side_effect = lambda arguments: ran.append(arguments) or 0
         yield ran
-    finally:
-        for name, function in kept.items():
-            setattr(cli, name, function)
 
 
 def _json(data: bytes) -> Any:
