@@ -129,7 +129,7 @@ def find(name: str, module: str) -> Definition:
             return Definition(name, module, node, source)
         if name in _assigned_names(node):
             return Definition(name, module, node, source)
-    for node in tree.body:
+    for node in ast.walk(tree):  # a face that resolves lazily imports under TYPE_CHECKING
         if isinstance(node, ast.ImportFrom) and name in (alias.name for alias in node.names):
             return find(name, node.module or "")
     raise LookupError(f"{module} neither defines nor imports {name}")

@@ -34,6 +34,7 @@ from stepflow_tl.statistics.effects import Resampling, column_effects
 _MAX_LISTED = 10
 _NO_NUMBERS = ("failed", "missing", "damaged", "unsafe")
 
+Table = tuple[str, list[str], list[list[str]], list[str]]
 Stop = Literal["", "interrupted", "disk full"]
 """Why a run ended early."""
 
@@ -153,17 +154,12 @@ class Aggregate:
             "counts": dict(self.counts),
         }
 
-    def table(self, footer: Sequence[str]) -> str:
-        """Band means with intervals, above other lines than the usual ones."""
-        title, header, rows, _ = self._table()
-        return text_table(title, header, rows, footer) if self.n_traces else "\n".join([title, *footer])
-
     def __str__(self) -> str:
         """Band means with intervals, then what is missing and why."""
-        return self.table(self._table()[-1])
+        return _text(self._table(self._footer()))
 
     def _repr_html_(self) -> str:
-        return html_table(*self._table())
+        return html_table(*self._table(self._footer()))
 
     def __repr__(self) -> str:
         """One line: how many traces, of which model."""
@@ -172,9 +168,9 @@ class Aggregate:
             f"objective={self.objective!r}, model={self.model_name!r})"
         )
 
-    def _table(self) -> tuple[str, list[str], list[list[str]], list[str]]:
+    def _table(self, footer: list[str]) -> Table:
         if not self.n_traces:
-            return "No trace has a result.", [], [], self._footer()
+            return "No trace has a result.", [], [], footer
         percent = f"{100 * self.confidence:g}%"
         rows = []
         for metric in (*LAYER_METRICS, "decay_slope"):
@@ -188,7 +184,7 @@ class Aggregate:
         title = (
             f"Means over {self.n_traces} traces: {self.model_name}, objective {self.objective}, {self.dtype}"
         )
-        return title, header, rows, self._footer()
+        return title, header, rows, footer
 
     def _footer(self) -> list[str]:
         backends = ", ".join(f"{name} {count}" for name, count in self.backends.items())
@@ -270,7 +266,7 @@ class DatasetReport:
         lines += [f"  {problem.place}: {printable(problem.reason)}" for problem in problems[:_MAX_LISTED]]
         if len(problems) > _MAX_LISTED:
             lines.append(f"  and {len(problems) - _MAX_LISTED} more: see the column reason of summary.csv")
-        return self.aggregate.table(lines)
+        return _text(self.aggregate._table(lines))
 
     def __str__(self) -> str:
         """The table."""
@@ -309,6 +305,11 @@ def band_means(
         )
         for column, (metric, band) in enumerate(COLUMNS)
     )
+
+
+def _text(table: Table) -> str:
+    title, header, rows, footer = table
+    return text_table(title, header, rows, footer) if rows else "\n".join([title, *footer])
 
 
 def _cells(mean: BandMean | None) -> list[str]:
