@@ -249,8 +249,8 @@ class Journal:
                             return False
                         name, found, wanted = differing
                         raise ResultFileError(
-                            f"{self.path.parent} holds another {self._kind.of}, with {name} {found}, this one "
-                            f"has {wanted}: choose another --out, or replace it with --overwrite"
+                            f"{self.path.parent} holds another {self._kind.of}, with {name} {found}, this "
+                            f"one has {wanted}: choose another --out, or replace it with --overwrite"
                         )
         return is_there
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -34,6 +33,7 @@ from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis
 from stepflow_tl.errors import ResultFileError
 from stepflow_tl.results.files import whole_numbers
 from stepflow_tl.results.journal import Journal, JournalKind, check_settings, read_journal
+from stepflow_tl.results.plain_data import check_numbers, count, number, text, text_or_none
 from stepflow_tl.runs.options import Shard
 
 SCHEMA_VERSION = 1
@@ -78,11 +78,11 @@ class RunSettings:
             TypeError: If one is of the wrong type; or `ValueError`, for what it holds.
         """
         return cls(
-            **{name: _text(data, name) for name in ("model_name", "objective", "dtype")},
+            **{name: text(data, name) for name in ("model_name", "objective", "dtype")},
             layers=None if data.get("layers") is None else whole_numbers(data["layers"]),
-            n_layers=None if data.get("n_layers") is None else _count(data, "n_layers"),
-            splitter=_text_or_none(data, "splitter"),
-            format=_text_or_none(data, "format"),
+            n_layers=None if data.get("n_layers") is None else count(data, "n_layers"),
+            splitter=text_or_none(data, "splitter"),
+            format=text_or_none(data, "format"),
         )
 
 
@@ -167,26 +167,26 @@ def entry_of(data: dict[str, Any]) -> Entry:
         TypeError: If a field is of the wrong type; or `ValueError`, for what it holds.
     """
     if data["kind"] == "failed":
-        texts = {name: _text({"input": "", **data}, name) for name in ("id", "reason", "error", "input")}
-        return Failed(line=_count(data, "line"), **texts)
-    group, sha256 = data.get("group"), _text_or_none(data, "sha256")
+        texts = {name: text({"input": "", **data}, name) for name in ("id", "reason", "error", "input")}
+        return Failed(line=count(data, "line"), **texts)
+    group, sha256 = data.get("group"), text_or_none(data, "sha256")
     if group is not None and not isinstance(group, bool):
         raise TypeError(f"group is a {type(group).__name__}, expected true, false or null")
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError("sha256 is not a SHA-256 in hex")
     return Done(
-        id=_text(data, "id"),
-        line=_count(data, "line"),
-        file=_text(data, "file"),
-        n_tokens=_count(data, "n_tokens"),
-        seconds=_number(data["seconds"]),
+        id=text(data, "id"),
+        line=count(data, "line"),
+        file=text(data, "file"),
+        n_tokens=count(data, "n_tokens"),
+        seconds=number(data, "seconds"),
         group=group,
-        pair=_text_or_none(data, "pair"),
+        pair=text_or_none(data, "pair"),
         sha256=sha256,
         diagnosis=_diagnosis(data),
         agreement=_agreement(data.get("agreement")),
-        group_by=_text_or_none(data, "group_by"),
-        pair_by=_text_or_none(data, "pair_by"),
+        group_by=text_or_none(data, "group_by"),
+        pair_by=text_or_none(data, "pair_by"),
     )
 
 
@@ -307,10 +307,10 @@ def _diagnosis(data: dict[str, Any]) -> Diagnosis:
     nothing = [None] * len(layers)  # a metric that the diagnosis did not have when the line was written
     metrics = {name: data["metrics"].get(name, nothing) for name in LAYER_METRICS}
     for name, values in metrics.items():
-        _check_numbers(values)
+        check_numbers(values)
         if len(values) != len(layers):
             raise ValueError(f"{name} has {len(values)} values for {len(layers)} layers")
-    _check_numbers([data["decay_slope"]])
+    check_numbers([data["decay_slope"]])
     # What `diagnose` takes by default, where the line does not say.
     stated = {"window": 0, "recent": 1, "pooling": "mean", "rows_without_mass": [0] * len(layers), **data}
     counts = ("n_layers", "n_question", "n_thinking", "n_summary", "window", "recent")
@@ -321,8 +321,8 @@ def _diagnosis(data: dict[str, Any]) -> Diagnosis:
             **metrics,
             "rows_without_mass": whole_numbers(stated["rows_without_mass"]),
             "decay_slope": data["decay_slope"],
-            **{name: _count(stated, name) for name in counts},
-            **{name: _text(stated, name) for name in ("pooling", "model_name", "objective")},
+            **{name: count(stated, name) for name in counts},
+            **{name: text(stated, name) for name in ("pooling", "model_name", "objective")},
             "reasons": {},
         }
     )
@@ -336,40 +336,5 @@ def _agreement(data: Any) -> TraceAgreement | None:
     if any(map(math.isinf, [found.top_k_chance, *numbers])):
         raise ValueError("a number of the agreement is beyond what a float can hold")
     for name in ("k", "n_pairs"):
-        _count(data, name)
+        count(data, name)
     return found
-
-
-def _text(data: dict[str, Any], name: str) -> str:
-    value = data[name]
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is a {type(value).__name__}, expected a string")
-    value.encode()  # half a character is refused here, with a ValueError
-    return value
-
-
-def _text_or_none(data: dict[str, Any], name: str) -> str | None:
-    return None if data.get(name) is None else _text(data, name)
-
-
-def _count(data: dict[str, Any], name: str) -> int:
-    value = data[name]
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{name} is {str(value)[:40]}, expected a count")
-    return value
-
-
-def _number(value: Any) -> float:
-    _check_numbers([value])
-    return math.nan if value is None else float(value)
-
-
-def _check_numbers(values: Any) -> None:
-    """Refuse a list that holds anything but finite numbers and null.
-
-    NaN and Infinity are refused as JSON before; 1e999 is infinite all the same.
-    """
-    if not isinstance(values, list) or not set(map(type, values)) <= {int, float, type(None)}:
-        raise TypeError(f"{str(values)[:60]}: expected numbers and null only")
-    if any(value is not None and not abs(value) <= sys.float_info.max for value in values):
-        raise ValueError("a number is beyond what a float can hold")
