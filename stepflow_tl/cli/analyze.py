@@ -19,8 +19,8 @@ from stepflow_tl.cli.console import Progress, say
 from stepflow_tl.runs.options import RunOptions
 
 _EPILOG = """\
-input: a file with one JSON object a line, a Parquet file or a folder of them, or a data set that Hugging Face
-`datasets` saved on disk (Parquet and data sets need the extra "datasets"), with the fields
+input: a file with one JSON object per line, a Parquet file or a folder of them, or a data set that Hugging
+Face `datasets` saved on disk (Parquet and data sets need the extra "datasets"), with the fields
   id          name of the result file (optional)
   question, thinking, summary
               the parts of the trace (summary may be missing)

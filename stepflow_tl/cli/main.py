@@ -28,7 +28,7 @@ examples:
   stepflow-tl summarize results --group-by is_correct
 """
 _EVALUATE_EPILOG = """\
-input: a file with one JSON object a line, or "testbed" for generated problems:
+input: a file with one JSON object per line, or "testbed" for generated problems:
   question, answer   the text and the right answer
   id, difficulty     optional; accuracy is reported by difficulty
 
