@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-import torch
 from run_folders import HEADER, done, failed, result, write_manifest
 
 from stepflow_tl.causal.agreement import MEASURES, TraceAgreement
@@ -49,22 +48,25 @@ GOLDEN = """\
 
 
 def done_entry(trace_id="a", **changes):
-    nothing = torch.full((2,), torch.nan, dtype=torch.float64)
-    diagnosis = Diagnosis(
-        layers=(0, 1),
-        n_layers=2,
-        **{**dict.fromkeys(LAYER_METRICS, nothing), "lock_in": torch.tensor([0.25, torch.nan]).double()},
-        rows_without_mass=torch.tensor([0, 1]),
-        decay_slope=float("nan"),
-        window=0,
-        recent=1,
-        pooling="mean",
-        model_name="tiny",
-        objective="per_token",
-        n_question=1,
-        n_thinking=2,
-        n_summary=1,
-        reasons={"recency": "why"},
+    diagnosis = Diagnosis.from_json(
+        {
+            "schema": "stepflow_tl.Diagnosis",
+            "version": 1,
+            "layers": [0, 1],
+            "n_layers": 2,
+            **dict.fromkeys(LAYER_METRICS, [0.25, None]),
+            "rows_without_mass": [0, 1],
+            "decay_slope": None,
+            "window": 0,
+            "recent": 1,
+            "pooling": "mean",
+            "model_name": "tiny",
+            "objective": "per_token",
+            "n_question": 1,
+            "n_thinking": 2,
+            "n_summary": 1,
+            "reasons": {"recency": "why"},
+        }
     )
     fields = dict(id=trace_id, line=1, file="a.safetensors", n_tokens=9, seconds=0.5, group=None, pair=None)
     return Done(**{**fields, "sha256": "0" * 64, "diagnosis": diagnosis, **changes})
