@@ -42,7 +42,7 @@ def main() -> None:
 
     from stepflow_tl.models.loading import load_model
     from stepflow_tl.runs import analyze_dataset
-    from stepflow_tl.runs.sources import read_records
+    from stepflow_tl.runs.records import read_records
     from stepflow_tl.saliency import step_saliency
     from stepflow_tl.testbed.model import load_testbed_model
     from stepflow_tl.trace import ReasoningTrace

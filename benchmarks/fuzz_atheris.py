@@ -22,9 +22,9 @@ import torch  # noqa: E402, F401
 
 with atheris.instrument_imports(include=["stepflow_tl"]):
     import stepflow_tl.evaluation.questions  # noqa: F401
-    import stepflow_tl.runs.file_names  # noqa: F401
-    import stepflow_tl.runs.manifest_reading  # noqa: F401
-    import stepflow_tl.runs.sources  # noqa: F401
+    import stepflow_tl.runs.manifest  # noqa: F401
+    import stepflow_tl.runs.plan  # noqa: F401
+    import stepflow_tl.runs.records  # noqa: F401
     import stepflow_tl.trace.formats.scanner  # noqa: F401
     import stepflow_tl.trace.splitting  # noqa: F401
 from fuzz_targets import TARGETS, Refused  # noqa: E402

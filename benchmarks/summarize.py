@@ -101,6 +101,7 @@ def make_run(folder: Path, n: int, n_heads: int, *, manifest: bool = True) -> No
 
     from stepflow_tl import diagnose
     from stepflow_tl.diagnosis import LAYER_METRICS
+    from stepflow_tl.runs.manifest import Done, RunSettings
 
     folder.mkdir(parents=True)
     saliency = random_saliency(
@@ -110,7 +111,7 @@ def make_run(folder: Path, n: int, n_heads: int, *, manifest: bool = True) -> No
     (folder / "template").unlink()
     start = 8 + int.from_bytes(template[:8], "little")
     values = torch.frombuffer(template, dtype=torch.float64, offset=start)  # changes the bytes in place
-    measured = diagnose(saliency).to_json()
+    measured = diagnose(saliency)
     generator = np.random.default_rng(0)
     lines = []
     for index in range(n):
@@ -120,34 +121,28 @@ def make_run(folder: Path, n: int, n_heads: int, *, manifest: bool = True) -> No
         noise = 1 + 0.1 * generator.standard_normal((len(LAYER_METRICS), N_LAYERS))
         if not manifest:
             continue
-        line = {
-            "kind": "done",
-            "id": f"trace-{index:06d}",
-            "line": index + 1,
-            "file": file,
-            "n_tokens": len(saliency.trace),
-            **{name: measured[name] for name in ("n_question", "n_thinking", "n_summary")},
-            "seconds": 1.0,
-            "group": index % 2 == 0,
-            "pair": f"p{index // 2}",
-            "sha256": hashlib.sha256(template).hexdigest(),
-            "metrics": {
-                name: (np.array(measured[name]) * noise[row]).tolist()
-                for row, name in enumerate(LAYER_METRICS)
-            },
-            "layers": measured["layers"],
-            "decay_slope": measured["decay_slope"] * noise[0, 0],
-            "agreement": None,
-        }
+        line = Done(
+            id=f"trace-{index:06d}",
+            line=index + 1,
+            file=file,
+            n_tokens=len(saliency.trace),
+            seconds=1.0,
+            group=index % 2 == 0,
+            pair=f"p{index // 2}",
+            sha256=hashlib.sha256(template).hexdigest(),
+            diagnosis=measured,
+            group_by="is_correct",
+            pair_by="problem_id",
+        ).to_json()
+        for row, column in enumerate(line["metrics"].values()):
+            column[:] = (np.array(column) * noise[row]).tolist()
+        line["decay_slope"] *= noise[0, 0]
         lines.append(json.dumps(line))
     if manifest:
-        settings = {
-            "model_name": "tiny",
-            "objective": "per_token",
-            "dtype": "torch.float64",
-            "layers": measured["layers"],
-        }
-        header = {"schema": 1, "kind": "header", "settings": settings, "stepflow_tl": "0.1.0"}
+        settings = RunSettings(
+            "tiny", "per_token", "torch.float64", measured.layers, N_LAYERS, "paragraph", "think"
+        )
+        header = {"schema": 1, "kind": "header", "settings": settings.to_json(), "stepflow_tl": "0.1.0"}
         text = "\n".join([json.dumps(header), *lines]) + "\n"
         (folder / "manifest.jsonl").write_text(text)
 

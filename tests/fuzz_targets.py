@@ -10,10 +10,8 @@ coverage of some.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
-import hashlib
 import io
 import json
 import random
@@ -22,19 +20,9 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
-
-import torch
-from run_folders import failed, make_run, result
-from tiny_gguf import write_tiny_gguf
-from tiny_models import build_tiny_tokenizer
-
-from stepflow_tl import ReasoningTrace, StepKnockout, StepSaliency, diagnose, summarize
-from stepflow_tl.errors import StepflowError
-from stepflow_tl.trace.formats import FormatScanner, get_format, known_formats
-from stepflow_tl.trace.splitting import MinimumLength, TokenTracker, resolve_splitter
-from stepflow_tl.trace.steps import WHITE_SPACE
+from unittest import mock
 
 MODEL_TEXT = (
     "<|im_start|>user\nWhat is 2+3*4?<|im_end|>\n<|im_start|>assistant\n<think>\n3*4 is 12. That is "
@@ -71,6 +59,7 @@ class Target:
 @contextlib.contextmanager
 def own_errors() -> Iterator[None]:
     """Turns the package's own errors into `Refused`."""
+    from stepflow_tl.errors import StepflowError
 
     try:
         yield
@@ -82,6 +71,7 @@ def own_errors() -> Iterator[None]:
 @functools.cache
 def scratch() -> Path:
     """A folder for files, in memory where the machine has such a place; it is removed at the end."""
+    import atexit
 
     shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="stepflow-fuzz-", dir=shared if shared.is_dir() else None))
@@ -91,6 +81,8 @@ def scratch() -> Path:
 
 @functools.cache
 def tokenizer() -> Any:
+    from tiny_models import build_tiny_tokenizer
+
     return build_tiny_tokenizer()
 
 
@@ -109,6 +101,9 @@ def _file(data: bytes, name: str) -> Path:
 
 
 def run_scanner(data: bytes) -> None:
+    from stepflow_tl.trace.formats.scanner import FormatScanner
+    from stepflow_tl.trace.formats.table import get_format, known_formats
+
     names = known_formats()
     text = text_of(data[1:])
     scanner = FormatScanner(get_format(names[data[0] % len(names)] if data else "plain"))
@@ -119,6 +114,10 @@ def run_scanner(data: bytes) -> None:
 
 
 def run_splitters(data: bytes) -> None:
+    from stepflow_tl.trace.splitting import MinimumLength
+    from stepflow_tl.trace.splitting.splitters import resolve_splitter
+    from stepflow_tl.trace.steps import WHITE_SPACE
+
     text = text_of(data[1:])
     for name in ("paragraph", "line", "sentence", "whole"):
         splitter = resolve_splitter(name)
@@ -131,6 +130,8 @@ def run_splitters(data: bytes) -> None:
 
 def run_streaming(data: bytes) -> None:
     """The streaming tracker over pieces of any cut gives the trace's own labels."""
+    from stepflow_tl import ReasoningTrace
+    from stepflow_tl.trace.splitting.tracker import TokenTracker
 
     text, format_name = text_of(data[1:]), _format_name(data)
     with own_errors():
@@ -143,6 +144,8 @@ def run_streaming(data: bytes) -> None:
 
 
 def run_from_text(data: bytes) -> None:
+    from stepflow_tl import ReasoningTrace
+
     with own_errors():
         trace = ReasoningTrace.from_text(tokenizer(), text_of(data[1:]), format=_format_name(data))
     assert "".join(piece.text for piece in trace.pieces) == trace.text
@@ -150,6 +153,8 @@ def run_from_text(data: bytes) -> None:
 
 
 def run_from_parts(data: bytes) -> None:
+    from stepflow_tl import ReasoningTrace
+
     parts = (text_of(data).split("\x1e") + ["", "", ""])[:3]
     with own_errors():
         trace = ReasoningTrace.from_parts(tokenizer(), *parts)
@@ -157,6 +162,8 @@ def run_from_parts(data: bytes) -> None:
 
 
 def run_from_tokens(data: bytes) -> None:
+    from stepflow_tl import ReasoningTrace
+
     ids = [int.from_bytes(data[i : i + 2], "little", signed=True) for i in range(0, len(data), 2)]
     with own_errors():
         trace = ReasoningTrace.from_tokens(tokenizer(), ids, format="plain")
@@ -164,11 +171,15 @@ def run_from_tokens(data: bytes) -> None:
 
 
 def _format_name(data: bytes) -> str:
+    from stepflow_tl.trace.formats.table import known_formats
+
     names = [*known_formats(), "auto"]
     return names[data[0] % len(names)] if data else "plain"
 
 
 def text_seeds() -> list[bytes]:
+    from stepflow_tl.trace.formats.table import known_formats
+
     names = known_formats()
     chosen = [
         ("chatml", MODEL_TEXT),
@@ -195,6 +206,8 @@ def token_seeds() -> list[bytes]:
 
 
 def run_trace_json(data: bytes) -> None:
+    from stepflow_tl import ReasoningTrace
+
     document = _json(data)
     with own_errors():
         trace = ReasoningTrace.from_json(document)
@@ -213,8 +226,7 @@ def run_diagnosis_json(data: bytes) -> None:
 
 
 def run_records(data: bytes) -> None:
-    from stepflow_tl.runs.records import Record
-    from stepflow_tl.runs.sources import read_records
+    from stepflow_tl.runs.records import Record, read_records
 
     path = _file(data, "records.jsonl")
     taken = refused = 0
@@ -241,18 +253,19 @@ def run_questions(data: bytes) -> None:
 
 
 def run_manifest(data: bytes) -> None:
-    from stepflow_tl.runs.manifest_reading import read_manifests
+    from stepflow_tl.runs.manifest import read_manifests
 
     folder = scratch() / "manifests"
     folder.mkdir(exist_ok=True)
     (folder / "manifest.jsonl").write_bytes(data)
     with own_errors():
-        found = read_manifests(folder).done
-    assert len({done.id for done in found}) == len(found)
+        found = read_manifests(folder).entries
+    assert len({entry.id for entry in found}) == len(found)
 
 
 def run_folder(data: bytes) -> None:
     """A whole run folder with this manifest, summarised into a table."""
+    from stepflow_tl import summarize
 
     folder = _folder_with_results()
     (folder / "manifest.jsonl").write_bytes(data)
@@ -263,8 +276,10 @@ def run_folder(data: bytes) -> None:
 
 
 def run_file_names(data: bytes) -> None:
-    from stepflow_tl.runs.file_names import FileNames
-    from stepflow_tl.runs.inventory import inside
+    from pathlib import PurePosixPath, PureWindowsPath
+
+    from stepflow_tl.runs.outcomes import inside
+    from stepflow_tl.runs.plan import FileNames
 
     names = FileNames()
     ids = text_of(data).split("\n")
@@ -281,9 +296,8 @@ def run_arguments(data: bytes) -> None:
     from stepflow_tl.cli import main as cli
 
     arguments = [part.replace("\0", "") for part in text_of(data).split("\n")]
-    stopped = functools.partial(_patched, cli)
     with (
-        stopped() as ran,
+        _without_commands() as ran,
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
@@ -294,18 +308,17 @@ def run_arguments(data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _patched(cli: Any) -> Iterator[list[Any]]:
+def _without_commands() -> Iterator[list[Any]]:
     """The command line with commands that do nothing but take their arguments."""
-    names = [name for name in vars(cli) if name.startswith("_run_")]
-    kept = {name: getattr(cli, name) for name in names}
+    from stepflow_tl.cli import analyze, main, report, summarize
+
     ran: list[Any] = []
-    try:
-        for name in names:
-            setattr(cli, name, lambda arguments: ran.append(arguments) or 0)
+    with contextlib.ExitStack() as patches:
+        for module in (analyze, main, report, summarize):
+            for name in [name for name in vars(module) if name == "_run" or name.startswith("_run_")]:
+                take = patches.enter_context(mock.patch.object(module, name))
+                take.side_effect = lambda arguments: ran.append(arguments) or 0
         yield ran
-    finally:
-        for name, function in kept.items():
-            setattr(cli, name, function)
 
 
 def _json(data: bytes) -> Any:
@@ -316,11 +329,17 @@ def _json(data: bytes) -> Any:
 
 
 def trace_json_seeds() -> list[bytes]:
+    from stepflow_tl import ReasoningTrace
+
     trace = ReasoningTrace.from_text(tokenizer(), MODEL_TEXT)
     return [json.dumps(trace.to_json()).encode()]
 
 
 def diagnosis_seeds() -> list[bytes]:
+    from run_folders import result
+
+    from stepflow_tl import diagnose
+
     return [json.dumps(diagnose(result(0)).to_json()).encode()]
 
 
@@ -342,6 +361,8 @@ def question_seeds() -> list[bytes]:
 
 @functools.cache
 def _folder_with_results() -> Path:
+    from run_folders import make_run
+
     folder = scratch() / "run"
     folder.mkdir()
     make_run(folder, 4)
@@ -349,6 +370,8 @@ def _folder_with_results() -> Path:
 
 
 def manifest_seeds() -> list[bytes]:
+    from run_folders import failed
+
     with_failure = (_seed_manifest() + json.dumps(failed("x")) + "\n").encode()
     return [_seed_manifest().encode(), with_failure]
 
@@ -378,12 +401,14 @@ def argument_seeds() -> list[bytes]:
 
 
 def run_saliency_file(data: bytes) -> None:
-    from stepflow_tl.results.result import read_head
+    from stepflow_tl.saliency.files import read_facts
+
+    from stepflow_tl import StepSaliency, diagnose
 
     path = _file(data, "map.safetensors")
     with own_errors():
         saliency = StepSaliency.load(path)
-    assert read_head(path, StepSaliency).layers == saliency.layers
+    assert read_facts(path).layers == saliency.layers
     assert StepSaliency.load(saliency.save(scratch() / "again")).trace == saliency.trace
     with own_errors():
         diagnosis = diagnose(saliency)
@@ -391,6 +416,8 @@ def run_saliency_file(data: bytes) -> None:
 
 
 def run_knockout_file(data: bytes) -> None:
+    from stepflow_tl import StepKnockout
+
     with own_errors():
         knockout = StepKnockout.load(_file(data, "knockout.safetensors"))
     StepKnockout.load(knockout.save(scratch() / "again"))
@@ -407,10 +434,17 @@ def run_patching_file(data: bytes) -> None:
 
 
 def saliency_seeds() -> list[bytes]:
+    from run_folders import result
+
     return [result(0).save(scratch() / "seed").read_bytes()]
 
 
 def knockout_seeds() -> list[bytes]:
+    import torch
+    from run_folders import result
+
+    from stepflow_tl import StepKnockout
+
     saliency = result(0)
     measured = torch.ones(7, 7, dtype=torch.bool).tril(-1)
     knockout = StepKnockout(
@@ -428,6 +462,9 @@ def knockout_seeds() -> list[bytes]:
 
 
 def patching_seeds() -> list[bytes]:
+    import torch
+    from run_folders import result
+
     from stepflow_tl.causal.alignment import StepMatch
     from stepflow_tl.causal.patching_result import StepPatching
 
@@ -452,6 +489,8 @@ def patching_seeds() -> list[bytes]:
 
 
 def run_gguf(data: bytes) -> None:
+    import torch
+
     from stepflow_tl.models.gguf import GgufCheckpoint
 
     with own_errors():
@@ -464,6 +503,8 @@ def run_gguf(data: bytes) -> None:
 
 @functools.cache
 def _gguf() -> bytes:
+    from tiny_gguf import write_tiny_gguf
+
     return write_tiny_gguf(scratch() / "seed.gguf").read_bytes()
 
 
@@ -487,6 +528,8 @@ def run_checksums(data: bytes) -> None:
 
 
 def checksum_seeds() -> list[bytes]:
+    import hashlib
+
     return [json.dumps(dict.fromkeys(_TESTBED_FILES, hashlib.sha256(b"card").hexdigest())).encode()]
 
 

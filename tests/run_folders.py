@@ -1,6 +1,5 @@
 """Run folders made by hand: results of tiny maps, and the manifest that `analyze` would write of them."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,9 @@ HEADER = {
         "objective": "per_token",
         "dtype": "torch.float64",
         "layers": [0, 1, 2, 3],
+        "n_layers": 4,
+        "splitter": "paragraph",
+        "format": "think",
     },
     "stepflow_tl": "0.1.0",
 }
@@ -28,27 +30,22 @@ def result(seed: int, **options: Any) -> Any:
 def done(folder: Path, name: str, saliency: Any, **changes: Any) -> dict[str, Any]:
     """Save a result and return its manifest line."""
     from stepflow_tl import diagnose
-    from stepflow_tl.diagnosis import LAYER_METRICS
+    from stepflow_tl.results.files import file_digest
+    from stepflow_tl.runs.manifest import Done
 
-    data = diagnose(saliency).to_json()
     path = saliency.save(folder / f"{name}.safetensors")
-    line = {
-        "kind": "done",
-        "id": name,
-        "line": 1,
-        "file": path.name,
-        "n_tokens": len(saliency.trace),
-        **{key: data[key] for key in ("n_question", "n_thinking", "n_summary")},
-        "seconds": 0.5,
-        "group": None,
-        "pair": None,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "metrics": {metric: data[metric] for metric in LAYER_METRICS},
-        "layers": data["layers"],
-        "decay_slope": data["decay_slope"],
-        "agreement": None,
-    }
-    return {**line, **changes}
+    line = Done(
+        id=name,
+        line=1,
+        file=path.name,
+        n_tokens=len(saliency.trace),
+        seconds=0.5,
+        group=None,
+        pair=None,
+        sha256=file_digest(path),
+        diagnosis=diagnose(saliency),
+    )
+    return {**line.to_json(), **changes}
 
 
 def failed(name: str, **changes: Any) -> dict[str, Any]:
@@ -63,10 +60,11 @@ def write_manifest(folder: Path, *lines: Any, name: str = "manifest.jsonl", head
     return path
 
 
-def make_run(folder: Path, n: int = 8) -> list[dict[str, Any]]:
+def make_run(folder: Path, n: int = 8, **changes: Any) -> list[dict[str, Any]]:
     """A run of n traces, grouped and paired by two; returns the manifest's lines."""
     lines = [
-        done(folder, f"t{i}", result(i), line=i + 1, group=i % 2 == 0, pair=f"p{i // 2}") for i in range(n)
+        done(folder, f"t{i}", result(i), line=i + 1, group=i % 2 == 0, pair=f"p{i // 2}", **changes)
+        for i in range(n)
     ]
     write_manifest(folder, *lines)
     return lines

@@ -5,77 +5,79 @@ if every row has a result, 1 if something failed or the disk is full, 130 after 
 before it starts is an exception.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import argparse
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from stepflow_tl import runs
+from stepflow_tl.cli.arguments import DEFAULT_MODEL, LAYOUT, add_options, add_weights, options_of
 from stepflow_tl.cli.console import Progress, say
-from stepflow_tl.cli.device import present_device
-from stepflow_tl.models import loading as models
-from stepflow_tl.models.facts import tokenizer_of
-from stepflow_tl.runs.entries import RunSettings
-from stepflow_tl.runs.report import DatasetReport
-from stepflow_tl.runs.run import analyze_dataset
+from stepflow_tl.runs.options import RunOptions
+
+_EPILOG = """\
+input: a file with one JSON object per line, a Parquet file or a folder of them, or a data set that Hugging
+Face `datasets` saved on disk (Parquet and data sets need the extra "datasets"), with the fields
+  id          name of the result file (optional)
+  question, thinking, summary
+              the parts of the trace (summary may be missing)
+  text        or, in place of the parts, the full transcript with its markers
+  any other   left alone, unless --group-by or --pair-by names it
+
+example line:
+  {"id": "q1", "question": "2+2*3?", "thinking": "2*3 = 6.\\n\\n2+6 = 8.", "summary": "8", "is_correct": true}
+
+output, in the folder --out: one .safetensors per trace (StepSaliency.load reads it), manifest.jsonl (what is
+done, what failed and why), summary.csv, and with --group-by comparison.txt and comparison.json. With --causal
+also knockout/ with one .safetensors per trace (StepKnockout.load reads it), agreement.csv and agreement.json.
+
+A run that was killed goes on where it was when the same command is given again. Several runs may share
+a folder:
+  sbatch --array=0-7 ... stepflow-tl analyze traces.jsonl --out results --shard $SLURM_ARRAY_TASK_ID/8
+
+exit code: 0 every line has a result; 1 something failed or the disk is full, the rest is done; 2 the run
+could not start; 130 after Ctrl-C.
+"""
 
 
-@dataclass(frozen=True)
-class AnalyzeOptions:
-    """The command line, checked; see `stepflow-tl analyze --help`."""
-
-    traces: Path
-    out: Path
-    model: str
-    objective: str = "per_token"
-    layers: tuple[int, ...] | None = None
-    splitter: str = "paragraph"
-    format: str = "auto"
-    group_by: str | None = None
-    pair_by: str | None = None
-    unpaired: bool = False
-    overwrite: bool = False
-    retry_failed: bool = False
-    limit: int | None = None
-    shard: str | None = None
-    engine: str = "local"
-    replicas: int | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
-    device_map: str | None = None
-    figures: bool = False
-    causal: bool = False
+def add_analyze(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    summary = "Step-Saliency of every trace of a data set"
+    command = commands.add_parser(
+        "analyze", help=summary, description=summary, epilog=_EPILOG, formatter_class=LAYOUT
+    )
+    add = command.add_argument
+    add("traces", type=Path, metavar="TRACES", help="the traces: JSON lines, Parquet, or a saved data set")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="NAME_OR_PATH",
+        help=f"{DEFAULT_MODEL} (the embedded model, the default), a Hugging Face name, or a model folder",
+    )
+    add_options(command, RunOptions)
+    add_weights(command)
+    add("--device-map", metavar="MAP", help="auto spreads a model larger than one GPU over all")
+    command.set_defaults(run=_run)
 
 
-def analyze(options: AnalyzeOptions) -> int:
-    """Run the analysis and return the exit code.
-
-    Raises:
-        StepflowError: As `analyze_dataset`.
-    """
-    watcher = _Terminal(options)
+def _run(arguments: argparse.Namespace) -> int:
+    options = options_of(arguments, RunOptions)
+    if options.group_by is None and (options.pair_by is not None or options.unpaired):
+        print("stepflow-tl: error: --pair-by and --unpaired go with --group-by FIELD", file=sys.stderr)
+        return 2
+    place = arguments.device, arguments.dtype, arguments.device_map
+    watcher = _Terminal(arguments.traces, arguments.out, options)
     try:
-        report = analyze_dataset(
-            partial(load, options.model, options.device, options.dtype, options.device_map),
-            options.traces,
-            options.out,
-            objective=options.objective,
-            layers=options.layers,
-            splitter=options.splitter,
-            format=options.format,
-            causal=options.causal,
-            figures=options.figures,
-            group_by=options.group_by,
-            pair_by=options.pair_by,
-            unpaired=options.unpaired,
-            overwrite=options.overwrite,
-            retry_failed=options.retry_failed,
-            limit=options.limit,
-            shard=options.shard,
-            engine=options.engine,
-            replicas=options.replicas,
+        report = runs.analyze_dataset(
+            partial(load, arguments.model, *place),
+            arguments.traces,
+            arguments.out,
             watcher=watcher,
+            **vars(options),
         )
     finally:
         watcher.close()
@@ -89,25 +91,28 @@ def load(name: str, device: str, dtype: str, device_map: str | None) -> Any:
     Raises:
         ModelError: If it cannot be loaded, or the device is not there.
     """
+    import torch
+
+    from stepflow_tl.cli.device import present_device
+    from stepflow_tl.models import loading as models
+
     where = present_device(device)
     place = {} if device_map is None else {"device_map": device_map}
-    model = models.load_model(name, device=where, dtype=getattr(torch, dtype), **place)
-    tokenizer_of(model)  # refuses a model without one
-    return model
+    return models.load_model(name, device=where, dtype=getattr(torch, dtype), **place)
 
 
 class _Terminal:
     """Progress of the run on stderr."""
 
-    def __init__(self, options: AnalyzeOptions) -> None:
-        self._options = options
+    def __init__(self, traces: Path, out: Path, options: RunOptions) -> None:
+        self._traces, self._out, self._options = traces, out, options
         self._progress: Progress | None = None
 
-    def begin(self, total: int, settings: RunSettings, replicas: int) -> None:
+    def begin(self, total: int, settings: Any, replicas: int) -> None:
         part = "" if self._options.shard is None else f", shard {self._options.shard}"
         where = "" if self._options.engine == "local" else f", {replicas} replicas by {self._options.engine}"
-        traces = f"{total} traces from {self._options.traces}{part}"
-        say(f"{traces}, model {settings.model_name}{where}, results in {self._options.out}")
+        traces = f"{total} traces from {self._traces}{part}"
+        say(f"{traces}, model {settings.model_name}{where}, results in {self._out}")
         self._progress = Progress(total, replicas)
 
     def note(self, message: str) -> None:
@@ -125,7 +130,7 @@ class _Terminal:
             self._progress.close()
 
 
-def _print(options: AnalyzeOptions, report: DatasetReport) -> None:
+def _print(options: RunOptions, report: runs.DatasetReport) -> None:
     print(report)
     if report.agreement is not None:
         print(f"\n{report.agreement}")

@@ -76,7 +76,7 @@ class Progress:
         speed = self._tokens / self._seconds * self._replicas
         left = self._tokens_left / speed if speed else 0.0
         each = self._seconds / self._analysed
-        return [f"{speed:.0f} tokens/s", f"{each:.1f} s a trace", f"about {_clock(left)} left"]
+        return [f"{speed:.0f} tokens/s", f"{each:.1f} s per trace", f"about {_clock(left)} left"]
 
 
 def _clock(seconds: float) -> str:

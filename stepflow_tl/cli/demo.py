@@ -21,8 +21,7 @@ from stepflow_tl.errors import InputFileError, MissingExtraError
 from stepflow_tl.models import loading as models
 from stepflow_tl.results.files import write_atomically
 from stepflow_tl.results.tables import printable
-from stepflow_tl.runs.records import Record
-from stepflow_tl.runs.sources import read_records
+from stepflow_tl.runs.records import Record, read_records
 from stepflow_tl.saliency import step_saliency
 from stepflow_tl.trace import ReasoningTrace
 

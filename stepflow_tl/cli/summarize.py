@@ -1,50 +1,63 @@
 """`stepflow-tl summarize`: the numbers of a run folder, printed, and written as one Parquet table."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import argparse
+import sys
 from pathlib import Path
 
+from stepflow_tl import runs
+from stepflow_tl.cli.arguments import LAYOUT, add_options, options_of
 from stepflow_tl.cli.console import say
-from stepflow_tl.diagnosis import DEFAULT_PAIR_FIELD
 from stepflow_tl.errors import InputFileError
-from stepflow_tl.runs import summarize
-from stepflow_tl.runs.records import Record
-from stepflow_tl.runs.sources import read_records
-from stepflow_tl.runs.summary import Labels
+from stepflow_tl.runs.options import SummaryOptions
 
 TABLE_NAME = "layers.parquet"
 
+_EPILOG = """\
+input: a folder that `analyze --out` wrote (its manifests say what is in it), or any folder of
+StepSaliency.save files of one analysis.
 
-@dataclass(frozen=True)
-class SummarizeOptions:
-    """The command line, checked; see `stepflow-tl summarize --help`."""
+output: band means with intervals, what is missing and why, and the comparison of two groups where the traces
+have groups; and a Parquet table, one row per trace and layer: id, group, pair, n_tokens, numbers of steps,
+layer, every metric, model, objective, dtype, backend.
 
-    folder: Path
-    out: Path | None = None
-    group_by: str | None = None
-    pair_by: str | None = None
-    unpaired: bool = False
-    labels: Path | None = None
-    verify: bool = False
+groups and pairs are those of the run; --group-by and --pair-by must name its fields, unless --labels brings
+others.
+
+exit code: 0 done; 1 a result is missing or damaged, or the comparison asked for cannot be made, the rest is
+done; 2 it could not start.
+"""
 
 
-def run_summarize(options: SummarizeOptions) -> int:
-    """Summarise, print and return the exit code.
+def add_summarize(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    summary = "the numbers of a whole run: band means, the comparison of two groups, one Parquet table"
+    command = commands.add_parser(
+        "summarize", help=summary, description=summary, epilog=_EPILOG, formatter_class=LAYOUT
+    )
+    add = command.add_argument
+    add("folder", type=Path, metavar="DIR", help="the run")
+    add("--out", type=Path, metavar="FILE.parquet", help=f"the table (DIR/{TABLE_NAME})")
+    add_options(command, SummaryOptions)
+    add("--labels", type=Path, metavar="TRACES.jsonl", help="take groups and pairs from here, by id")
+    command.set_defaults(run=_run)
 
-    Raises:
-        InputFileError: If the labels cannot be read.
-        ResultFileError: If the folder cannot be summarised.
-        MissingExtraError: If pyarrow is not installed.
-    """
-    aggregate = summarize(
-        options.folder,
-        out=options.out or options.folder / TABLE_NAME,
-        group_by=options.group_by,
-        pair_by=options.pair_by,
-        unpaired=options.unpaired,
-        labels=None if options.labels is None else _labels(options.labels, options),
-        verify=options.verify,
+
+def _run(arguments: argparse.Namespace) -> int:
+    options = options_of(arguments, SummaryOptions)
+    if arguments.labels is not None and options.group_by is None:
+        print("stepflow-tl: error: --labels goes with --group-by FIELD", file=sys.stderr)
+        return 2
+    aggregate = runs.summarize(
+        arguments.folder,
+        out=arguments.out or arguments.folder / TABLE_NAME,
+        labels=None if arguments.labels is None else _labels(arguments.labels, options),
+        **vars(options),
     )
     print(aggregate)
+    if aggregate.agreement is not None:
+        print(f"\n{aggregate.agreement}")
     if aggregate.comparison is not None:
         print(f"\n{aggregate.comparison}")
     if aggregate.comparison is not None or options.group_by is not None:
@@ -55,10 +68,11 @@ def run_summarize(options: SummarizeOptions) -> int:
     return 0 if aggregate.is_whole and is_compared else 1
 
 
-def _labels(path: Path, options: SummarizeOptions) -> Labels:
-    pair_by = options.pair_by or DEFAULT_PAIR_FIELD
+def _labels(path: Path, options: SummaryOptions) -> dict[str, tuple[bool | None, str | None]]:
+    from stepflow_tl.runs.records import Record, pair_field, read_records
+
     labels: dict[str, tuple[bool | None, str | None]] = {}
-    for record in read_records(path, group_by=options.group_by, pair_by=pair_by):
+    for record in read_records(path, group_by=options.group_by, pair_by=pair_field(options)):
         if not isinstance(record, Record):
             say(f"{path}, line {record.line}: {record.reason}; left out")
             continue

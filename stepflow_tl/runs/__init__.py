@@ -1,12 +1,69 @@
 """Runs over whole data sets: streamed, sharded, resumable after a kill at any moment.
 
-The flow goes one way: `sources` -> `plan` -> `worker` -> `manifest` -> `report`, driven by `run`.
+One JSON line passes these modules from `stepflow-tl analyze` to its result file:
+
+1. `cli.main`, `cli.analyze`: the command; its options are declared in `runs.options`.
+2. `runs.run`: the driver.
+3. `runs.row_files`, `runs.records`: the line becomes a `Record`.
+4. `runs.plan`: a `Task`, with its place in the order and its file name.
+5. `runs.engines`, `runs.worker`: the task at a model. `trace.assembly` builds its trace, `saliency.run` its
+   map, `saliency.result` and `results.files` write it.
+
+Then what became of it goes into `runs.manifest` (a `results.journal`), and all traces of the folder together
+into `runs.summary`.
+
+The public names are imported on first use (PEP 562), so that the command line can read `runs.options` alone.
 """
 
-from stepflow_tl.runs.manifest import manifest_path as manifest_path
-from stepflow_tl.runs.plan import Shard as Shard
-from stepflow_tl.runs.report import DatasetReport as DatasetReport
-from stepflow_tl.runs.run import Watcher as Watcher
-from stepflow_tl.runs.run import analyze_dataset as analyze_dataset
-from stepflow_tl.runs.summary import Aggregate as Aggregate
-from stepflow_tl.runs.summary import summarize as summarize
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stepflow_tl.runs.aggregate import Aggregate as Aggregate
+    from stepflow_tl.runs.aggregate import DatasetReport as DatasetReport
+    from stepflow_tl.runs.manifest import manifest_path as manifest_path
+    from stepflow_tl.runs.options import RunOptions as RunOptions
+    from stepflow_tl.runs.options import Shard as Shard
+    from stepflow_tl.runs.options import SummaryOptions as SummaryOptions
+    from stepflow_tl.runs.run import Watcher as Watcher
+    from stepflow_tl.runs.run import analyze_dataset as analyze_dataset
+    from stepflow_tl.runs.summary import summarize as summarize
+
+_HOME_OF = {
+    "Aggregate": "stepflow_tl.runs.aggregate",
+    "DatasetReport": "stepflow_tl.runs.aggregate",
+    "RunOptions": "stepflow_tl.runs.options",
+    "Shard": "stepflow_tl.runs.options",
+    "SummaryOptions": "stepflow_tl.runs.options",
+    "Watcher": "stepflow_tl.runs.run",
+    "analyze_dataset": "stepflow_tl.runs.run",
+    "manifest_path": "stepflow_tl.runs.manifest",
+    "summarize": "stepflow_tl.runs.summary",
+}
+
+__all__ = [
+    "Aggregate",
+    "DatasetReport",
+    "RunOptions",
+    "Shard",
+    "SummaryOptions",
+    "Watcher",
+    "analyze_dataset",
+    "manifest_path",
+    "summarize",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}"
+        )
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,29 +1,47 @@
-"""Where traces are analysed: in this process, or elsewhere by something with the same face.
+"""Where traces are analysed: in this process, or on the replicas of a Ray cluster.
 
-The driver hands out jobs and takes back what became of them, in any order; it alone writes the manifest.
+The driver hands out tasks and takes back what became of them, in any order; it alone writes the manifest.
+
+`RayEngine` has model replicas as Ray actors, one per GPU:
+
+1. Each replica is an actor with a `Worker` of its own. It writes result files itself, so the folder must be
+   one that all machines of the cluster see; manifest and report stay with the driver, their only writer.
+2. A replica has one task at work and one waiting. Tasks are drawn from the plan as replicas become free, so
+   the plan streams here too.
+3. A replica that dies is started again, and its tasks are done again, first in the queue; a result that it
+   had saved is found and kept. A trace that was at work through `_MOST_DEATHS` deaths is a failure of that
+   trace.
+4. On a CPU, cores are shared out over the replicas as torch threads: sums, and so bits, depend on that
+   number.
+
+Actors and not `map_batches` of Ray Data, because only so the driver knows which trace a dead worker was at:
+Ray Data would run the block again without end, or give up the whole data set for one trace. A Ray cluster
+that is running is used (`RAY_ADDRESS`); else one is started on this machine and ended with the run.
 """
 
 from __future__ import annotations
 
+import importlib
+import logging
+import os
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from stepflow_tl.runs.entries import Entry, RunSettings
-from stepflow_tl.runs.options import AnalysisOptions
+import torch
+
+from stepflow_tl.errors import MissingExtraError, ModelError, StepflowError
+from stepflow_tl.runs.manifest import RunSettings
+from stepflow_tl.runs.options import RunOptions
+from stepflow_tl.runs.outcomes import Outcome
 from stepflow_tl.runs.plan import Task
-from stepflow_tl.runs.worker import Taken, Worker
+from stepflow_tl.runs.worker import Worker, failure
+
+_MOST_DEATHS = 3
+_TASKS_PER_REPLICA = 2
 
 Loader = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A task, and what the manifest says of its trace already."""
-
-    task: Task
-    previous: Entry | None
 
 
 @runtime_checkable
@@ -33,8 +51,8 @@ class Engine(Protocol):
     settings: RunSettings
     replicas: int
 
-    def results(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Taken]]:
-        """Each job with what became of it; jobs are asked for as they can be taken up."""
+    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+        """Each task with what became of it; tasks are asked for as they can be taken up."""
         ...
 
     def close(self) -> None:
@@ -42,12 +60,26 @@ class Engine(Protocol):
         ...
 
 
+def open_engine(load: Loader, options: RunOptions, out: Path) -> Engine:
+    """The engine that the options name, its models loaded.
+
+    Args:
+        load: Loads the model, in the process that is to use it.
+        options: Of the run.
+        out: Folder for the results.
+
+    Raises:
+        StepflowError: As `load`, `Worker` and `RayEngine` do.
+    """
+    return RayEngine(load, options, out) if options.engine == "ray" else LocalEngine(load, options, out)
+
+
 class LocalEngine:
     """One model in this process, one trace after the other."""
 
     replicas = 1
 
-    def __init__(self, load: Loader, options: AnalysisOptions, out: Path) -> None:
+    def __init__(self, load: Loader, options: RunOptions, out: Path) -> None:
         """Load the model.
 
         Raises:
@@ -56,10 +88,165 @@ class LocalEngine:
         self._worker = Worker(load(), options, out)
         self.settings = self._worker.settings
 
-    def results(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Taken]]:
-        """Each job with what became of it, in order."""
-        for job in jobs:
-            yield job, self._worker.take(job.task, job.previous)
+    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+        """Each task with what became of it, in order."""
+        for task in tasks:
+            yield task, self._worker.take(task)
 
     def close(self) -> None:
         """Nothing to let go of."""
+
+
+class RayEngine:
+    """A pool of replicas."""
+
+    def __init__(self, load: Loader, options: RunOptions, out: Path) -> None:
+        """Start Ray if it is not running, and the replicas.
+
+        Args:
+            load: Loads the model, in the replica's process.
+            options: Of the run; `replicas` are one per GPU by default, or one if there is none.
+            out: Folder for the results, seen by all machines.
+
+        Raises:
+            MissingExtraError: If ray is not installed.
+            ModelError: If a replica cannot be started.
+            StepflowError: As `load` and `Worker` do.
+        """
+        self._ray = _import_ray()
+        self._options = options
+        self._is_ours = not self._ray.is_initialized()
+        if self._is_ours:
+            self._ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+        self._actors: list[Any] = []
+        try:
+            resources = self._ray.cluster_resources()
+            n_gpus = int(resources.get("GPU", 0))
+            self.replicas = options.replicas or max(1, n_gpus)
+            n_cpus = int(resources.get("CPU", 1))
+            gpus = 1 if n_gpus >= self.replicas else 0
+            threads = None if gpus else max(1, n_cpus // self.replicas)
+            # A replica on a CPU takes no slot of Ray's: its threads are counted above.
+            kind = self._ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(_Replica)
+            self._new = lambda: kind.remote(load, options, out.resolve(), threads)
+            self._actors = [self._new() for _ in range(self.replicas)]
+            self.settings = self._unwrap(self._ray.get(self._actors[0].settings.remote()))
+        except self._ray.exceptions.RayActorError as error:
+            self.close()
+            raise ModelError(f"a replica could not be started by ray: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+        """Each task with what became of it, as they come in.
+
+        Raises:
+            DiskFullError: If a replica found no room for a result.
+            ModelError: If a replica cannot be started again.
+        """
+        source, again = iter(tasks), deque[Task]()
+        at_work: dict[Any, tuple[int, Task]] = {}
+        queues: list[deque[Any]] = [deque() for _ in self._actors]
+        deaths: Counter[str] = Counter()
+
+        def fill(replica: int) -> None:
+            while len(queues[replica]) < _TASKS_PER_REPLICA:
+                task = again.popleft() if again else next(source, None)
+                if task is None:
+                    return
+                ref = self._actors[replica].take.remote(task)
+                queues[replica].append(ref)
+                at_work[ref] = replica, task
+
+        for replica in range(len(self._actors)):
+            fill(replica)
+        while at_work:
+            # Only the first of each replica: it takes its tasks in order, so a death is the first one's.
+            (ref, *_), _ = self._ray.wait([queue[0] for queue in queues if queue], num_returns=1)
+            replica, task = at_work[ref]
+            try:
+                outcome = self._unwrap(self._ray.get(ref))
+            except self._ray.exceptions.RayActorError:
+                lost = [at_work.pop(each)[1] for each in queues[replica]]
+                queues[replica].clear()
+                self._actors[replica] = self._new()
+                culprit = lost[0]
+                deaths[culprit.record.id] += 1
+                if deaths[culprit.record.id] >= _MOST_DEATHS:
+                    yield lost.pop(0), self._given_up(culprit)
+                again.extendleft(reversed(lost))
+            else:
+                del at_work[ref]
+                queues[replica].remove(ref)
+                yield task, outcome
+            for each in range(len(self._actors)):
+                fill(each)
+
+    def close(self) -> None:
+        """End the replicas, and Ray if it was started here."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors = []
+        if self._is_ours:
+            self._ray.shutdown()
+
+    def process_ids(self) -> list[int]:
+        """Of the replicas, as the operating system knows them."""
+        return self._ray.get([actor.process_id.remote() for actor in self._actors])
+
+    def _given_up(self, task: Task) -> Outcome:
+        reason = f"its worker died {_MOST_DEATHS} times on this trace, perhaps for want of memory"
+        return failure(task.record, reason, "WorkerDied", self._options)
+
+    @staticmethod
+    def _unwrap(found: Any) -> Any:
+        if isinstance(found, StepflowError):
+            raise found
+        return found
+
+
+class _Replica:
+    """What runs in a worker process. Errors of ours are returned: ray would dress them up as its own."""
+
+    def __init__(self, load: Loader, options: RunOptions, out: Path, threads: int | None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._worker: Worker | None = None
+        self._error: StepflowError | None = None
+        try:
+            self._worker = Worker(load(), options, out)
+        except StepflowError as error:
+            self._error = error
+
+    def settings(self) -> Any:
+        return self._error or (self._worker and self._worker.settings)
+
+    def take(self, task: Task) -> Any:
+        if self._worker is None:
+            return self._error
+        try:
+            return self._worker.take(task)
+        except StepflowError as error:
+            return error
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+
+def _import_ray() -> Any:
+    # Replicas that ask Ray for no GPU see what the machine has, as every other process does.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray = importlib.import_module("ray")
+        importlib.import_module("ray.exceptions")
+    except ImportError as error:
+        raise MissingExtraError(
+            'engine="ray" needs the package ray. Install with:\n    pip install "stepflow-tl[ray]"'
+        ) from error
+    return ray

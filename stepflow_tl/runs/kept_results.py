@@ -1,7 +1,7 @@
 """Can a result file of an earlier run, a saliency map or a knockout, stand for this trace in this one?
 
 1. No file: no.
-2. A file that is cut off or does not hold together: no, and it is replaced.
+2. A file that is cut off or inconsistent: no, and it is replaced.
 3. A whole result of the same trace, model, objective, layers and dtype: yes.
 4. Anything else at that place (another analysis, another trace, foreign tensors, a later version): an
    error. To keep it would mix analyses, to replace it would destroy what someone may want.
@@ -23,7 +23,7 @@ Result = TypeVar("Result", StepSaliency, StepKnockout)
 
 
 @dataclass(frozen=True)
-class Settings:
+class KeptIf:
     """What must agree between a kept result and this run; names and values as in `Provenance`."""
 
     model_name: str
@@ -32,28 +32,28 @@ class Settings:
     layers: tuple[int, ...]
 
 
-def kept_result(path: Path, trace: ReasoningTrace, settings: Settings) -> StepSaliency | None:
+def kept_result(path: Path, trace: ReasoningTrace, wanted: KeptIf) -> StepSaliency | None:
     """The result at `path`, or None if there is none.
 
     Raises:
         DamagedResultError: If the file is damaged: analyse again.
         ResultFileError: If the file is whole but something else: leave it alone.
     """
-    return _kept(path, trace, settings, StepSaliency.load, StepSaliency.schema)
+    return _kept(path, trace, wanted, StepSaliency.load, StepSaliency.schema)
 
 
-def kept_knockout(path: Path, trace: ReasoningTrace, settings: Settings) -> StepKnockout | None:
+def kept_knockout(path: Path, trace: ReasoningTrace, wanted: KeptIf) -> StepKnockout | None:
     """The knockout at `path`, or None if there is none; `objective` is the name in its provenance.
 
     Raises:
         DamagedResultError: If the file is damaged: measure again.
         ResultFileError: If the file is whole but something else: leave it alone.
     """
-    return _kept(path, trace, settings, StepKnockout.load, StepKnockout.schema)
+    return _kept(path, trace, wanted, StepKnockout.load, StepKnockout.schema)
 
 
 def _kept(
-    path: Path, trace: ReasoningTrace, settings: Settings, load: Callable[[Path], Result], schema: Schema
+    path: Path, trace: ReasoningTrace, wanted: KeptIf, load: Callable[[Path], Result], schema: Schema
 ) -> Result | None:
     if not path.exists():
         return None
@@ -64,12 +64,12 @@ def _kept(
             raise ResultFileError(f"{error}. It was left alone: choose another --out") from error
         raise DamagedResultError(str(error)) from error
     provenance = result.provenance
-    found = Settings(provenance.model_name, provenance.objective, provenance.dtype, result.layers)
+    found = KeptIf(provenance.model_name, provenance.objective, provenance.dtype, result.layers)
     for name in ("model_name", "objective", "dtype", "layers"):
-        if getattr(found, name) != getattr(settings, name):
+        if getattr(found, name) != getattr(wanted, name):
             raise ResultFileError(
                 f"{path} is kept from an analysis with {name} {_show(getattr(found, name))}, this one has "
-                f"{_show(getattr(settings, name))}: choose another --out, or replace it with --overwrite"
+                f"{_show(getattr(wanted, name))}: choose another --out, or replace it with --overwrite"
             )
     if result.trace != trace:
         raise ResultFileError(
@@ -80,7 +80,7 @@ def _kept(
 
 
 class DamagedResultError(ResultFileError):
-    """A result file that nobody can want: cut off, or not holding together."""
+    """A result file that nobody can want: cut off or inconsistent."""
 
 
 def _is_whole_but_foreign(path: Path, schema: Schema) -> bool:

@@ -1,9 +1,9 @@
-"""The table of a run, long form: one row a trace and layer, as Parquet, written row group by row group.
+"""The table of a run, long form: one row per trace and layer, as Parquet, written row group by row group.
 
 Columns: `id`, `group`, `pair`, `n_tokens`, `n_question`, `n_thinking`, `n_summary`, `layer`, `n_layers`,
 every one of `LAYER_METRICS` (a null where a definition does not apply), `decay_slope` (of the trace, the same
 in all its rows), `model`, `objective`, `dtype`, `backend`. What repeats costs next to nothing: Parquet writes
-it once a row group. Memory: the rows of `_TRACES_A_GROUP` traces. The target appears when it is whole.
+it once per row group. Memory: the rows of `_TRACES_A_GROUP` traces. The target appears when it is whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
 from stepflow_tl.errors import MissingExtraError
 from stepflow_tl.results.files import atomic_file
-from stepflow_tl.runs.inventory import TraceNumbers
+from stepflow_tl.runs.outcomes import Outcome
 
 _TRACES_A_GROUP = 256
 _METADATA = {b"stepflow_tl.LayerTable": json.dumps({"version": 1, "minor": 0}).encode()}
@@ -48,10 +48,10 @@ class LayerTable:
     def __init__(self, arrow: ModuleType, writer: Any, schema: Any) -> None:
         """Start without rows."""
         self._arrow, self._writer, self._schema = arrow, writer, schema
-        self._traces: list[TraceNumbers] = []
+        self._traces: list[Outcome] = []
 
-    def add(self, trace: TraceNumbers) -> None:
-        """One trace: as many rows as it has layers."""
+    def add(self, trace: Outcome) -> None:
+        """One trace that has numbers: as many rows as it has layers."""
         self._traces.append(trace)
         if len(self._traces) >= _TRACES_A_GROUP:
             self.flush()
@@ -64,8 +64,9 @@ class LayerTable:
             self._traces.clear()
 
 
-def _columns(arrow: ModuleType, traces: list[TraceNumbers]) -> dict[str, Any]:
-    found = [trace.diagnosis for trace in traces]
+def _columns(arrow: ModuleType, traces: list[Outcome]) -> dict[str, Any]:
+    done = [trace.done for trace in traces if trace.done is not None]
+    found = [each.diagnosis for each in done]
     repeats = [len(diagnosis.layers) for diagnosis in found]
     rows = np.repeat(np.arange(len(traces)), repeats)
 
@@ -73,9 +74,9 @@ def _columns(arrow: ModuleType, traces: list[TraceNumbers]) -> dict[str, Any]:
         return arrow.array(values, type=kind).take(arrow.array(rows))
 
     columns = {
-        **{name: spread([getattr(t, name) for t in traces], arrow.string()) for name in ("id", "pair")},
-        "group": spread([trace.group for trace in traces], arrow.bool_()),
-        "n_tokens": spread([trace.n_tokens for trace in traces], arrow.int64()),
+        **{name: spread([getattr(each, name) for each in done], arrow.string()) for name in ("id", "pair")},
+        "group": spread([each.group for each in done], arrow.bool_()),
+        "n_tokens": spread([each.n_tokens for each in done], arrow.int64()),
         "layer": arrow.array([layer for d in found for layer in d.layers], type=arrow.int64()),
         "decay_slope": _numbers(arrow, np.repeat([d.decay_slope for d in found], repeats)),
         "model": spread([d.model_name for d in found], arrow.string()),

@@ -1,33 +1,203 @@
-"""The manifest of a folder of results: append-only, locked, safe against a kill between any two system calls.
+"""The manifest of a run: its settings, then what became of each trace, one JSON line each.
 
-1. Opening takes an exclusive lock (`flock`), which the operating system gives back when the process ends,
-   however it ends. A second run in the same folder and shard is refused.
-2. A last line without its newline was being written when an earlier run was killed: it is cut off. Its
-   trace's result, if that was saved, is found and taken over by the worker.
-3. The first line says what was analysed and how; a run with other settings is refused, or begins the
-   manifest anew with `overwrite`.
-4. Appending is one `write` at the end of the file and one `fsync`. If the disk takes only part of a line,
-   that part is cut off again before the error is raised.
-5. In memory there is an index only: where in the file the last line of each id begins.
+`{"schema": 1, "kind": "header", "settings": {...}, "stepflow_tl": version}`
+`{"kind": "done", "id", "line", "file", "n_tokens", ..., "sha256", "metrics": {name: [number or null, ...]},
+...}` `{"kind": "failed", "id", "line", "reason", "error", ...}`
 
-Cost: an `fsync` a trace, milliseconds. Without `flock` (Windows) nothing keeps two runs apart.
+This module alone knows what stands in those lines, both ways: `Done` and `Failed` are written by the run that
+appends them and read back by a run that goes on and by `summarize`. How lines reach the disk, and what
+becomes of torn and damaged ones, is `results.journal`.
+
+1. The last line for an id counts. Over several manifests of a folder (one per shard), done counts before
+   failed, and of two that are done the one of the manifest that was written last.
+2. Every field is checked for its type and range before it is believed: what fails is a damaged line, which
+   costs that trace only.
+3. Keys unknown here are passed over. A metric that is not in a line, because it was added to the diagnosis
+   later, is NaN there. A change that older readers would get wrong raises `SCHEMA_VERSION`.
+
+`seconds` is wall-clock time and the only field that differs between two equal runs. Each line is parsed once;
+what is kept of it is some 6 kB for a trace of 28 layers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import os
+import math
+import re
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from stepflow_tl.errors import DiskFullError, ResultFileError
-from stepflow_tl.results.files import is_disk_full
-from stepflow_tl.runs.entries import SCHEMA_VERSION, Entry, RunSettings, entry_of
-from stepflow_tl.runs.plan import Shard
-from stepflow_tl.version import __version__
+from stepflow_tl.causal.agreement import MEASURES, TraceAgreement
+from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis
+from stepflow_tl.errors import ResultFileError
+from stepflow_tl.results.files import whole_numbers
+from stepflow_tl.results.journal import Journal, JournalKind, check_settings, read_journal
+from stepflow_tl.results.plain_data import check_numbers, count, number, text, text_or_none
+from stepflow_tl.runs.options import Shard
+
+SCHEMA_VERSION = 1
+
+_NAME = re.compile(r"manifest(?:-\d{1,6}-of-\d{1,6})?\.jsonl", re.ASCII)
+_DIAGNOSIS = {"schema": "stepflow_tl.Diagnosis", "version": 1}  # not repeated in every line
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What all traces of a folder have in common; None where a header does not say.
+
+    Attributes:
+        model_name: The model's own name.
+        objective: What is differentiated.
+        dtype: Of the model's weights.
+        layers: Layers that are kept.
+        n_layers: Layers of the model.
+        splitter: How segments are cut into steps.
+        format: Name of the reasoning format.
+    """
+
+    model_name: str
+    objective: str
+    dtype: str
+    layers: tuple[int, ...] | None = None
+    n_layers: int | None = None
+    splitter: str | None = None
+    format: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without what is None."""
+        data = {**asdict(self), "layers": None if self.layers is None else list(self.layers)}
+        return {name: value for name, value in data.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RunSettings:
+        """Read a header's settings.
+
+        Raises:
+            KeyError: If one that every header has is missing.
+            TypeError: If one is of the wrong type; or `ValueError`, for what it holds.
+        """
+        return cls(
+            **{name: text(data, name) for name in ("model_name", "objective", "dtype")},
+            layers=None if data.get("layers") is None else whole_numbers(data["layers"]),
+            n_layers=None if data.get("n_layers") is None else count(data, "n_layers"),
+            splitter=text_or_none(data, "splitter"),
+            format=text_or_none(data, "format"),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """A trace that has a result.
+
+    Attributes:
+        id: Its id.
+        line: Line or row in the input.
+        file: Name of the result file, as written: a reader must not trust it to stay in its folder.
+        n_tokens: Tokens of the trace.
+        seconds: Wall-clock time of the analysis; 0 where a result was found whose line was lost.
+        group: Value of the grouping field, if there is one.
+        pair: Value of the pairing field, if there is one.
+        sha256: Of the result file; None where nobody wrote it down.
+        diagnosis: Measures of the map, without the reasons for what is missing.
+        agreement: Agreement with its knockout, or None.
+        group_by: Name of the grouping field; None where there is none, or the line is of a version that did
+            not write it.
+        pair_by: Name of the pairing field, likewise.
+    """
+
+    id: str
+    line: int
+    file: str
+    n_tokens: int
+    seconds: float
+    group: bool | None
+    pair: str | None
+    sha256: str | None
+    diagnosis: Diagnosis
+    agreement: TraceAgreement | None = None
+    group_by: str | None = None
+    pair_by: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The line; the diagnosis is spread over it, its measures under `metrics`."""
+        own = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.name not in ("diagnosis", "agreement")
+        }
+        measured = self.diagnosis.to_json()
+        metrics = {name: measured.pop(name) for name in LAYER_METRICS}
+        rest = {name: value for name, value in measured.items() if name not in (*_DIAGNOSIS, "reasons")}
+        agreement = None if self.agreement is None else self.agreement.to_json()
+        return {"kind": "done", **own, **rest, "metrics": metrics, "agreement": agreement}
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A trace that has no result.
+
+    Attributes:
+        id: Its id; for a row that names no trace, the row.
+        line: Line or row in the input.
+        reason: Why, in words.
+        error: Class of the error.
+        input: Digest of the row's text: a failure is remembered as long as the row stays what it was.
+    """
+
+    id: str
+    line: int
+    reason: str
+    error: str
+    input: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The line."""
+        return {"kind": "failed", **asdict(self)}
+
+
+Entry = Done | Failed
+
+
+def entry_of(data: dict[str, Any]) -> Entry:
+    """The entry of a line.
+
+    Raises:
+        KeyError: If a field is missing.
+        TypeError: If a field is of the wrong type; or `ValueError`, for what it holds.
+    """
+    if data["kind"] == "failed":
+        texts = {name: text({"input": "", **data}, name) for name in ("id", "reason", "error", "input")}
+        return Failed(line=count(data, "line"), **texts)
+    group, sha256 = data.get("group"), text_or_none(data, "sha256")
+    if group is not None and not isinstance(group, bool):
+        raise TypeError(f"group is a {type(group).__name__}, expected true, false or null")
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError("sha256 is not a SHA-256 in hex")
+    return Done(
+        id=text(data, "id"),
+        line=count(data, "line"),
+        file=text(data, "file"),
+        n_tokens=count(data, "n_tokens"),
+        seconds=number(data, "seconds"),
+        group=group,
+        pair=text_or_none(data, "pair"),
+        sha256=sha256,
+        diagnosis=_diagnosis(data),
+        agreement=_agreement(data.get("agreement")),
+        group_by=text_or_none(data, "group_by"),
+        pair_by=text_or_none(data, "pair_by"),
+    )
+
+
+MANIFEST = JournalKind(
+    what="manifest",
+    of="analysis",
+    schema=SCHEMA_VERSION,
+    entries=("done", "failed"),
+    check=entry_of,
+    when_in_use="Wait for it, end it, or choose another --out; --shard i/n lets several runs share a folder",
+)
 
 
 def manifest_path(folder: Path, shard: Shard | None = None) -> Path:
@@ -40,192 +210,131 @@ def manifest_path(folder: Path, shard: Shard | None = None) -> Path:
     return folder / f"manifest{(shard or Shard()).suffix}.jsonl"
 
 
-class Manifest:
-    """An open manifest; a context manager."""
+def open_manifest(
+    path: Path,
+    settings: RunSettings,
+    *,
+    overwrite: bool = False,
+    note: Callable[[str], None] = lambda message: None,
+) -> Journal:
+    """The manifest of a run, locked, to append entries to and to look them up by id.
 
-    def __init__(
-        self,
-        path: Path,
-        settings: RunSettings,
-        *,
-        overwrite: bool = False,
-        note: Callable[[str], None] = lambda message: None,
-    ) -> None:
-        """Open and lock `path`, mend its end, and check or write its header.
+    Args:
+        path: The file, made if it does not exist.
+        settings: Of this run.
+        overwrite: Begin anew where the settings differ, instead of refusing.
+        note: Told what was mended.
 
-        Args:
-            path: The file, made if it does not exist.
-            settings: Of this run.
-            overwrite: Begin anew where the settings differ, instead of refusing.
-            note: Told what was mended.
+    Raises:
+        DiskFullError: If there is no room for the header.
+        ResultFileError: If another run holds the lock, or the file is something else or of other settings.
+    """
+    return Journal(path, MANIFEST, settings.to_json(), overwrite=overwrite, note=note)
 
-        Raises:
-            DiskFullError: If there is no room for the header.
-            ResultFileError: If another run holds the lock, or the file is something else or of other
-                settings.
-        """
-        self.path, self._note = path, note
-        self._index: dict[str, int] = {}
-        try:
-            self._file = os.open(
-                path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666
-            )
-        except OSError as error:
-            kind = DiskFullError if is_disk_full(error) else ResultFileError
-            raise kind(f"cannot open {path} ({error.strerror or error})") from error
-        try:
-            self._lock()
-            self._cut_torn_line()
-            header = self._read()
-            if header is not None and self._differs(header, settings, overwrite):
-                os.ftruncate(self._file, 0)
-                self._index, header = {}, None
-            if header is None:
-                self._write(
-                    {
-                        "schema": SCHEMA_VERSION,
-                        "kind": "header",
-                        "settings": settings.to_json(),
-                        "stepflow_tl": __version__,
-                    }
-                )
-        except BaseException:
-            os.close(self._file)
-            raise
 
-    def __enter__(self) -> Manifest:
-        """The open manifest."""
-        return self
+@dataclass(frozen=True)
+class ManifestIndex:
+    """The traces of a folder, as its manifests have them in the end.
 
-    def __exit__(self, *error: object) -> None:
-        """Close it."""
-        self.close()
+    Attributes:
+        settings: Of the run, or None where there is no manifest.
+        entries: One per id, what failed first, both in the order of the input.
+        files: Every file name that any line ever named.
+        damaged: Lines that cannot be read: where, and why.
+    """
 
-    def close(self) -> None:
-        """Close the file, which gives the lock back."""
-        os.close(self._file)
+    settings: RunSettings | None
+    entries: tuple[Entry, ...]
+    files: frozenset[str]
+    damaged: tuple[str, ...]
 
-    def __len__(self) -> int:
-        """Traces it has a line for."""
-        return len(self._index)
 
-    def last(self, trace_id: str) -> Entry | None:
-        """The last entry of an id, read from the file."""
-        offset = self._index.get(trace_id)
-        if offset is None:
-            return None
-        return entry_of(json.loads(self._line_at(offset)))
+def read_manifests(folder: Path) -> ManifestIndex:
+    """What the manifests of a folder say of each trace in the end.
 
-    def append(self, entry: Entry) -> None:
-        """Add a line, on the disk when this returns.
+    Raises:
+        ResultFileError: If a manifest cannot be read, has no header, is of a later schema, or two headers are
+            of different settings.
+    """
+    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file()]
+    settings: dict[str, Any] = {}
+    last: dict[str, Entry] = {}
+    files: set[str] = set()
+    damaged: list[str] = []
+    for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name)):
+        said: dict[str, Entry] = {}
+        for line in read_journal(path, MANIFEST):
+            if line.damage:
+                damaged.append(line.damage)
+            elif line.settings is not None:
+                own = _settings(line.settings, path)
+                if differing := check_settings(settings, own.to_json()):
+                    name, found, other = differing
+                    raise ResultFileError(
+                        f"{path}: a header with {name} {other!r}, another header of this folder has "
+                        f"{found!r}: summarise one run at a time"
+                    )
+                settings.update(own.to_json())
+            else:
+                said[line.id] = line.entry
+                if isinstance(line.entry, Done):
+                    files.add(line.entry.file)
+        for name, entry in said.items():
+            if isinstance(entry, Done) or not isinstance(last.get(name), Done):
+                last[name] = entry
+    return ManifestIndex(
+        RunSettings.from_json(settings) if settings else None,
+        tuple(sorted(last.values(), key=lambda entry: (isinstance(entry, Done), entry.line, entry.id))),
+        frozenset(files),
+        tuple(damaged),
+    )
 
-        Raises:
-            DiskFullError: If there is no room; the manifest is then as it was.
-            ResultFileError: If the disk refuses for another reason.
-        """
-        self._index[entry.id] = self._write(entry.to_json())
 
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ResultFileError(
-                f"{self.path} is in use: another run works in this folder. Wait for it, end it, or choose "
-                "another --out; --shard i/n lets several runs share a folder"
-            ) from error
+def _settings(data: dict[str, Any], path: Path) -> RunSettings:
+    try:
+        return RunSettings.from_json(data)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ResultFileError(f"{path}: the settings of its header cannot be read ({reason})") from error
 
-    def _cut_torn_line(self) -> None:
-        size = os.fstat(self._file).st_size
-        end = size
-        while end:
-            first = max(0, end - 65536)
-            found = self._at(first, end - first).rfind(b"\n")
-            if found >= 0:
-                end = first + found + 1
-                break
-            end = first
-        if end != size:
-            os.ftruncate(self._file, end)
-            self._note(f"{self.path.name}: cut off the {size - end} bytes of a line that was never finished")
 
-    def _read(self) -> dict[str, Any] | None:
-        """The header, or None in an empty file; fills the index."""
-        header, offset = None, 0
-        # A copy of the descriptor: it shares the lock, and closing it gives nothing back.
-        with os.fdopen(os.dup(self._file), "rb") as file:
-            file.seek(0)
-            for line in file:
-                try:
-                    data = json.loads(line)
-                    if not isinstance(data, dict):
-                        raise TypeError(f"a JSON {type(data).__name__}")
-                    if header is None:
-                        header = self._header(data)
-                    else:
-                        self._index[entry_of(data).id] = offset
-                except (ValueError, TypeError, RecursionError) as error:
-                    if header is None:
-                        raise ResultFileError(
-                            f"{self.path} is no manifest of stepflow-tl ({error}): choose another --out"
-                        ) from error
-                    self._note(f"{self.path.name}: ignored a line that is damaged ({error})")
-                offset += len(line)
-        return header
+def _diagnosis(data: dict[str, Any]) -> Diagnosis:
+    layers = whole_numbers(data["layers"])
+    if not layers or len(set(layers)) != len(layers) or min(layers) < 0:
+        raise ValueError(f"layers {str(layers)[:60]} must be distinct, from 0 on, and at least one")
+    if not isinstance(data["metrics"], dict):
+        raise TypeError(f"metrics is a {type(data['metrics']).__name__}, expected an object")
+    nothing = [None] * len(layers)  # a metric that the diagnosis did not have when the line was written
+    metrics = {name: data["metrics"].get(name, nothing) for name in LAYER_METRICS}
+    for name, values in metrics.items():
+        check_numbers(values)
+        if len(values) != len(layers):
+            raise ValueError(f"{name} has {len(values)} values for {len(layers)} layers")
+    check_numbers([data["decay_slope"]])
+    # What `diagnose` takes by default, where the line does not say.
+    stated = {"window": 0, "recent": 1, "pooling": "mean", "rows_without_mass": [0] * len(layers), **data}
+    counts = ("n_layers", "n_question", "n_thinking", "n_summary", "window", "recent")
+    return Diagnosis.from_json(
+        {
+            **_DIAGNOSIS,
+            "layers": layers,
+            **metrics,
+            "rows_without_mass": whole_numbers(stated["rows_without_mass"]),
+            "decay_slope": data["decay_slope"],
+            **{name: count(stated, name) for name in counts},
+            **{name: text(stated, name) for name in ("pooling", "model_name", "objective")},
+            "reasons": {},
+        }
+    )
 
-    def _header(self, data: dict[str, Any]) -> dict[str, Any]:
-        version, settings = data.get("schema"), data.get("settings")
-        if data.get("kind") != "header" or not isinstance(version, int) or not isinstance(settings, dict):
-            raise ValueError("its first line is no header")
-        if version > SCHEMA_VERSION:
-            raise ResultFileError(
-                f"{self.path} has schema {version}; this stepflow_tl reads up to {SCHEMA_VERSION}: upgrade "
-                "stepflow-tl, or choose another --out"
-            )
-        return settings
 
-    def _differs(self, found: dict[str, Any], settings: RunSettings, overwrite: bool) -> bool:
-        for name, value in settings.to_json().items():
-            if name in found and found[name] != value:
-                if overwrite:
-                    return True
-                raise ResultFileError(
-                    f"{self.path.parent} holds an analysis with {name} {found[name]}, this one has {value}: "
-                    "choose another --out, or replace it with --overwrite"
-                )
-        return False
-
-    def _line_at(self, offset: int) -> bytes:
-        chunks, chunk = [], b""
-        while b"\n" not in chunk:
-            chunk = self._at(offset, 65536)
-            if not chunk:
-                break
-            chunks.append(chunk)
-            offset += len(chunk)
-        return b"".join(chunks).partition(b"\n")[0]
-
-    def _at(self, offset: int, size: int) -> bytes:
-        os.lseek(self._file, offset, os.SEEK_SET)  # writing goes to the end all the same: O_APPEND
-        return os.read(self._file, size)
-
-    def _write(self, data: dict[str, Any]) -> int:
-        """Add a line; where it begins."""
-        line = json.dumps(data, allow_nan=False).encode("ascii") + b"\n"
-        begin = os.fstat(self._file).st_size
-        try:
-            written = os.write(self._file, line)
-            if written < len(line):  # the rest tells why
-                written += os.write(self._file, line[written:])
-            if written < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, begin)
-            kind = DiskFullError if is_disk_full(error) else ResultFileError
-            raise kind(f"cannot write {self.path} ({error.strerror or error})") from error
-        return begin
+def _agreement(data: Any) -> TraceAgreement | None:
+    if data is None:
+        return None
+    found = TraceAgreement.from_json(data)
+    numbers = [values[measure] for values in found.values.values() for measure in MEASURES]
+    if any(map(math.isinf, [found.top_k_chance, *numbers])):
+        raise ValueError("a number of the agreement is beyond what a float can hold")
+    for name in ("k", "n_pairs"):
+        count(data, name)
+    return found

@@ -1,28 +1,240 @@
-"""What a run does with each trace."""
+"""The options of a run and of its summary, each declared once.
+
+A field is an option of `analyze_dataset` or `summarize` under its own name, and `--name` on the command line.
+Its line under "Attributes" is its help in both places; its metadata say how the command line reads it. The
+objects are plain data, so that they travel to other processes as they are.
+
+Nothing heavy is imported here: the command line is built from this module before anything is loaded.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from stepflow_tl.errors import InputFileError
+
+Options = TypeVar("Options", bound="GroupOptions")
+
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
-class AnalysisOptions:
-    """The same for every trace of a run; plain data, so that it travels to other processes.
+class Shard:
+    """One part of an input that several runs share, in the same folder.
 
     Attributes:
-        objective: As in `step_saliency`, by name.
-        layers: Layers to keep; all by default.
-        splitter: How thinking and summary are cut into steps, by name.
-        format: Reasoning format, or "auto" to read it off the tokenizer's chat template.
-        causal: Also measure a knockout of every pair of steps.
-        figures: Also draw step maps and profiles.
-        overwrite: Analyse again where a result is there already.
+        index: Which part, from 0, as in SLURM's array 0-(n-1).
+        count: How many parts there are.
     """
 
-    objective: str = "per_token"
-    layers: tuple[int, ...] | None = None
-    splitter: str = "paragraph"
-    format: str = "auto"
-    causal: bool = False
-    figures: bool = False
-    overwrite: bool = False
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a part that does not exist."""
+        if not 0 <= self.index < self.count:
+            raise InputFileError(
+                f"shard {self.index}/{self.count} does not exist: of n shards the first is 0/n, the last "
+                "(n-1)/n"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read a shard as it is written on the command line.
+
+        Args:
+            text: Such as "2/8".
+
+        Raises:
+            InputFileError: If it does not name a part.
+        """
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        if not found:
+            raise InputFileError(f"{text!r} is not a shard: expected i/n, such as 0/8 for the first of eight")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        """As it is written on the command line."""
+        return f"{self.index}/{self.count}"
+
+    @property
+    def suffix(self) -> str:
+        """What tells its files from those of the other shards: "-2-of-8", empty for a run that is not cut."""
+        return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on.
+
+    Raises:
+        ValueError: If the text is anything else.
+    """
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not int(text):
+        raise ValueError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layers written as numbers and ranges.
+
+    Raises:
+        ValueError: If the text is anything else, a range runs backwards, or a layer is named twice.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,4})(?:\s*-\s*([0-9]{1,4}))?\s*", part)
+        if not found:
+            raise ValueError(f"{text!r}: expected layers and ranges such as 0-6,23-29")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ValueError(f"{part.strip()!r} runs backwards: write {last}-{first}")
+        layers += range(first, last + 1)
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"{text!r} names a layer twice")
+    return tuple(layers)
+
+
+def parse_objective(text: str) -> str:
+    """The name of an objective.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if text in ("per_token", "response", "thinking", "summary") or re.fullmatch(r"[QTS][0-9]*", text):
+        return text
+    raise ValueError(
+        f"{text!r} is none of per_token, response, thinking, summary, nor a step such as T3 or S1"
+    )
+
+
+def _option(default: Any, **reading: Any) -> Any:
+    """A field with the arguments of `add_argument` that its type does not tell.
+
+    `exclusive` in place of one of those: of all options so marked, the command line takes one at most.
+    """
+    return field(default=default, metadata=reading)
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """Which two groups of traces are compared.
+
+    Attributes:
+        group_by: compare the traces where this field is true with those where it is false
+        pair_by: pair the two groups by this field (problem_id where the records have it)
+        unpaired: compare without pairing
+    """
+
+    group_by: str | None = _option(None, metavar="FIELD")
+    pair_by: str | None = _option(None, metavar="FIELD", exclusive=True)
+    unpaired: bool = _option(False, exclusive=True)
+
+    @classmethod
+    def of(cls: type[Options], function: str, given: Mapping[str, Any]) -> Options:
+        """The options that a function was called with.
+
+        Args:
+            function: Its name, for the message.
+            given: Its keyword arguments.
+
+        Raises:
+            TypeError: If one is not an option.
+        """
+        known = [each.name for each in fields(cls)]
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise TypeError(
+                f"{function} has no option {', '.join(map(repr, unknown))}: expected {', '.join(known)}"
+            )
+        return cls(**given)
+
+    @classmethod
+    def helps(cls) -> dict[str, str]:
+        """The help text of each option, from the docstrings; empty under `python -OO`."""
+        text = "\n".join(inspect.cleandoc(each.__doc__ or "") for each in reversed(cls.__mro__[:-1]))
+        found = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", text, re.MULTILINE)
+        return {name: re.sub(r"\s+", " ", words) for name, words in found}
+
+
+@dataclass(frozen=True)
+class RunOptions(GroupOptions):
+    """Options of `analyze_dataset` and `stepflow-tl analyze`; `GroupOptions` are among them.
+
+    Attributes:
+        objective: per_token (default), response, thinking, summary, or a step such as S1
+        layers: layers to keep, on the command line such as 0-6,23-29 (all)
+        splitter: how thinking and summary are cut into steps (paragraph)
+        format: reasoning format (auto: read from the model's chat template)
+        overwrite: analyse again where a result is there already
+        retry_failed: try again what failed in an earlier run
+        limit: read the first N lines only
+        shard: take part I of N, I from 0; N runs may share the folder
+        engine: this process (local), or the replicas of a Ray cluster, which is started here if there is none
+        replicas: models at once, for ray (one per GPU, or one)
+        causal: also cut every pair of steps, measure the harm, and say how well the maps agree
+        figures: draw step maps and profiles beside each result
+    """
+
+    objective: str = _option("per_token", type=parse_objective)
+    layers: Sequence[int] | None = _option(None, type=parse_layers, metavar="LIST")
+    splitter: str = _option("paragraph", choices=("paragraph", "line", "sentence", "whole"))
+    format: str = _option("auto")
+    overwrite: bool = _option(False)
+    retry_failed: bool = _option(False)
+    limit: int | None = _option(None, type=positive, metavar="N")
+    shard: str | Shard | None = _option(None, metavar="I/N")
+    engine: str = _option("local", choices=ENGINES)
+    replicas: int | None = _option(None, type=positive, metavar="N")
+    causal: bool = _option(False)
+    figures: bool = _option(False)
+
+    def __post_init__(self) -> None:
+        """Layers as a tuple, the shard as a `Shard`; refuse an engine that does not exist."""
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if self.engine not in ENGINES:
+            raise ValueError(f"unknown engine {self.engine!r}: expected {' or '.join(map(repr, ENGINES))}")
+
+    @property
+    def part(self) -> Shard:
+        """The part of the input that is taken; all of it by default.
+
+        Raises:
+            InputFileError: If the shard does not exist.
+        """
+        if isinstance(self.shard, Shard):
+            return self.shard
+        return Shard() if self.shard is None else Shard.parse(self.shard)
+
+
+@dataclass(frozen=True)
+class SummaryOptions(GroupOptions):
+    """Options of `summarize` and `stepflow-tl summarize`; `GroupOptions` are among them.
+
+    The last four are not on the command line.
+
+    Attributes:
+        verify: compare every file with the SHA-256 in its manifest
+        confidence: coverage of the intervals
+        n_bootstrap: bootstrap resamples
+        n_permutations: permutations of the comparison
+        seed: of all resampling
+    """
+
+    verify: bool = _option(False)
+    confidence: float = _option(0.95, hidden=True)
+    n_bootstrap: int = _option(4000, hidden=True)
+    n_permutations: int = _option(9999, hidden=True)
+    seed: int = _option(0, hidden=True)
+
+    def __post_init__(self) -> None:
+        """Refuse a level or a count out of range."""
+        if not 0 < self.confidence < 1 or self.n_bootstrap < 1 or self.n_permutations < 1:
+            raise ValueError(
+                f"confidence is {self.confidence}, n_bootstrap {self.n_bootstrap}, n_permutations "
+                f"{self.n_permutations}: expected a level between 0 and 1, and at least one of each"
+            )

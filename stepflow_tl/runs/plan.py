@@ -2,70 +2,39 @@
 
 1. Rows are read in order. Ids that were met before are refused, and every id gets its file name here, over
    the whole input: so names and refusals do not depend on shards, order or what an earlier run did.
-2. Shard i of n takes the rows whose place in the input, counted from 0, leaves the remainder i modulo n.
-3. Inside a window of some hundred records, long traces come first: memory is asked for at its peak once and
+2. An id of ASCII letters, digits, ".", "_" and "-", short, without a leading dot, that no system reserves, is
+   its own name. Any other becomes what is left of it, readable, and 12 hex digits of its SHA-256: `../x`
+   becomes `x-` and the digits. So no path separator, NUL or device name gets through, and different ids keep
+   different names. Of two ids that differ only in case, which would share a file on some systems, the later
+   one gets the digits too.
+3. Shard i of n takes the rows whose place in the input, counted from 0, leaves the remainder i modulo n.
+4. Inside a window of some hundred records, long traces come first: memory is asked for at its peak once and
    used again, and what is left is known for the window and estimated from the rows read so far beyond it.
 
-The order is a function of the input alone. Memory: one window of records, and one file name an id.
+The order is a function of the input alone. Memory: one window of records, and one file name per id.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from stepflow_tl.errors import InputFileError
-from stepflow_tl.runs.file_names import FileNames
-from stepflow_tl.runs.records import Record, Unit, Unreadable
+from stepflow_tl.runs.manifest import Entry
+from stepflow_tl.runs.options import Shard
+from stepflow_tl.runs.records import Record, Unreadable
 
 WINDOW_RECORDS = 256
 _WINDOW_CHARACTERS = 1 << 26
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One part of an input that several runs share, in the same folder.
-
-    Attributes:
-        index: Which part, from 0, as in SLURM's array 0-(n-1).
-        count: How many parts there are.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse a part that does not exist."""
-        if not 0 <= self.index < self.count:
-            raise InputFileError(
-                f"shard {self.index}/{self.count} does not exist: of n shards the first is 0/n, the last "
-                "(n-1)/n"
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """Read a shard as it is written on the command line.
-
-        Args:
-            text: Such as "2/8".
-
-        Raises:
-            InputFileError: If it does not name a part.
-        """
-        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-        if not found:
-            raise InputFileError(f"{text!r} is no shard: expected i/n, such as 0/8 for the first of eight")
-        return cls(int(found[1]), int(found[2]))
-
-    def __str__(self) -> str:
-        """As it is written on the command line."""
-        return f"{self.index}/{self.count}"
-
-    @property
-    def suffix(self) -> str:
-        """What tells its files from those of the other shards: "-2-of-8", empty for a run that is not cut."""
-        return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
+_PLAIN = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?", re.ASCII)
+# Windows devices, with any ending.
+_RESERVED = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.ASCII | re.IGNORECASE)
+_READABLE = 80
+# What `write_atomically` writes beside NAME before it is renamed to NAME.
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -75,29 +44,12 @@ class Task:
     Attributes:
         record: Its row.
         file: Name of its result file.
+        previous: What the manifest says of it already.
     """
 
     record: Record
     file: str
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A row that names no trace; `id` stands for it in the manifest.
-
-    Attributes:
-        line: Line or row number.
-        id: "line-<number>" or "row-<number>".
-        trace_id: The id that it gives, or empty.
-        reason: What is wrong with it.
-        unit: What `line` counts.
-    """
-
-    line: int
-    id: str
-    trace_id: str
-    reason: str
-    unit: Unit
+    previous: Entry | None = None
 
 
 class Plan:
@@ -119,7 +71,7 @@ class Plan:
         self._n_read = self._size_read = 0
         self.total = len(range(self._shard.index, total, self._shard.count))
 
-    def __iter__(self) -> Iterator[Task | Rejected]:
+    def __iter__(self) -> Iterator[Task | Unreadable]:
         """Tasks, window by window, and rows that name none."""
         window: list[Task] = []
         size = 0
@@ -128,7 +80,7 @@ class Plan:
             if place % self._shard.count != self._shard.index:
                 continue
             self._n_read += 1
-            if isinstance(task, Rejected):
+            if isinstance(task, Unreadable):
                 yield task
                 continue
             self._size_read += task.record.size
@@ -141,18 +93,70 @@ class Plan:
 
     @property
     def estimated_size(self) -> float:
-        """Characters of the whole shard: those read, and as many a row for the rest."""
+        """Characters of the whole shard: those read, and as many per row for the rest."""
         return self._size_read / self._n_read * self.total if self._n_read else 0.0
 
-    def _task(self, record: Record | Unreadable) -> Task | Rejected:
-        stand_in = f"{record.unit}-{record.line}"
+    def _task(self, record: Record | Unreadable) -> Task | Unreadable:
         if isinstance(record, Unreadable):
-            return Rejected(record.line, stand_in, "", record.reason, record.unit)
+            return record
         first = self._line_of.setdefault(record.id, record.line)
         if first != record.line:
             reason = f"duplicate id, first on {record.unit} {first}: ids must differ"
-            return Rejected(record.line, stand_in, record.id, reason, record.unit)
+            return Unreadable(record.line, reason, record.unit, record.id)
         return Task(record, f"{self._names.stem(record.id)}.safetensors")
+
+
+class FileNames:
+    """Gives each id of a run its file stem."""
+
+    def __init__(self) -> None:
+        """No name is taken yet."""
+        self._id_of: dict[str, str] = {}
+
+    def stem(self, trace_id: str) -> str:
+        """File name without ending; the same id gives the same name, another id another one."""
+        is_plain = _PLAIN.fullmatch(trace_id) and not _RESERVED.fullmatch(trace_id)
+        name = trace_id if is_plain else hashed_stem(trace_id)
+        if self._id_of.setdefault(name.casefold(), trace_id) == trace_id:
+            return name
+        name = hashed_stem(trace_id)
+        if self._id_of.setdefault(name.casefold(), trace_id) != trace_id:
+            # An id that spells another one's digits.
+            name = hashed_stem(trace_id, digits=64)
+            self._id_of[name.casefold()] = trace_id
+        return name
+
+
+def hashed_stem(trace_id: str, digits: int = 12) -> str:
+    """The readable part of an id and the first hex digits of its SHA-256."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", trace_id, flags=re.ASCII).strip("._-")[:_READABLE]
+    if _RESERVED.fullmatch(readable):  # Windows looks at what stands before the first dot
+        readable = f"trace-{readable}"
+    digest = hashlib.sha256(trace_id.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{readable or 'trace'}-{digest[:digits]}"
+
+
+class Leftovers:
+    """Temporary files of a run that was killed while it wrote one.
+
+    They are looked for once, when a run begins, and removed when the run that may write their target comes to
+    it: another shard's are another run's business, perhaps at this moment.
+    """
+
+    def __init__(self, *folders: Path) -> None:
+        """Look once."""
+        self._of: dict[str, list[Path]] = {}
+        for folder in folders:
+            if folder.is_dir():
+                for path in folder.iterdir():
+                    if found := _TEMPORARY.fullmatch(path.name):
+                        self._of.setdefault(found[1], []).append(path)
+
+    def remove(self, name: str) -> None:
+        """Remove what was to become the file `name`."""
+        for path in self._of.pop(name, ()):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _longest_first(window: list[Task]) -> list[Task]:

@@ -6,26 +6,21 @@
 A row that fails is an `Unreadable` with its number and reason, and costs no other row.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepflow_tl.diagnosis import DEFAULT_PAIR_FIELD
 from stepflow_tl.errors import InputFileError
 from stepflow_tl.results.tables import printable
-
-Unit = Literal["line", "row"]
+from stepflow_tl.runs.options import GroupOptions
+from stepflow_tl.runs.row_files import Source, Unit, json_name, open_source
 
 PARTS = ("question", "thinking", "summary")
 FIELDS = ("id", *PARTS, "text")
-
-_JSON_NAMES = {
-    str: "a string",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
 
 
 @dataclass(frozen=True)
@@ -67,11 +62,53 @@ class Record:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A row that is no record, and why."""
+    """A row that names no trace, and why.
+
+    Attributes:
+        line: Line or row number, from 1.
+        reason: What is wrong with it.
+        unit: What `line` counts.
+        id: The id that it gives, where it can be read.
+    """
 
     line: int
     reason: str
     unit: Unit = "line"
+    id: str = ""
+
+    @property
+    def stand_in(self) -> str:
+        """What it is called in the manifest: "line-<number>" or "row-<number>"."""
+        return f"{self.unit}-{self.line}"
+
+
+def read_records(
+    source: Source | Path,
+    *,
+    group_by: str | None = None,
+    pair_by: str | None = None,
+    limit: int | None = None,
+) -> Iterator[Record | Unreadable]:
+    """The records of a source in order; at most the first `limit` rows.
+
+    Raises:
+        InputFileError: If the source cannot be opened or read.
+        MissingExtraError: If a package that reads it is not installed.
+    """
+    opened = open_source(source) if isinstance(source, Path) else source
+    columns = dict.fromkeys(name for name in (*FIELDS, group_by, pair_by) if name is not None)
+    for number, row in opened.rows(list(columns), limit):
+        try:
+            if isinstance(row, InputFileError):
+                raise row
+            yield record_of(row, number, group_by, pair_by, opened.unit)
+        except InputFileError as error:
+            yield Unreadable(number, str(error), opened.unit)
+
+
+def pair_field(options: GroupOptions) -> str | None:
+    """The field that pairs the traces of two groups, where the records have it; None without groups."""
+    return (options.pair_by or DEFAULT_PAIR_FIELD) if options.group_by is not None else None
 
 
 def record_of(
@@ -109,11 +146,6 @@ def record_of(
         pair=None if pair_by is None else _name(data, pair_by),
         unit=unit,
     )
-
-
-def json_name(value: object) -> str:
-    """What a value is, in words that fit every kind of file."""
-    return "null" if value is None else _JSON_NAMES.get(type(value), type(value).__name__)
 
 
 def _text(data: Mapping[str, Any], field: str) -> str | None:

@@ -1,41 +1,39 @@
 """`analyze_dataset`: every trace of a data set, so that a kill at any moment costs nothing.
 
-1. `sources` streams the rows, `plan` names, shards and orders them.
-2. An engine (`engines`, `ray_engine`) has one `Worker` a model replica; a worker writes one result file a
-   trace.
+1. `records` streams the rows, `plan` names, shards and orders them.
+2. An engine (`engines`) has one `Worker` per model replica; a worker writes one result file per trace.
 3. The driver, here, appends each trace's line to the `manifest`. A result whose line a kill has cost is found
    by its name and taken over; a line whose result is missing or damaged is done again; failures are
    remembered.
-4. At the end, after Ctrl-C and on a full disk too, `report` reads the manifest.
+4. At the end, after Ctrl-C and on a full disk too, the rows that were dealt with are summarised as by
+   `summarize`, from the manifest and a look at each file.
 
 Equal inputs, settings, software and machine, with equal numbers of threads, give result files that are equal
 byte for byte, whatever the order, the shards, or how often the run was killed; in the manifest only `seconds`
-differs. Memory: one trace at a time a replica, a window of records, and a few hundred bytes of names a trace.
+differs. Memory: one trace at a time per replica, a window of records, and a few kB of numbers per trace.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from stepflow_tl.diagnosis import DEFAULT_PAIR_FIELD
 from stepflow_tl.errors import DiskFullError, InputFileError, ResultFileError, require
-from stepflow_tl.runs.engines import Engine, Job, LocalEngine
-from stepflow_tl.runs.entries import Done, Entry, Failed, RunSettings
-from stepflow_tl.runs.knockouts import FOLDER as KNOCKOUTS
-from stepflow_tl.runs.leftovers import Leftovers
-from stepflow_tl.runs.manifest import Manifest, manifest_path
-from stepflow_tl.runs.options import AnalysisOptions
-from stepflow_tl.runs.outcomes import Outcome, Status
-from stepflow_tl.runs.plan import Plan, Rejected, Shard, Task
-from stepflow_tl.runs.records import Unit
-from stepflow_tl.runs.report import DatasetReport, GroupOptions, Stop, make_report
-from stepflow_tl.runs.sources import open_source, read_records
-from stepflow_tl.runs.worker import Taken, digest
+from stepflow_tl.models.loading import load_model
+from stepflow_tl.results.journal import Journal
+from stepflow_tl.runs.aggregate import DatasetReport, Stop
+from stepflow_tl.runs.engines import Engine, Loader, open_engine
+from stepflow_tl.runs.manifest import Done, Failed, RunSettings, manifest_path, open_manifest
+from stepflow_tl.runs.options import RunOptions
+from stepflow_tl.runs.outcomes import Outcome, with_file
+from stepflow_tl.runs.plan import Leftovers, Plan, Task
+from stepflow_tl.runs.records import Unreadable, pair_field, read_records
+from stepflow_tl.runs.row_files import open_source
+from stepflow_tl.runs.summary import report_run
+from stepflow_tl.runs.worker import KNOCKOUTS, digest
 
 # Failures that a look at the folder decides, which costs nothing and may have changed.
 _NOT_REMEMBERED = (ResultFileError.__name__, DiskFullError.__name__)
@@ -88,26 +86,7 @@ class _Silence:
 
 
 def analyze_dataset(
-    model: Any,
-    source: str | Path,
-    out: str | Path,
-    *,
-    objective: str = "per_token",
-    layers: Sequence[int] | None = None,
-    splitter: str = "paragraph",
-    format: str = "auto",
-    causal: bool = False,
-    figures: bool = False,
-    group_by: str | None = None,
-    pair_by: str | None = None,
-    unpaired: bool = False,
-    overwrite: bool = False,
-    retry_failed: bool = False,
-    limit: int | None = None,
-    shard: str | Shard | None = None,
-    engine: str = "local",
-    replicas: int | None = None,
-    watcher: Watcher | None = None,
+    model: Any, source: str | Path, out: str | Path, *, watcher: Watcher | None = None, **options: Any
 ) -> DatasetReport:
     """Step-Saliency and diagnosis of every trace of a data set, resumable after a kill at any moment.
 
@@ -119,24 +98,11 @@ def analyze_dataset(
             arguments that loads one, which is what other processes need (`functools.partial` makes one).
         source: A file of JSON lines, a Parquet file or a folder of them, or a data set that `datasets` saved.
             Fields: question, thinking, summary, or text; and id.
-        out: Folder for one result file a trace, `manifest.jsonl` and `summary.csv`; made if it does not
+        out: Folder for one result file per trace, `manifest.jsonl` and `summary.csv`; made if it does not
             exist.
-        objective: As in `step_saliency`, by name.
-        layers: Layers to keep; all by default.
-        splitter: How thinking and summary are cut into steps, by name.
-        format: Reasoning format; "auto" reads it off the tokenizer's chat template.
-        causal: Also measure a knockout of every pair of steps, and how well the maps agree.
-        figures: Also draw step maps and profiles beside each result.
-        group_by: Compare the traces where this field is true with those where it is false.
-        pair_by: Pair the two groups by this field; `problem_id` where the records have it.
-        unpaired: Compare without pairing.
-        overwrite: Analyse again where a result is there already.
-        retry_failed: Try again what failed in an earlier run and is remembered.
-        limit: Read the first rows only.
-        shard: Take the part "i/n" of the input, i from 0; n runs may share the folder.
-        engine: "local" runs here; "ray" on the replicas of a Ray cluster, which is started here if none is.
-        replicas: Models at once, for "ray": one a GPU by default, or one if there is none.
         watcher: Is told how the run goes on.
+        **options: Those of `RunOptions`, by name: objective, layers, splitter, format, causal, figures,
+            group_by, pair_by, unpaired, overwrite, retry_failed, limit, shard, engine, replicas.
 
     Raises:
         InputFileError: If the source cannot be read or is empty, the folder cannot be made, or the shard does
@@ -145,86 +111,57 @@ def analyze_dataset(
         FormatError: If the format is unknown or cannot be told from the model's tokenizer.
         ResultFileError: If the folder is in use by another run, or holds another analysis.
         MissingExtraError: If a package that the source, the figures or the engine need is not installed.
+        TypeError: If an option is unknown.
         ValueError: If `engine` is unknown.
     """
-    out = Path(out)
-    part = shard if isinstance(shard, Shard) else Shard() if shard is None else Shard.parse(shard)
+    asked = RunOptions.of("analyze_dataset", options)
+    out, part, watch = Path(out), asked.part, watcher or _Silence()
     opened = open_source(Path(source))
-    total = opened.count(limit)
+    total = opened.count(asked.limit)
     if not total:
-        raise InputFileError(f"{source} holds no {opened.unit}: expected one trace a {opened.unit}")
-    if engine not in ("local", "ray"):
-        raise ValueError(f"unknown engine {engine!r}: expected 'local' or 'ray'")
+        raise InputFileError(f"{source} holds no {opened.unit}: expected one trace per {opened.unit}")
     _make_folder(out)
-    if figures:
+    if asked.figures:
         require("matplotlib", purpose="Drawing figures", extra="plots")
-    options = AnalysisOptions(
-        objective, None if layers is None else tuple(layers), splitter, format, causal, figures, overwrite
-    )
-    groups = GroupOptions(group_by, pair_by, unpaired)
-    records = read_records(
-        opened,
-        group_by=group_by,
-        pair_by=(pair_by or DEFAULT_PAIR_FIELD) if group_by else None,
-        limit=limit,
-    )
+    records = read_records(opened, group_by=asked.group_by, pair_by=pair_field(asked), limit=asked.limit)
     plan = Plan(records, total, shard=part)
-    place = _engine(engine, model, options, out, replicas)
-    watch = watcher or _Silence()
+    engine = open_engine(_loader(model), asked, out)
     try:
-        with Manifest(
-            manifest_path(out, part), place.settings, overwrite=overwrite, note=watch.note
-        ) as manifest:
-            watch.begin(plan.total, place.settings, place.replicas)
-            driver = _Driver(plan, manifest, options, watch, retry_failed, Leftovers(out, out / KNOCKOUTS))
-            stopped = driver.run(place)
-            return make_report(
-                driver.outcomes,
+        path = manifest_path(out, part)
+        with open_manifest(path, engine.settings, overwrite=asked.overwrite, note=watch.note) as manifest:
+            watch.begin(plan.total, engine.settings, engine.replicas)
+            driver = _Driver(plan, manifest, asked, watch, Leftovers(out, out / KNOCKOUTS))
+            stopped = driver.run(engine)
+            return report_run(
+                driver.outcomes(out, engine.settings),
+                asked,
                 out=out,
-                settings=place.settings,
+                settings=engine.settings,
                 total=plan.total,
                 stopped=stopped,
-                groups=groups,
-                shard=part,
             )
     finally:
-        place.close()
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A row that is dealt with; what else is known of it stands in the manifest."""
-
-    line: int
-    id: str
-    status: Status
-    unit: Unit
-    seconds: float = 0.0
-    reason: str = ""
+        engine.close()
 
 
 class _Driver:
-    """Hands out jobs, writes the manifest, keeps count."""
+    """Hands out tasks, writes the manifest, keeps count."""
 
     def __init__(
-        self,
-        plan: Plan,
-        manifest: Manifest,
-        options: AnalysisOptions,
-        watcher: Watcher,
-        retry_failed: bool,
-        leftovers: Leftovers,
+        self, plan: Plan, manifest: Journal, options: RunOptions, watcher: Watcher, leftovers: Leftovers
     ) -> None:
         self._plan, self._manifest, self._options, self._watcher = plan, manifest, options, watcher
-        self._retry_failed, self._leftovers = retry_failed or options.overwrite, leftovers
-        self._seen: list[_Seen] = []
+        self._leftovers = leftovers
+        self._dealt_with: list[Outcome] = []  # without entries: those stand in the manifest
         self._size_done = self._tokens_done = 0
 
     def run(self, engine: Engine) -> Stop:
         """Deal with every row; why it ended early, if it did."""
         try:
-            for job, taken in engine.results(self._jobs()):
-                self._record(job, taken)
+            for task, outcome in engine.results(self._tasks()):
+                for message in outcome.notes:
+                    self._watcher.note(message)
+                self._record(task, outcome)
         except KeyboardInterrupt:
             self._say_stopped("interrupted after", "run the same command again to go on")
             return "interrupted"
@@ -234,95 +171,80 @@ class _Driver:
             return "disk full"
         return ""
 
-    def outcomes(self) -> Iterator[Outcome]:
-        """What became of each row, in the order of the input."""
-        for seen in sorted(self._seen, key=lambda seen: seen.line):
-            outcome = Outcome(seen.line, seen.id, seen.status, seen.reason, unit=seen.unit)
-            entry = None if seen.status == "failed" else self._manifest.last(seen.id)
-            if not isinstance(entry, Done):
-                yield outcome
+    def outcomes(self, out: Path, settings: RunSettings) -> Iterator[Outcome]:
+        """What became of each row, with its numbers, in the order of the input."""
+        for known in sorted(self._dealt_with, key=lambda outcome: outcome.line):
+            entry = self._manifest.last(known.id)
+            if known.status == "failed" or not isinstance(entry, Done):
+                yield known
                 continue
-            yield dataclasses.replace(
-                outcome,
-                file=entry.file,
-                n_tokens=entry.n_tokens,
-                seconds=seen.seconds,
-                diagnosis=entry.read_diagnosis(),
-                group=entry.group,
-                pair=entry.pair,
-                agreement=entry.read_agreement() if self._options.causal else None,
+            found = with_file(
+                out, entry if self._options.causal else replace(entry, agreement=None), settings
             )
+            status = known.status if found.status == "kept" else found.status
+            yield replace(found, status=status, unit=known.unit, seconds=known.seconds)
 
-    def _jobs(self) -> Iterator[Job]:
+    def _tasks(self) -> Iterator[Task]:
         """Tasks that need a worker; the other rows are recorded at once."""
         for task in self._plan:
-            if isinstance(task, Rejected):
-                entry = Failed(task.id, task.line, task.reason, InputFileError.__name__)
-                self._fail(entry, task.trace_id, task.unit)
+            if isinstance(task, Unreadable):
+                entry = Failed(task.stand_in, task.line, task.reason, InputFileError.__name__)
+                self._fail(Outcome(task.id, "failed", task.reason, task.line, task.unit, entry))
                 continue
-            previous = self._manifest.last(task.record.id)
+            record, previous = task.record, self._manifest.last(task.record.id)
             if isinstance(previous, Failed) and self._is_remembered(previous, task):
-                entry = dataclasses.replace(previous, line=task.record.line)
-                self._size_done += task.record.size
-                self._fail(entry, task.record.id, task.record.unit, " (in an earlier run: --retry-failed)")
+                reason = f"{previous.reason} (in an earlier run: --retry-failed)"
+                entry = replace(previous, line=record.line)
+                self._size_done += record.size
+                self._fail(Outcome(record.id, "failed", reason, record.line, record.unit, entry))
                 continue
             self._leftovers.remove(task.file)
-            yield Job(task, previous)
+            yield replace(task, previous=previous)
 
     def _is_remembered(self, failed: Failed, task: Task) -> bool:
-        is_same = failed.input == digest(task.record, self._options)
-        return is_same and failed.error not in _NOT_REMEMBERED and not self._retry_failed
+        if self._options.retry_failed or self._options.overwrite or failed.error in _NOT_REMEMBERED:
+            return False
+        return failed.input == digest(task.record, self._options)
 
-    def _record(self, job: Job, taken: Taken) -> None:
-        record, entry = job.task.record, taken.entry
-        for message in taken.notes:
-            self._watcher.note(message)
-        self._size_done += record.size
-        if isinstance(entry, Failed):
-            self._fail(entry, record.id, record.unit)
+    def _record(self, task: Task, outcome: Outcome) -> None:
+        self._size_done += task.record.size
+        entry, previous = outcome.entry, task.previous
+        if not isinstance(entry, Done):
+            self._fail(outcome)
             return
-        if taken.status == "kept" and isinstance(job.previous, Done):
-            entry = dataclasses.replace(entry, seconds=job.previous.seconds + entry.seconds)
-        self._append(entry, job.previous)
-        self._seen.append(_Seen(record.line, record.id, taken.status, record.unit, taken.seconds))
+        if outcome.status == "kept" and isinstance(previous, Done):
+            entry = replace(entry, seconds=previous.seconds + entry.seconds)
+        self._append(entry, previous)
+        self._dealt_with.append(replace(outcome, entry=None, notes=()))
         self._tokens_done += entry.n_tokens
-        self._watcher.advance(entry.n_tokens, taken.seconds, self._tokens_left())
+        self._watcher.advance(entry.n_tokens, outcome.seconds, self._tokens_left())
 
-    def _fail(self, entry: Failed, trace_id: str, unit: Unit, remark: str = "") -> None:
+    def _fail(self, outcome: Outcome) -> None:
+        entry = outcome.entry
+        assert isinstance(entry, Failed)
         previous = self._manifest.last(entry.id)
         # Something else in a result's place does not undo that result.
         if not (isinstance(previous, Done) and entry.error in _NOT_REMEMBERED):
             self._append(entry, previous)
-        outcome = Outcome(entry.line, trace_id, "failed", entry.reason + remark, unit=unit)
-        self._seen.append(_Seen(entry.line, trace_id, "failed", unit, reason=outcome.reason))
+        self._dealt_with.append(replace(outcome, entry=None, notes=()))
         self._watcher.note(f"{outcome.place}: {outcome.reason}")
         self._watcher.advance(0, 0.0, self._tokens_left())
 
-    def _append(self, entry: Entry, previous: Entry | None) -> None:
-        if previous is None or entry.to_json() != previous.to_json():
-            self._manifest.append(entry)
+    def _append(self, entry: Done | Failed, previous: Done | Failed | None) -> None:
+        line = entry.to_json()
+        if previous is None or line != previous.to_json():
+            self._manifest.append(line)
 
     def _tokens_left(self) -> float:
         left = max(0.0, self._plan.estimated_size - self._size_done)
         return left * self._tokens_done / self._size_done if self._size_done else 0.0
 
     def _say_stopped(self, how: str, what_next: str) -> None:
-        self._watcher.note(f"{how} {len(self._seen)} of {self._plan.total} traces; {what_next}")
+        self._watcher.note(f"{how} {len(self._dealt_with)} of {self._plan.total} traces; {what_next}")
 
 
-def _engine(name: str, model: Any, options: AnalysisOptions, out: Path, replicas: int | None) -> Engine:
-    load = _loader(model)
-    if name == "ray":
-        from stepflow_tl.runs.ray_engine import RayEngine
-
-        return RayEngine(load, options, out, replicas)
-    return LocalEngine(load, options, out)
-
-
-def _loader(model: Any) -> Callable[[], Any]:
+def _loader(model: Any) -> Loader:
     if isinstance(model, str):
-        from stepflow_tl.models.loading import load_model
-
         return partial(load_model, model)
     if callable(model) and not hasattr(model, "cfg"):
         return model

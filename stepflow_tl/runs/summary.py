@@ -1,314 +1,288 @@
 """`summarize`: the folder of a run in numbers, without loading a map that need not be loaded.
 
-1. Read the manifests (`manifest`).
-2. One pass over the traces (`inventory`): each adds its rows to the Parquet table (`layer_table`) and 21
-   numbers to the band means; where a trace has a group, its diagnosis is kept for the comparison.
-3. Band means with intervals (`band_means`), and the comparison of the two groups (`diagnostics.grouping`).
+1. Read the manifests (`manifest`), and look at the traces one by one (`outcomes`).
+2. One pass over them: each adds its rows to the Parquet table (`layer_table`) and 21 numbers to the band
+   means; where a trace has a group, its numbers are kept for the comparison, and its agreement with a
+   knockout where it has one.
+3. Band means with intervals (`aggregate`), the comparison of the two groups (`diagnosis.grouping`), and the
+   agreement over the traces (`causal.agreement`).
 
-Cost: RESULTS.md has the figures for 10 000 traces. Memory grows by some 4 kB a trace that a
-manifest names, and by as much again where it has a group.
+`analyze_dataset` ends with steps 2 and 3 on the rows that it dealt with (`report_run`).
+
+A manifest's line names the field that its group was read from. Groups of one name are never compared under
+another: that is refused, unless `labels` bring groups of their own.
+
+Cost: RESULTS.md has the figures for 10 000 traces. Memory grows by some 6 kB per trace that a manifest names.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stepflow_tl.diagnosis import LAYER_METRICS, Comparison, compare_groups, left_out, pairing_field
+from stepflow_tl.causal.agreement import summarise_agreement
+from stepflow_tl.diagnosis import Comparison, compare_groups, left_out, pairing_field
 from stepflow_tl.errors import ComparisonError, ResultFileError
-from stepflow_tl.results.tables import html_table, number, printable, text_table
-from stepflow_tl.runs.band_means import BandMean, band_means, band_row
-from stepflow_tl.runs.inventory import Problem, TraceNumbers, traces
+from stepflow_tl.results.files import write_atomically
+from stepflow_tl.results.tables import nan_to_none
+from stepflow_tl.runs.aggregate import Aggregate, DatasetReport, Stop, band_means, band_row
 from stepflow_tl.runs.layer_table import layer_table
-from stepflow_tl.runs.manifest_reading import ManifestIndex, read_manifests
-
-_MAX_LISTED = 10
+from stepflow_tl.runs.manifest import RunSettings, read_manifests
+from stepflow_tl.runs.options import RunOptions, SummaryOptions
+from stepflow_tl.runs.outcomes import Outcome, Status, agreement_csv, folder_outcomes, summary_csv
 
 Labels = Mapping[str, tuple[bool | None, str | None]]
 """Group and problem of each trace, by id."""
 
 
-@dataclass(frozen=True)
-class Aggregate:
-    """The numbers of a run.
-
-    Attributes:
-        folder: The run folder.
-        n_traces: Traces with numbers.
-        n_tokens: Their tokens.
-        seconds: Wall-clock time of their analyses, where it was written down.
-        model_name: Model that was analysed.
-        objective: Objective that was differentiated.
-        dtype: Floating dtype of the model's weights.
-        layers: Model layers of the metrics.
-        n_layers: Layers of the whole model.
-        backends: How many traces each backend analysed.
-        means: Band means over the traces, with intervals.
-        confidence: Coverage of the intervals.
-        comparison: The two groups compared, or None.
-        notes: What the comparison left out, or why there is none.
-        problems: Traces without numbers.
-        parquet: The table that was written, or None.
-    """
-
-    folder: Path
-    n_traces: int
-    n_tokens: int
-    seconds: float
-    model_name: str
-    objective: str
-    dtype: str
-    layers: tuple[int, ...]
-    n_layers: int
-    backends: Mapping[str, int]
-    means: tuple[BandMean, ...]
-    confidence: float
-    comparison: Comparison | None
-    notes: tuple[str, ...]
-    problems: tuple[Problem, ...]
-    parquet: Path | None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every result of the run is there and whole; traces that failed in the run do not count."""
-        return all(problem.kind == "failed" for problem in self.problems)
-
-    def mean(self, metric: str, band: str | None = None) -> BandMean:
-        """The mean of one metric in one band.
-
-        Args:
-            metric: One of `LAYER_METRICS`, or "decay_slope".
-            band: "shallow" or "deep"; None for the slope.
-
-        Args:
-            metric: One of `LAYER_METRICS`, or "decay_slope".
-            band: "shallow" or "deep"; None for "decay_slope".
-
-        Raises:
-            ComparisonError: If there is no such metric or band.
-        """
-        for found in self.means:
-            if (found.metric, found.band) == (metric, band):
-                return found
-        known = ", ".join((*LAYER_METRICS, "decay_slope"))
-        raise ComparisonError(
-            f"no mean of {metric!r} in band {band!r}: expected one of {known}, shallow or deep"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; NaN is written as None, so that any JSON reader takes it."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        data |= {
-            "folder": str(self.folder),
-            "parquet": None if self.parquet is None else str(self.parquet),
-            "layers": list(self.layers),
-            "backends": dict(self.backends),
-            "means": [_plain(asdict(mean)) for mean in self.means],
-            "comparison": None if self.comparison is None else self.comparison.to_json(),
-            "notes": list(self.notes),
-            "problems": [asdict(problem) for problem in self.problems],
-        }
-        return _plain(data)
-
-    def __str__(self) -> str:
-        """Band means with intervals, then what is missing and why."""
-        return text_table(*self._table())
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table())
-
-    def __repr__(self) -> str:
-        """One line: how many traces, of which model."""
-        return (
-            f"Aggregate({self.n_traces} traces, {len(self.problems)} without numbers, "
-            f"objective={self.objective!r}, model={self.model_name!r})"
-        )
-
-    def _table(self) -> tuple[str, list[str], list[list[str]], list[str]]:
-        percent = f"{100 * self.confidence:g}%"
-        rows = []
-        for metric in (*LAYER_METRICS, "decay_slope"):
-            is_slope = metric == "decay_slope"
-            shallow = None if is_slope else self.mean(metric, "shallow")
-            deep = self.mean(metric, None if is_slope else "deep")
-            counts = dict.fromkeys(str(mean.n) for mean in (shallow, deep) if mean is not None)
-            rows.append([metric.replace("_", " "), *_cells(shallow), *_cells(deep), ", ".join(counts)])
-        header = ["metric", "shallow layers", f"{percent} low", f"{percent} high"]
-        header += ["deep layers", f"{percent} low", f"{percent} high", "traces"]
-        title = (
-            f"Means over {self.n_traces} traces: {self.model_name}, objective {self.objective}, {self.dtype}"
-        )
-        return title, header, rows, self._footer()
-
-    def _footer(self) -> list[str]:
-        backends = ", ".join(f"{name} {count}" for name, count in self.backends.items())
-        lines = [f"{self.n_tokens} tokens, {len(self.layers)} of {self.n_layers} layers; backend: {backends}"]
-        lines.append("intervals: BCa bootstrap over traces; shares depend on the number of steps")
-        counts = Counter(problem.kind for problem in self.problems)
-        if counts:
-            lines.append(", ".join(f"{count} {kind}" for kind, count in counts.items()) + ":")
-        reasons = Counter((problem.kind, problem.reason) for problem in self.problems).most_common()
-        for (kind, reason), count in reasons[:_MAX_LISTED]:
-            lines.append(f"  {f'{count} x ' if count > 1 else ''}{kind}: {printable(reason)}")
-        if len(reasons) > _MAX_LISTED:
-            lines.append(f"  and {len(reasons) - _MAX_LISTED} other reasons: see Aggregate.problems")
-        return lines
-
-
 def summarize(
-    folder: str | Path,
-    *,
-    out: str | Path | None = None,
-    group_by: str | None = None,
-    pair_by: str | None = None,
-    unpaired: bool = False,
-    labels: Labels | None = None,
-    verify: bool = False,
-    confidence: float = 0.95,
-    n_bootstrap: int = 4000,
-    n_permutations: int = 9999,
-    seed: int = 0,
+    folder: str | Path, *, out: str | Path | None = None, labels: Labels | None = None, **options: Any
 ) -> Aggregate:
     """The numbers of a run folder: band means with intervals, and its two groups compared.
 
     Args:
         folder: Folder that `analyze` wrote, or any folder of `StepSaliency.save` files of one analysis.
-        out: Parquet file to write, one row a trace and layer; none by default. See `layer_table`.
-        group_by: What the groups are called, as in `analyze --group-by`; the manifest's own by default.
-        pair_by: What the problems are called; `problem_id` by default where the traces have problems.
-        unpaired: Compare without pairing.
+        out: Parquet file to write, one row per trace and layer; none by default. See `layer_table`.
         labels: Group and problem of each trace by id, in place of the manifest's.
-        verify: Compare every file with the SHA-256 in its manifest.
-        confidence: Coverage of the intervals.
-        n_bootstrap: Bootstrap resamples.
-        n_permutations: Permutations of the comparison.
-        seed: Of all resampling.
+        **options: Those of `SummaryOptions`, by name: group_by, pair_by, unpaired, verify, confidence,
+            n_bootstrap, n_permutations, seed.
 
     Raises:
         ResultFileError: If the folder cannot be read, has no result, mixes analyses, or a manifest is damaged
             or of a later schema.
-        ComparisonError: If the run was grouped by another field than `group_by`, and there are no labels.
+        ComparisonError: If the run was grouped, or paired, by another field than `group_by` or `pair_by`, and
+            there are no labels.
         MissingExtraError: If `out` is given and pyarrow is not installed.
+        TypeError: If an option is unknown.
         ValueError: If a level or a count is out of range.
     """
-    if not 0 < confidence < 1 or n_bootstrap < 1 or n_permutations < 1:
-        raise ValueError(
-            f"confidence is {confidence}, n_bootstrap {n_bootstrap}, n_permutations {n_permutations}: "
-            "expected a level between 0 and 1, and at least one of each"
-        )
+    asked = SummaryOptions.of("summarize", options)
     folder = Path(folder)
     if not folder.is_dir():
-        raise ResultFileError(f"{folder} is no folder: expected one that `analyze --out` wrote")
-    target = None if out is None else Path(out)
-    index = read_manifests(folder)
-    named = None if index.settings is None else index.settings.group_by
-    if labels is None and group_by is not None and named is not None and named != group_by:
-        raise ComparisonError(
-            f"the traces of {folder} were grouped by {named!r}, not by {group_by!r}: pass labels "
-            "(--labels on the command line)"
-        )
+        raise ResultFileError(f"{folder} is not a folder: expected one that `analyze --out` wrote")
+    outcomes = folder_outcomes(folder, read_manifests(folder), verify=asked.verify)
+    return aggregate(
+        outcomes if labels is None else (_labelled(outcome, labels, asked) for outcome in outcomes),
+        asked,
+        folder=folder,
+        parquet=None if out is None else Path(out),
+        needs_result=True,
+    )
+
+
+def aggregate(
+    outcomes: Iterable[Outcome],
+    options: SummaryOptions,
+    *,
+    folder: Path,
+    parquet: Path | None = None,
+    needs_result: bool = False,
+    compares: bool = True,
+) -> Aggregate:
+    """The numbers of the traces of a folder.
+
+    Args:
+        outcomes: What became of each trace; read once.
+        options: What is compared, and how.
+        folder: The folder.
+        parquet: Table to write, or None.
+        needs_result: Refuse, before a table is written, where no trace has a result.
+        compares: Compare the groups, and average the agreement with the knockouts.
+
+    Raises:
+        ComparisonError: If the traces were grouped, or paired, by another field than the options name.
+        ResultFileError: If no trace has a result, and one is needed; or the table cannot be written.
+        MissingExtraError: If there is a table to write and pyarrow is not installed.
+    """
     totals = _Totals()
-    totals.problems += [Problem("", "damaged", reason) for reason in index.damaged]
-    with layer_table(target) if target is not None else contextlib.nullcontext() as table:
-        for found in traces(folder, index, verify=verify):
-            if isinstance(found, Problem):
-                totals.problems.append(found)
-                continue
-            trace = found if labels is None else _labelled(found, labels)
-            totals.add(trace)
-            if table is not None:
-                table.add(trace)
-        if totals.first is None:  # inside, so that no empty table is written
-            raise ResultFileError(_nothing(folder, index, totals.problems))
+    with layer_table(parquet) if parquet is not None else contextlib.nullcontext() as table:
+        for outcome in outcomes:
+            totals.add(outcome, holds=compares)
+            if table is not None and outcome.done is not None:
+                table.add(outcome)
+        if needs_result and totals.first is None:  # inside, so that no empty table is written
+            raise ResultFileError(_nothing(folder, totals.problems))
+        comparison, paired_by, notes = _comparison(totals, options, folder)  # it may refuse, likewise
+    level = {"confidence": options.confidence, "n_bootstrap": options.n_bootstrap, "seed": options.seed}
+    agreements = [outcome.agreement for outcome in totals.held if outcome.agreement is not None]
     first = totals.first
-    comparison, notes = None, ["no trace has a group: nothing to compare"]
-    if totals.grouped:
-        name = group_by or named or "group"
-        pairing = pairing_field(totals.grouped, pair_by, unpaired=unpaired)
-        try:
-            comparison, notes = compare_groups(
-                totals.grouped,
-                name,
-                pairing,
-                confidence=confidence,
-                n_bootstrap=n_bootstrap,
-                n_permutations=n_permutations,
-                seed=seed,
-            )
-        except ComparisonError as error:
-            notes = [f"no comparison by {name}: {error}"]
-        else:
-            notes = left_out(totals.n_traces - len(totals.grouped), name) + notes
+    facts: dict[str, Any] = dict(model_name="", objective="", dtype="", layers=(), n_layers=0)
+    if first is not None and first.diagnosis is not None:
+        names = ("model_name", "objective", "layers", "n_layers")
+        facts = {**{name: getattr(first.diagnosis, name) for name in names}, "dtype": first.dtype}
     return Aggregate(
         folder=folder,
-        n_traces=totals.n_traces,
+        n_traces=len(totals.rows),
         n_tokens=totals.n_tokens,
         seconds=totals.seconds,
-        model_name=first.diagnosis.model_name,
-        objective=first.diagnosis.objective,
-        dtype=first.dtype,
-        layers=first.diagnosis.layers,
-        n_layers=first.diagnosis.n_layers,
+        **facts,
         backends=dict(totals.backends.most_common()),
-        means=band_means(totals.rows, confidence=confidence, n_bootstrap=n_bootstrap, seed=seed),
-        confidence=confidence,
+        means=band_means(totals.rows, **level) if totals.rows else (),
+        confidence=options.confidence,
         comparison=comparison,
+        paired_by=paired_by,
+        agreement=summarise_agreement(agreements) if agreements else None,
         notes=tuple(notes),
-        problems=(
-            *(Problem(f.id, "failed", f"{f.error}: {f.reason}") for f in index.failed),
-            *totals.problems,
-        ),
-        parquet=target,
+        problems=tuple(totals.problems),
+        parquet=parquet,
+        counts=dict(totals.counts),
     )
+
+
+def report_run(
+    outcomes: Iterable[Outcome],
+    options: RunOptions,
+    *,
+    out: Path,
+    settings: RunSettings,
+    total: int,
+    stopped: Stop,
+) -> DatasetReport:
+    """Summarise the rows of a run, write its files and report; after a full disk, nothing is written.
+
+    A shard writes its own `summary-<i>-of-<n>.csv` and compares nothing: half a data set is no sample of it.
+
+    Args:
+        outcomes: What became of each row, in the order of the input; read once.
+        options: Of the run.
+        out: The folder.
+        settings: What all results have in common.
+        total: Rows of the input, or of the shard.
+        stopped: Why the run ended early.
+    """
+    summary, agreements, part = summary_csv(), agreement_csv(), options.part
+    seconds, tokens = [], []
+
+    def written_down() -> Iterator[Outcome]:
+        for outcome in outcomes:
+            summary.add(outcome)
+            agreements.add(outcome)
+            if outcome.status == "analysed" and outcome.done is not None:
+                seconds.append(outcome.seconds)
+                tokens.append(outcome.done.n_tokens)
+            yield outcome
+
+    groups = SummaryOptions(options.group_by, options.pair_by, options.unpaired)
+    found = aggregate(written_down(), groups, folder=out, compares=part.count == 1)
+    files = {f"summary{part.suffix}.csv": str(summary)}
+    if found.agreement is not None:
+        files["agreement.csv"] = str(agreements)
+        files["agreement.json"] = json.dumps(found.agreement.to_json(), indent=1) + "\n"
+    if found.comparison is not None:
+        files["comparison.txt"] = f"{found.comparison}\n\n{found.comparison.full_table()}\n"
+        files["comparison.json"] = json.dumps(found.comparison.to_json(), indent=1) + "\n"
+    is_compared = options.group_by is not None and part.count == 1
+    problems = list(found.notes) if is_compared and found.comparison is None else []
+    written = []
+    for name, text in files.items() if stopped != "disk full" else ():
+        try:
+            write_atomically(out / name, text.encode("utf-8", "backslashreplace"))
+        except ResultFileError as error:
+            problems.append(str(error))
+        else:
+            written.append(out / name)
+    notes = () if found.comparison is None else found.notes
+    speed = (sum(seconds) / len(seconds), sum(tokens) / len(tokens)) if seconds else None
+    return DatasetReport(out, settings, total, stopped, found, speed, notes, tuple(problems), tuple(written))
 
 
 class _Totals:
     """What is kept of the traces while they pass by."""
 
     def __init__(self) -> None:
-        self.first: TraceNumbers | None = None
-        self.n_traces = self.n_tokens = 0
-        self.seconds = 0.0
+        self.first: Outcome | None = None
+        self.n_tokens, self.seconds = 0, 0.0
+        self.counts: Counter[Status] = Counter()
         self.backends: Counter[str] = Counter()
         self.rows: list[np.ndarray] = []
-        self.grouped: list[TraceNumbers] = []
-        self.problems: list[Problem] = []
+        self.held: list[Outcome] = []
+        self.problems: list[Outcome] = []
 
-    def add(self, trace: TraceNumbers) -> None:
-        self.first = self.first or trace
-        self.n_traces += 1
-        self.n_tokens += trace.n_tokens
-        self.seconds += 0.0 if math.isnan(trace.seconds) else trace.seconds
-        self.backends[trace.backend] += 1
-        self.rows.append(band_row(trace.diagnosis))
-        if trace.group is not None:
-            self.grouped.append(trace)
-
-
-def _labelled(trace: TraceNumbers, labels: Labels) -> TraceNumbers:
-    group, pair = labels.get(trace.id, (None, None))
-    return replace(trace, group=group, pair=pair)
+    def add(self, outcome: Outcome, *, holds: bool) -> None:
+        self.counts[outcome.status] += 1
+        if (done := outcome.done) is None:
+            self.problems.append(outcome)
+            return
+        self.first = self.first or outcome
+        self.n_tokens += done.n_tokens
+        self.seconds += nan_to_none(done.seconds) or 0.0
+        self.backends[outcome.backend] += 1
+        self.rows.append(band_row(done.diagnosis))
+        if holds and (done.group is not None or done.agreement is not None):
+            self.held.append(outcome)
 
 
-def _nothing(folder: Path, index: ManifestIndex, problems: list[Problem]) -> str:
-    reasons = [(f.error, f.reason) for f in index.failed] + [(p.kind, p.reason) for p in problems]
-    if not reasons:
+def _comparison(
+    totals: _Totals, options: SummaryOptions, folder: Path
+) -> tuple[Comparison | None, str | None, list[str]]:
+    """The comparison, the field it is paired by, and what it left out; or None, None and why not."""
+    traces = [outcome for outcome in totals.held if outcome.group is not None]
+    if not traces:
+        by = "" if options.group_by is None else f" by {options.group_by}"
+        return None, None, [f"no comparison{by}: no trace has a group"]
+    groups = [trace.done.group_by for trace in traces if trace.done]
+    pairs = [trace.done.pair_by for trace in traces if trace.done and trace.pair is not None]
+    try:
+        name = _one_field(groups, options.group_by, "grouped", folder) or "group"
+        pair_by = None if options.unpaired else _one_field(pairs, options.pair_by, "paired", folder)
+    except ComparisonError as error:
+        if options.group_by is not None or options.pair_by is not None:
+            raise
+        return None, None, [f"no comparison: {error}"]
+    paired_by = pairing_field(traces, pair_by, unpaired=options.unpaired)
+    try:
+        comparison, notes = compare_groups(
+            traces,
+            name,
+            paired_by,
+            confidence=options.confidence,
+            n_bootstrap=options.n_bootstrap,
+            n_permutations=options.n_permutations,
+            seed=options.seed,
+        )
+    except ComparisonError as error:
+        hint = "" if paired_by is None else " (--unpaired compares without pairing)"
+        return None, None, [f"no comparison by {name}: {error}{hint}"]
+    notes = left_out(len(totals.rows) - len(traces), name) + notes
+    if options.group_by is not None and None in groups:  # written by a version that did not name it
+        notes.append(f"the run does not say by which field it was grouped: {name} is believed")
+    return comparison, paired_by, notes
+
+
+def _one_field(stated: Sequence[str | None], asked: str | None, what: str, folder: Path) -> str | None:
+    """The field that the traces are grouped or paired by; None where nobody says.
+
+    Raises:
+        ComparisonError: If they have another one than is asked for, or several.
+    """
+    names = sorted({name for name in stated if name is not None})
+    if len(names) > 1 or (asked is not None and names not in ([], [asked])):
+        raise ComparisonError(
+            f"the traces of {folder} were {what} by {' and '.join(map(repr, names))}, not by "
+            f"{repr(asked) if asked else 'one field'}: pass labels (--labels on the command line), or "
+            "analyse again with the field wanted"
+        )
+    return asked or (names[0] if names else None)
+
+
+def _labelled(outcome: Outcome, labels: Labels, options: SummaryOptions) -> Outcome:
+    if outcome.done is None:
+        return outcome
+    group, pair = labels.get(outcome.id, (None, None))
+    named = {"group_by": options.group_by, "pair_by": options.pair_by}
+    return replace(outcome, entry=replace(outcome.done, group=group, pair=pair, **named))
+
+
+def _nothing(folder: Path, problems: list[Outcome]) -> str:
+    if not problems:
         return f"{folder} holds no result: expected a manifest of `analyze`, or files of StepSaliency.save"
-    return f"no trace of {folder} has a result; {len(reasons)} have none, the first: {': '.join(reasons[0])}"
-
-
-def _cells(mean: BandMean | None) -> list[str]:
-    return ["", "", ""] if mean is None else [number(mean.mean), number(mean.low), number(mean.high)]
-
-
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and math.isnan(value) else value for key, value in data.items()
-    }
+    first = problems[0]
+    reason = first.reason if first.status == "failed" else f"{first.status}: {first.reason}"
+    return f"no trace of {folder} has a result; {len(problems)} have none, the first: {reason}"

@@ -1,11 +1,14 @@
-"""One model and what is done with a trace: keep a result or make one, and state it as a manifest entry.
+"""One model and what is done with a trace: reuse or compute its result, and record it as a manifest entry.
 
 1. Before the first trace: hook points, layers and format are checked, and for `per_token` the one-pass trick
    is, on a fixed text. So what stands in a result about that check does not depend on which trace came first.
 2. Per trace: build it; keep the result that is there if it is the same analysis of the same trace, else
    compute it, with less memory if it has to be (`memory`), and save it atomically.
 3. Diagnose it, unless the manifest already has the measures of this very file, told by its SHA-256.
-4. Whatever goes wrong with a trace becomes its `Failed` entry. A full disk is no trace's fault and ends the
+4. With `causal`, likewise for a knockout of every pair of steps in the layers of the map, by NLL, saved as
+   `knockout/<name>.safetensors`; then saliency, raw attention, knockout and nearness are compared on it
+   (`causal.agreement`).
+5. Whatever goes wrong with a trace becomes its `Failed` entry. A full disk is no trace's fault and ends the
    run.
 
 A worker writes result files and nothing else: the manifest has one writer, the driver. Nothing of a trace is
@@ -19,64 +22,53 @@ import json
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from stepflow_tl.causal import step_knockout
+from stepflow_tl.causal.agreement import TraceAgreement, score_maps, trace_agreement
 from stepflow_tl.diagnosis import Diagnosis, diagnose
-from stepflow_tl.errors import DiskFullError, ModelError, StepflowError
-from stepflow_tl.models.facts import tokenizer_of
+from stepflow_tl.errors import DiskFullError, InputFileError, StepflowError
+from stepflow_tl.models.facts import check_layers, model_facts, tokenizer_of
 from stepflow_tl.models.hook_names import resolve_hooks
+from stepflow_tl.rendering import profile_figure, save_figure, step_map_figure
 from stepflow_tl.results.files import file_digest, is_disk_full
 from stepflow_tl.results.tables import printable
-from stepflow_tl.runs.entries import Done, Entry, Failed, RunSettings
-from stepflow_tl.runs.kept_results import DamagedResultError, Settings, kept_result
-from stepflow_tl.runs.knockouts import Knockouts
+from stepflow_tl.runs.kept_results import DamagedResultError, KeptIf, kept_knockout, kept_result
+from stepflow_tl.runs.manifest import Done, Failed, RunSettings
 from stepflow_tl.runs.memory import (
     OutOfMemoryError,
     is_out_of_memory,
+    knockout_rungs,
     return_freed_memory,
     saliency_rungs,
     with_less_and_less,
 )
-from stepflow_tl.runs.options import AnalysisOptions
-from stepflow_tl.runs.outcomes import Status
+from stepflow_tl.runs.options import RunOptions
+from stepflow_tl.runs.outcomes import Outcome
 from stepflow_tl.runs.plan import Task
-from stepflow_tl.runs.records import Record
+from stepflow_tl.runs.records import Record, pair_field
 from stepflow_tl.saliency import StepSaliency, step_saliency
 from stepflow_tl.saliency.backends import check_ahead
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.formats import resolve_format
 
+KNOCKOUTS = "knockout"
+"""Folder of the knockouts, in that of the results."""
+
 _FIGURE_DPI = 150
 _TRIM_EVERY = 16  # traces
 _PROBE = ("What is 2+3?", "2+3 is 5.", "5")
 
-
-@dataclass(frozen=True)
-class Taken:
-    """What became of a trace in this run.
-
-    Attributes:
-        entry: Its line for the manifest.
-        status: Whether a result was made, kept, or neither.
-        seconds: Wall-clock time of the analysis; 0 where there was none.
-        notes: What happened on the way, for people.
-    """
-
-    entry: Entry
-    status: Status
-    seconds: float = 0.0
-    notes: tuple[str, ...] = ()
+Note = Callable[[str], None]
 
 
 class Worker:
     """A model, ready to analyse traces into a folder."""
 
-    def __init__(self, model: Any, options: AnalysisOptions, out: Path) -> None:
+    def __init__(self, model: Any, options: RunOptions, out: Path) -> None:
         """Check what no trace could survive.
 
         Raises:
@@ -87,36 +79,42 @@ class Worker:
         """
         self._model, self._options, self._out = model, options, out
         self._n_taken = 0
-        layers = _checked_layers(model, options.layers)
-        # `per_token` needs attention to be all that mixes positions, so a pattern in every layer.
-        resolve_hooks(model, None if options.objective == "per_token" else layers)
+        is_per_token = options.objective == "per_token"
+        if is_per_token:  # attention must be all that mixes positions, so there is a pattern in every layer
+            resolve_hooks(model)
+        facts = model_facts(model)
+        layers = check_layers(facts, options.layers)
+        if not is_per_token:
+            resolve_hooks(model, layers)
         self._format = resolve_format(tokenizer_of(model), options.format)
-        weights = (p.dtype for p in model.parameters() if p.is_floating_point())
         self.settings = RunSettings(
-            model_name=str(model.cfg.model_name),
+            model_name=facts.name,
             objective=options.objective,
-            dtype=str(next(weights, torch.float32)),
+            dtype=str(facts.dtype),
             layers=layers,
-            n_layers=int(model.cfg.n_layers),
+            n_layers=facts.n_layers,
             splitter=options.splitter,
             format=self._format.name,
         )
-        s = self.settings
-        self._kept_if = Settings(s.model_name, s.objective, s.dtype, s.layers)
-        self._knockouts = Knockouts(model, out, self._kept_if, options.overwrite) if options.causal else None
-        if options.objective == "per_token":
+        self._kept_if = KeptIf(facts.name, options.objective, str(facts.dtype), layers)
+        if options.causal:
+            try:
+                (out / KNOCKOUTS).mkdir(exist_ok=True)
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputFileError(f"{out / KNOCKOUTS} cannot be made: {reason}") from error
+        if is_per_token:
             question, thinking, summary = _PROBE
             probe = ReasoningTrace.from_parts(
                 model.tokenizer, question, thinking, summary, format=self._format
             )
             check_ahead(model, probe.tokens)
 
-    def take(self, task: Task, previous: Entry | None = None) -> Taken:
+    def take(self, task: Task) -> Outcome:
         """Deal with one trace.
 
         Args:
-            task: The trace and the name of its file.
-            previous: Its entry in the manifest, if there is one.
+            task: The trace, the name of its file, and what the manifest says of it.
 
         Raises:
             DiskFullError: If there is no room for its result.
@@ -125,12 +123,9 @@ class Worker:
         self._n_taken += 1
         if self._n_taken % _TRIM_EVERY == 0:
             return_freed_memory()
-
-        def note(message: str) -> None:
-            notes.append(f"{record.place}: {message}")
-
         try:
-            return self._take(task, previous if isinstance(previous, Done) else None, notes, note)
+            found = self._take(task, lambda message: notes.append(f"{record.place}: {message}"))
+            return replace(found, notes=tuple(notes))
         except DiskFullError:
             raise
         except StepflowError as error:
@@ -144,43 +139,39 @@ class Worker:
             else:  # a fault of ours or of a library: named in full, but no reason to lose a night's run
                 reason = f"unexpected {name}: {error}"
                 notes.append(traceback.format_exc().rstrip())
-        failed = Failed(record.id, record.line, reason, name, digest(record, self._options))
-        return Taken(failed, "failed", notes=tuple(notes))
+        return replace(failure(record, reason, name, self._options), notes=tuple(notes))
 
-    def _take(
-        self, task: Task, previous: Done | None, notes: list[str], note: Callable[[str], None]
-    ) -> Taken:
-        record = task.record
+    def _take(self, task: Task, note: Note) -> Outcome:
+        record, options, path = task.record, self._options, self._out / task.file
         trace = self._trace(record)
-        path = self._out / task.file
-        result, seconds = self._kept(path, trace, note), 0.0
-        is_new = result is None
+        result = None
+        if not options.overwrite:
+            try:
+                result = kept_result(path, trace, self._kept_if)
+            except DamagedResultError as error:
+                note(f"analysed again, because {error}")
+        is_new, seconds, diagnosis, known = result is None, 0.0, None, None
         if result is None:
-            started = time.perf_counter()
             run = partial(
-                step_saliency,
-                self._model,
-                trace,
-                objective=self._options.objective,
-                layers=self._options.layers,
+                step_saliency, self._model, trace, objective=options.objective, layers=options.layers
             )
+            started = time.perf_counter()
             result = with_less_and_less(run, saliency_rungs(), note)
             seconds = time.perf_counter() - started
-            diagnosis = _plain(diagnose(result))  # before it is saved: a map that cannot be diagnosed is none
+            diagnosis = diagnose(result)  # before it is saved: a map that cannot be diagnosed is none
             result.save(path)
-            sha256 = file_digest(path)
-        else:
-            sha256 = file_digest(path)
-            is_known = previous is not None and (previous.file, previous.sha256) == (task.file, sha256)
-            diagnosis = previous.diagnosis if previous is not None and is_known else _plain(diagnose(result))
-            previous = previous if is_known else None
-        if self._options.figures:
-            _save_figures(result, diagnose(result), path, record.id)
-        agreement = previous.agreement if previous is not None and not is_new else None
-        if self._knockouts is not None:
-            known = previous.read_agreement() if previous is not None and not is_new else None
-            found, spent = self._knockouts.measure(result, path.name, known, note)
-            agreement, seconds = found.to_json(), seconds + spent
+        sha256 = file_digest(path)
+        before = task.previous
+        if not is_new and isinstance(before, Done) and (before.file, before.sha256) == (task.file, sha256):
+            diagnosis, known = before.diagnosis, before.agreement
+        if diagnosis is None or (options.figures and not is_new):  # a manifest has no reasons, a figure does
+            diagnosis = diagnose(result)
+        if options.figures:
+            _save_figures(result, diagnosis, path, record.id)
+        agreement = known
+        if options.causal:
+            agreement, spent = self._agreement(result, path.name, known, note)
+            seconds += spent
         entry = Done(
             id=record.id,
             line=record.line,
@@ -192,8 +183,36 @@ class Worker:
             sha256=sha256,
             diagnosis=diagnosis,
             agreement=agreement,
+            group_by=options.group_by,
+            pair_by=pair_field(options),
         )
-        return Taken(entry, "analysed" if is_new else "kept", seconds, tuple(notes))
+        status = "analysed" if is_new else "kept"
+        return Outcome(record.id, status, line=record.line, unit=record.unit, entry=entry, seconds=seconds)
+
+    def _agreement(
+        self, saliency: StepSaliency, name: str, known: TraceAgreement | None, note: Note
+    ) -> tuple[TraceAgreement, float]:
+        """Agreement of a trace's maps, and the seconds that its knockout took; 0 where that was kept.
+
+        Raises:
+            StepflowError: If the trace has no pair of steps, or another result is in the way.
+        """
+        path, knockout, seconds = self._out / KNOCKOUTS / name, None, 0.0
+        if not self._options.overwrite:
+            try:
+                knockout = kept_knockout(path, saliency.trace, replace(self._kept_if, objective="nll"))
+            except DamagedResultError as error:
+                note(f"knockout measured again, because {error}")
+        if knockout is not None and known is not None:
+            return known, 0.0
+        if knockout is None:
+            run = partial(step_knockout, self._model, saliency.trace, layers=saliency.layers)
+            started = time.perf_counter()
+            knockout = with_less_and_less(run, knockout_rungs(), note)
+            seconds = time.perf_counter() - started
+            knockout.save(path)
+        maps = score_maps(self._model, saliency, knockout)
+        return trace_agreement(maps, knockout.measured.numpy()), seconds
 
     def _trace(self, record: Record) -> ReasoningTrace:
         tokenizer, splitter = self._model.tokenizer, self._options.splitter
@@ -211,39 +230,30 @@ class Worker:
             tokenizer, record.text, format=self._format, question=question, splitter=splitter
         )
 
-    def _kept(self, path: Path, trace: ReasoningTrace, note: Callable[[str], None]) -> StepSaliency | None:
-        if self._options.overwrite:
-            return None
-        try:
-            return kept_result(path, trace, self._kept_if)
-        except DamagedResultError as error:
-            note(f"analysed again, because {error}")
-            return None
+
+def failure(record: Record, reason: str, error: str, options: RunOptions) -> Outcome:
+    """What became of a trace that failed.
+
+    Args:
+        record: Its row.
+        reason: Why.
+        error: Class of the error.
+        options: Of the run.
+    """
+    entry = Failed(record.id, record.line, reason, error, digest(record, options))
+    return Outcome(record.id, "failed", reason, record.line, record.unit, entry)
 
 
-def digest(record: Record, options: AnalysisOptions) -> str:
+def digest(record: Record, options: RunOptions) -> str:
     """Stands for a row's text and what was asked of it; a failure is remembered while it is the same."""
-    fields = [record.id, record.question, record.thinking, record.summary, record.text]
-    text = json.dumps([*fields, options.causal, options.figures])
+    texts = [record.id, record.question, record.thinking, record.summary, record.text]
+    text = json.dumps([*texts, options.causal, options.figures])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _plain(diagnosis: Diagnosis) -> dict[str, Any]:
-    data = diagnosis.to_json()
-    return {name: value for name, value in data.items() if name not in ("schema", "version", "reasons")}
-
-
-def _checked_layers(model: Any, layers: tuple[int, ...] | None) -> tuple[int, ...]:
-    n_layers = int(model.cfg.n_layers)
-    outside = [layer for layer in layers or () if not 0 <= layer < n_layers]
-    if outside:
-        raise ModelError(f"--layers: the model has layers 0 to {n_layers - 1}; it has no {outside}")
-    return tuple(range(n_layers)) if layers is None else layers
-
-
 def _save_figures(result: StepSaliency, diagnosis: Diagnosis, path: Path, trace_id: str) -> None:
-    from stepflow_tl.rendering import profile_figure, save_figure, step_map_figure
-
     title = f"{printable(trace_id)[:60]}: {result.provenance.model_name}"
-    save_figure(step_map_figure(result, title=title), path.with_suffix(".maps.png"), dpi=_FIGURE_DPI)
-    save_figure(profile_figure(diagnosis, title=title), path.with_suffix(".profile.png"), dpi=_FIGURE_DPI)
+    maps = step_map_figure(result, title=title)
+    save_figure(maps, path.with_suffix(".maps.png"), dpi=_FIGURE_DPI)
+    profile = profile_figure(diagnosis, title=title)
+    save_figure(profile, path.with_suffix(".profile.png"), dpi=_FIGURE_DPI)

@@ -9,7 +9,7 @@ import torch
 
 from stepflow_tl.diagnosis import LAYER_METRICS, diagnose
 from stepflow_tl.runs import worker as command
-from stepflow_tl.runs.file_names import hashed_stem
+from stepflow_tl.runs.plan import hashed_stem
 from stepflow_tl.saliency import StepSaliency, step_saliency
 from stepflow_tl.trace import ReasoningTrace
 
@@ -89,7 +89,7 @@ def test_the_table_holds_means_over_the_traces_that_have_a_value(analyze, write_
     thinking_share = [float(row["deep_thinking_share"]) for row in rows(out)[:2]]
     assert float(table["lock", "in"][0]) == pytest.approx(math.fsum(lock_in) / 3, abs=1e-4)
     assert table["lock", "in"][-1] == "3"
-    assert float(table["thinking", "share"][1]) == pytest.approx(math.fsum(thinking_share) / 2, abs=1e-4)
+    assert float(table["thinking", "share"][3]) == pytest.approx(math.fsum(thinking_share) / 2, abs=1e-4)
     assert table["thinking", "share"][-1] == "2"
     assert "3 analysed" in found.out and ", 0 kept, 0 failed" in found.out
 
@@ -380,7 +380,7 @@ def test_figures_are_drawn_beside_the_results(analyze, write_lines, make_record,
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--layers", "2-4"], "the model has layers 0 to 3; it has no [4]"),
+        (["--layers", "2-4"], "layers=[2, 3, 4]: the model has layers 0..3; [4] are outside it"),
         (["--format", "nothing"], "Unknown reasoning format 'nothing'"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stepflow_tl.causal import StepKnockout, step_knockout
-from stepflow_tl.runs import knockouts as command
+from stepflow_tl.runs import worker as command
 from stepflow_tl.saliency import StepSaliency
 
 THINKING = "3*4 is 12.\n\n2+12 is 14.\n\nThat is it.\n\nSo 14."

@@ -26,8 +26,8 @@ def test_a_log_gets_plain_lines_with_speed_and_the_time_left(capsys, monkeypatch
         progress.advance(n_tokens=300, seconds=60.0, tokens_left=300.0 * (70 - done))
     progress.close()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "1 of 70 traces, 5 tokens/s, 60.0 s a trace, about 1:09:00 left"
-    assert lines[-1] == "10 of 70 traces, 5 tokens/s, 60.0 s a trace, about 1:00:00 left"
+    assert lines[0] == "1 of 70 traces, 5 tokens/s, 60.0 s per trace, about 1:09:00 left"
+    assert lines[-1] == "10 of 70 traces, 5 tokens/s, 60.0 s per trace, about 1:00:00 left"
 
 
 def test_a_log_is_not_flooded(capsys):
@@ -42,13 +42,13 @@ def test_traces_that_cost_nothing_do_not_count_as_speed():
     progress.advance(n_tokens=500)
     assert progress.line() == "1 of 10 traces"
     progress.advance(n_tokens=100, seconds=2.0, tokens_left=800.0)
-    assert progress.line() == "2 of 10 traces, 50 tokens/s, 2.0 s a trace, about 0:16 left"
+    assert progress.line() == "2 of 10 traces, 50 tokens/s, 2.0 s per trace, about 0:16 left"
 
 
 def test_the_time_left_goes_by_tokens_and_replicas_share_it():
     progress = Progress(10, replicas=2)
     progress.advance(n_tokens=900, seconds=9.0, tokens_left=1000.0)
-    assert progress.line() == "1 of 10 traces, 200 tokens/s, 9.0 s a trace, about 0:05 left"
+    assert progress.line() == "1 of 10 traces, 200 tokens/s, 9.0 s per trace, about 0:05 left"
 
 
 def test_a_terminal_gets_a_bar_that_messages_do_not_break(monkeypatch):

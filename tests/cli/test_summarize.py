@@ -48,7 +48,7 @@ def test_a_missing_result_or_comparison_is_exit_code_1(tmp_path, run_cli):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "is no folder"),
+        (["nowhere"], "is not a folder"),
         ([".", "--labels", "x.jsonl"], "--labels goes with --group-by"),
         ([".", "--pair-by", "x", "--unpaired"], "not allowed with"),
     ],

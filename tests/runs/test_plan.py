@@ -1,12 +1,17 @@
-"""The plan: a partition by shards, names that do not depend on them, long traces first."""
+"""The plan: a partition by shards, names that do not depend on them, long traces first.
+
+File names: no id leaves its folder, no two ids share a file.
+"""
+
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepflow_tl.errors import InputFileError
 from stepflow_tl.runs import plan as module
-from stepflow_tl.runs.plan import Plan, Rejected, Shard, Task
+from stepflow_tl.runs.options import Shard
+from stepflow_tl.runs.plan import FileNames, Plan, Task, hashed_stem
 from stepflow_tl.runs.records import Record, Unreadable
 
 
@@ -46,8 +51,8 @@ def test_no_trace_waits_longer_than_a_window(monkeypatch):
 
 def test_a_row_without_trace_and_a_second_id_are_rejected_in_their_place():
     rows = [*records([1, 1], ["a", "a"]), Unreadable(3, "not JSON")]
-    rejected = [task for task in Plan(rows, 3) if isinstance(task, Rejected)]
-    assert [(r.id, r.trace_id) for r in rejected] == [("line-2", "a"), ("line-3", "")]
+    rejected = [task for task in Plan(rows, 3) if isinstance(task, Unreadable)]
+    assert [(r.stand_in, r.id) for r in rejected] == [("line-2", "a"), ("line-3", "")]
     assert rejected[0].reason == "duplicate id, first on line 1: ids must differ"
 
 
@@ -62,12 +67,48 @@ def test_the_size_of_what_is_not_read_yet_is_estimated_by_what_is(monkeypatch):
     assert plan.estimated_size == 1230.0
 
 
-@pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "a/b", "0/0", "1/2/3", ""])
-def test_a_shard_that_does_not_exist_is_refused(text):
-    with pytest.raises(InputFileError, match="0/n|0/8 for the first"):
-        Shard.parse(text)
+HOSTILE = [
+    "../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "C:\\x", "a\x00b", "x" * 5000, "CON", "nul.txt",
+    "con.x/y", "com1", ".hidden", "a b", "a\nb", "trailing.", "ä", "😀", "$(rm)", "-", "\ud800",
+]  # fmt: skip
 
 
-def test_a_shard_reads_as_it_is_written():
-    assert str(Shard.parse("2/8")) == "2/8"
-    assert (Shard.parse("2/8").suffix, Shard().suffix) == ("-2-of-8", "")
+@pytest.mark.parametrize("trace_id", ["a", "gsm8k-test-265-175b_verification", "Q1.2", "0", "x" * 100])
+def test_an_ordinary_id_is_its_own_name(trace_id):
+    assert FileNames().stem(trace_id) == trace_id
+
+
+@pytest.mark.parametrize("trace_id", HOSTILE)
+def test_a_hostile_id_becomes_one_plain_component(trace_id, tmp_path: Path):
+    name = FileNames().stem(trace_id) + ".safetensors"
+    assert PurePosixPath(name).name == PureWindowsPath(name).name == name
+    assert not PureWindowsPath(name).is_reserved()
+    assert len(name) < 130 and name.isascii() and name.isprintable() and not name.startswith(".")
+    (tmp_path / name).touch()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.one_of(st.text(), st.sampled_from([*HOSTILE, "A", "a", hashed_stem("A"), hashed_stem("a")])))
+)
+def test_different_ids_have_names_that_differ_even_without_case(ids):
+    names = FileNames()
+    stems = {trace_id: names.stem(trace_id) for trace_id in ids}
+    assert len({stem.casefold() for stem in stems.values()}) == len(stems)
+    assert {trace_id: names.stem(trace_id) for trace_id in ids} == stems
+
+
+def test_ids_that_differ_only_in_case_get_a_suffix():
+    names = FileNames()
+    assert names.stem("Trace") == "Trace"
+    assert names.stem("trace") == hashed_stem("trace")
+    assert names.stem("TRACE") == hashed_stem("TRACE")
+
+
+def test_an_id_that_spells_the_suffix_of_another_gets_its_own():
+    names = FileNames()
+    assert names.stem("a") == "a"
+    assert names.stem("A") == hashed_stem("A")
+    spelled = names.stem(hashed_stem("A"))
+    assert spelled.casefold() != hashed_stem("A").casefold()

@@ -1,5 +1,7 @@
 """`analyze_dataset` on a tiny model: resumed, sharded, full disks, equal bits."""
 
+import errno
+import gc
 import json
 import random
 import resource
@@ -12,12 +14,12 @@ import torch
 from tiny_architectures import build_bridge
 
 import stepflow_tl
-from stepflow_tl.errors import InputFileError, ModelError
+from stepflow_tl.diagnosis import diagnose
+from stepflow_tl.errors import DiskFullError, FusedRefusal, InputFileError, ModelError, ResultFileError
 from stepflow_tl.results.files import file_digest, write_atomically
-from stepflow_tl.runs import worker
-from stepflow_tl.runs.report import DatasetReport
-from stepflow_tl.runs.run import Watcher, analyze_dataset
+from stepflow_tl.runs import DatasetReport, Watcher, analyze_dataset, summary, worker
 from stepflow_tl.saliency import StepSaliency, step_saliency
+from stepflow_tl.saliency.backends import _checked
 
 
 class Notes:
@@ -66,8 +68,6 @@ def test_it_is_a_public_name_and_a_watcher_is_what_it_says(analyze, make_dataset
 
 
 def test_a_line_of_the_manifest_holds_the_measures_of_its_file(analyze, make_dataset, out):
-    from stepflow_tl.diagnosis import diagnose
-
     analyze(make_dataset(2))
     for entry in lines(out):
         result = StepSaliency.load(out / entry["file"])
@@ -94,8 +94,6 @@ def test_two_runs_and_any_order_of_the_input_give_the_same_bytes(analyze, make_d
 
 def test_the_first_trace_does_not_show_in_the_others(tiny_model, make_dataset, out, tmp_path):
     """The self-check's figure stands in every result; a resumed run begins with another trace."""
-    from stepflow_tl.saliency.backends import _checked
-
     path = make_dataset(3)
     run(tiny_model(), out, path)
     last = tmp_path / "last.jsonl"
@@ -191,6 +189,19 @@ def test_something_else_in_the_place_of_a_result_does_not_undo_its_line(analyze,
     assert all(entry["kind"] == "done" for entry in lines(out))
 
 
+def test_figures_cost_no_second_diagnosis_and_have_its_reasons(
+    analyze, write_lines, make_record, monkeypatch
+):
+    calls, drawn = [], []
+    path = write_lines(make_record("a", summary=""), make_record("b", summary=""))
+    monkeypatch.setattr(worker, "diagnose", lambda result: calls.append(result) or diagnose(result))
+    monkeypatch.setattr(worker, "_save_figures", lambda result, diagnosis, *rest: drawn.append(diagnosis))
+    assert analyze(path, figures=True).counts == {"analysed": 2} and len(calls) == 2
+    assert analyze(path, figures=True).counts == {"kept": 2} and len(calls) == 4
+    assert len(drawn) == 4 and all("thinking_share" in diagnosis.reasons for diagnosis in drawn)
+    assert analyze(path).counts == {"kept": 2} and len(calls) == 4
+
+
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(analyze, make_dataset, out):
     out.mkdir()
     (out / ".t0.safetensors.abcd1234.tmp").write_text("half")
@@ -238,14 +249,10 @@ def test_a_full_disk_stops_the_run_and_the_same_call_goes_on(analyze, make_datas
 
 
 def test_a_disk_that_fills_up_with_a_report_says_so(analyze, make_dataset, out, monkeypatch):
-    import errno
-
-    from stepflow_tl.runs import report as module
-
     def full(path, data):
-        raise module.ResultFileError(f"no room to write {path} ({errno.ENOSPC})")
+        raise ResultFileError(f"no room to write {path} ({errno.ENOSPC})")
 
-    monkeypatch.setattr(module, "write_atomically", full)
+    monkeypatch.setattr(summary, "write_atomically", full)
     report = analyze(make_dataset(1))
     assert not report.is_complete and "no room to write" in report.problems[0]
 
@@ -267,13 +274,11 @@ def test_ctrl_c_returns_what_is_done(analyze, make_dataset, out, monkeypatch):
 
 
 def test_a_second_ctrl_c_ends_it_at_once(analyze, make_dataset, monkeypatch):
-    from stepflow_tl.runs import run as module
-
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(worker, "step_saliency", interrupted)
-    monkeypatch.setattr(module, "make_report", interrupted)
+    monkeypatch.setattr(summary, "aggregate", interrupted)
     path = make_dataset(1)
     with pytest.raises(KeyboardInterrupt):
         analyze(path)
@@ -289,8 +294,6 @@ def test_the_ladder_is_climbed_down_by_a_run(analyze, make_dataset, out, monkeyp
         if options.get("backend") != "layerwise":
             raise RuntimeError("out of memory") if len(options_seen) == 1 else MemoryError
         return step_saliency(model, trace, **options)
-
-    from stepflow_tl.errors import FusedRefusal
 
     def refused_by_fused(model, trace, **options):
         if options.get("backend") == "fused":
@@ -333,10 +336,6 @@ def test_a_model_can_be_a_function_that_loads_it(tiny_model, make_dataset, out):
 
 
 def test_no_tensor_outlives_its_trace(analyze, make_dataset):
-    import gc
-
-    import torch
-
     def tensors():
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
@@ -354,8 +353,6 @@ def test_no_tensor_outlives_its_trace(analyze, make_dataset):
 
 
 def test_write_atomically_tells_a_full_disk_from_other_refusals(tmp_path):
-    from stepflow_tl.errors import DiskFullError, ResultFileError
-
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, old[1]))
     try:
@@ -368,6 +365,29 @@ def test_write_atomically_tells_a_full_disk_from_other_refusals(tmp_path):
     with pytest.raises(ResultFileError) as found:
         write_atomically(tmp_path / "nowhere" / "x", b"y")
     assert not isinstance(found.value, DiskFullError)
+
+
+def test_a_result_that_is_gone_at_the_end_is_not_counted(analyze, make_dataset, out):
+    class Removing(Notes):
+        def advance(self, n_tokens, seconds, tokens_left):
+            (out / "t1.safetensors").unlink(missing_ok=True)
+
+    report = analyze(make_dataset(3), watcher=Removing())
+    assert report.counts == {"analysed": 2, "missing": 1} and not report.is_complete
+    assert "1 missing, 0 failed\n  line 2, id 't1': " in report.table
+
+
+@pytest.mark.parametrize("n_shards", [1, 2])
+def test_the_agreement_of_a_run_is_that_of_its_summary(analyze, make_dataset, out, n_shards):
+    source = make_dataset(4)
+    for index in range(n_shards):
+        report = analyze(source, shard=f"{index}/{n_shards}", causal=True)
+        assert (report.agreement is None) == (n_shards > 1)
+    found = stepflow_tl.summarize(out, n_bootstrap=50).agreement
+    assert found is not None and found.n_traces == 4
+    if n_shards == 1:
+        assert found == report.agreement
+        assert json.loads((out / "agreement.json").read_text()) == found.to_json()
 
 
 @pytest.mark.parametrize("n_shards", [1, 2])

@@ -3,16 +3,21 @@
 import json
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
 from run_folders import HEADER, done, failed, make_run, result, write_manifest
 
+import stepflow_tl
+from stepflow_tl import StepSaliency, compare, diagnose
+from stepflow_tl.errors import ComparisonError, MissingExtraError, ResultFileError
+from stepflow_tl.runs import analyze_dataset, layer_table, outcomes
+from stepflow_tl.runs.layer_table import LayerTable
+
 
 def summarize(folder, **options):
-    from stepflow_tl import summarize
-
-    return summarize(folder, **{"n_bootstrap": 200, "n_permutations": 99, **options})
+    return stepflow_tl.summarize(folder, **{"n_bootstrap": 200, "n_permutations": 99, **options})
 
 
 def rows_of(path):
@@ -22,8 +27,6 @@ def rows_of(path):
 
 
 def test_the_means_are_the_means_of_the_maps(tmp_path):
-    from stepflow_tl import StepSaliency, diagnose
-
     make_run(tmp_path, 6)
     found = summarize(tmp_path)
     diagnoses = [diagnose(StepSaliency.load(path)) for path in sorted(tmp_path.glob("*.safetensors"))]
@@ -46,20 +49,16 @@ def test_manifest_and_files_alone_give_the_same_numbers(tmp_path):
 
 
 def test_no_map_is_read_where_the_manifest_has_the_numbers(tmp_path, monkeypatch):
-    import stepflow_tl.runs.inventory as inventory
-
     make_run(tmp_path, 4)
 
     def refuse(path):
         raise AssertionError(f"{path} was loaded")
 
-    monkeypatch.setattr(inventory.StepSaliency, "load", refuse)
+    monkeypatch.setattr(outcomes.StepSaliency, "load", refuse)
     assert summarize(tmp_path).n_traces == 4
 
 
 def test_the_groups_are_compared_as_compare_does(tmp_path):
-    from stepflow_tl import StepSaliency, compare
-
     make_run(tmp_path, 8)
     maps = [StepSaliency.load(tmp_path / f"t{i}.safetensors") for i in range(8)]
     options = dict(n_bootstrap=200, n_permutations=99)
@@ -86,13 +85,58 @@ def test_a_group_too_small_is_a_note_not_an_error(tmp_path):
     assert found.comparison is None and "needs at least 2 of each" in found.notes[0]
 
 
-def test_another_grouping_field_asks_for_labels(tmp_path):
-    from stepflow_tl.errors import ComparisonError
+@pytest.mark.parametrize(("option", "what"), [("group_by", "grouped"), ("pair_by", "paired")])
+def test_groups_and_pairs_of_one_field_are_not_summarised_under_another(tmp_path, option, what):
+    make_run(tmp_path, 4, group_by="is_correct", pair_by="problem")
+    known = {"group_by": "is_correct", "pair_by": "problem"}
+    found = summarize(tmp_path, **known)
+    assert found.comparison is not None and found.paired_by == "problem"
+    table = tmp_path / "t.parquet"
+    with pytest.raises(
+        ComparisonError, match=f"were {what} by '{known[option]}', not by 'other': pass labels"
+    ):
+        summarize(tmp_path, out=table, **{**known, option: "other"})
+    assert not table.exists()
+    labels = {f"t{i}": (i < 2, f"q{i % 2}") for i in range(4)}
+    assert summarize(tmp_path, labels=labels, **{**known, option: "other"}).comparison is not None
+    named = summarize(tmp_path)
+    assert named.comparison.names == ("correct", "not correct") and named.paired_by == "problem"
 
-    header = {**HEADER, "settings": {**HEADER["settings"], "group_by": "is_correct"}}
-    write_manifest(tmp_path, done(tmp_path, "a", result(0), group=True), header=header)
+
+def test_the_names_of_a_real_run_are_in_its_manifest(tiny_model, write_lines, make_record, out):
+    rows = [make_record(f"t{i}", is_correct=i % 2 == 0, is_long=i < 2, p=i // 2) for i in range(4)]
+    path, model = write_lines(*rows), tiny_model()
+    report = analyze_dataset(model, path, out, group_by="is_correct", pair_by="p")
+    assert report.comparison is not None and report.paired_by == "p"
     with pytest.raises(ComparisonError, match="grouped by 'is_correct', not by 'is_long': pass labels"):
+        summarize(out, group_by="is_long")
+    again = analyze_dataset(model, path, out, group_by="is_long")  # asks for other labels of the same maps
+    assert again.counts == {"kept": 4} and again.comparison.names == ("long", "not long")
+    assert stepflow_tl.summarize(out, group_by="is_long").comparison == again.comparison
+
+
+def test_a_run_that_did_not_write_its_fields_down_is_named_as_asked_and_that_is_said(tmp_path):
+    make_run(tmp_path, 4)
+    found = summarize(tmp_path, group_by="is_long")
+    assert found.comparison.names == ("long", "not long")
+    assert "the run does not say by which field it was grouped: is_long is believed" in found.notes
+
+
+def test_traces_of_different_fields_are_not_compared(tmp_path):
+    lines = make_run(tmp_path, 6, group_by="is_correct")
+    write_manifest(tmp_path, *lines[:3], *({**line, "group_by": "is_long"} for line in lines[3:]))
+    found = summarize(tmp_path)
+    assert found.n_traces == 6 and found.comparison is None
+    assert "grouped by 'is_correct' and 'is_long', not by one field" in found.notes[0]
+    with pytest.raises(ComparisonError, match="grouped by 'is_correct' and 'is_long'"):
         summarize(tmp_path, group_by="is_long")
+
+
+def test_an_unknown_option_is_named_with_those_there_are(tmp_path):
+    with pytest.raises(TypeError, match="summarize has no option 'groupby': expected group_by, pair_by"):
+        summarize(tmp_path, groupby="x")
+    with pytest.raises(TypeError, match="analyze_dataset has no option 'objektive': expected .*objective"):
+        analyze_dataset(None, tmp_path, tmp_path, objektive="x")
 
 
 def test_values_that_do_not_exist_are_nulls_and_left_out_of_the_means(tmp_path):
@@ -113,7 +157,7 @@ def test_the_last_line_of_an_id_counts(tmp_path):
     write_manifest(tmp_path, failed("a"), first, second, failed("b", line=2), {**first, "n_tokens": 7})
     found = summarize(tmp_path)
     assert (found.n_traces, found.n_tokens) == (1, 7)
-    assert [(problem.id, problem.kind) for problem in found.problems] == [("b", "failed")]
+    assert [(problem.id, problem.status) for problem in found.problems] == [("b", "failed")]
     assert "failed: ModelError: too long" in str(found)
 
 
@@ -145,7 +189,7 @@ def test_a_bad_line_inside_is_reported_with_its_number_and_the_others_count(tmp_
     write_manifest(tmp_path, '{"kind": "done"', done(tmp_path, "a", result(0)))
     found = summarize(tmp_path)
     assert found.n_traces == 1 and not found.is_whole
-    assert "manifest.jsonl, line 2 is no line of a manifest that can be read" in found.problems[0].reason
+    assert "manifest.jsonl, line 2 is not a manifest line that can be read" in found.problems[0].reason
 
 
 @pytest.mark.parametrize(
@@ -155,10 +199,17 @@ def test_a_bad_line_inside_is_reported_with_its_number_and_the_others_count(tmp_
         ({"layers": [0, 0, 1, 2]}, "must be distinct"),
         ({"layers": [True, 1, 2, 3]}, "whole numbers"),
         ({"n_tokens": -1}, "n_tokens is -1, expected a count"),
-        ({"metrics": {}}, "lacks 'lock_in'"),
-        ({"sha256": "x"}, "no SHA-256"),
+        ({"metrics": []}, "metrics is a list, expected an object"),
+        ({"metrics": {"lock_in": [0.5]}}, "lock_in has 1 values for 4 layers"),
+        ({"metrics": {"lock_in": ["x"] * 4}}, "expected numbers and null only"),
+        ({"metrics": {"lock_in": [True] * 4}}, "expected numbers and null only"),
+        ({"metrics": {"lock_in": [10**400] * 4}}, "beyond what a float can hold"),
+        ({"rows_without_mass": [2**70] * 4}, "is not a manifest line"),
+        ({"agreement": {"k": 3}}, "is not a manifest line"),
+        ({"file": None}, "file is a NoneType, expected a string"),
+        ({"sha256": "x"}, "not a SHA-256"),
         ({"id": 3}, "id is a int"),
-        ({"seconds": 10**400}, "no line of a manifest"),
+        ({"seconds": 10**400}, "is not a manifest line"),
     ],
 )
 def test_a_line_of_the_wrong_kind_says_what_is_wrong(tmp_path, change, match):
@@ -166,7 +217,7 @@ def test_a_line_of_the_wrong_kind_says_what_is_wrong(tmp_path, change, match):
     found = summarize(tmp_path)
     assert found.n_traces == 2  # a from its file, which no line that can be read names
     (problem,) = found.problems
-    assert problem.kind == "damaged" and re.search(match, problem.reason)
+    assert problem.status == "damaged" and re.search(match, problem.reason)
 
 
 @pytest.mark.parametrize(
@@ -175,13 +226,11 @@ def test_a_line_of_the_wrong_kind_says_what_is_wrong(tmp_path, change, match):
         ({**HEADER, "schema": 2}, "manifest schema 2; this stepflow_tl reads up to 1: upgrade"),
         ({**HEADER, "schema": "1"}, "schema is '1'"),
         ({**HEADER, "settings": {}}, "lacks 'model_name'"),
-        ({**HEADER, "kind": "done"}, "is no line of a manifest"),
+        ({**HEADER, "kind": "done"}, "does not begin with a header: .* is not a manifest line"),
         ({**HEADER, "kind": "from a later version"}, "does not begin with a header"),
     ],
 )
 def test_a_header_that_cannot_be_read_is_refused(tmp_path, header, match):
-    from stepflow_tl.errors import ResultFileError
-
     write_manifest(tmp_path, done(tmp_path, "a", result(0)), header=header)
     with pytest.raises(ResultFileError, match=match):
         summarize(tmp_path)
@@ -197,8 +246,6 @@ def test_what_a_later_minor_version_adds_is_passed_over(tmp_path):
 
 
 def test_two_analyses_in_one_folder_are_refused(tmp_path):
-    from stepflow_tl.errors import ResultFileError
-
     result(0).save(tmp_path / "a.safetensors")
     result(1, model_name="other").save(tmp_path / "b.safetensors")
     with pytest.raises(ResultFileError, match="mixes analyses: b.safetensors has model_name 'other'"):
@@ -206,8 +253,6 @@ def test_two_analyses_in_one_folder_are_refused(tmp_path):
 
 
 def test_two_headers_of_different_settings_are_refused(tmp_path):
-    from stepflow_tl.errors import ResultFileError
-
     other = {**HEADER, "settings": {**HEADER["settings"], "objective": "response"}}
     write_manifest(tmp_path, done(tmp_path, "a", result(0)), other)
     with pytest.raises(ResultFileError, match="a header with objective 'response'.*one run at a time"):
@@ -215,8 +260,6 @@ def test_two_headers_of_different_settings_are_refused(tmp_path):
 
 
 def test_two_traces_cannot_share_a_file(tmp_path):
-    from stepflow_tl.errors import ResultFileError
-
     line = done(tmp_path, "a", result(0))
     write_manifest(tmp_path, line, {**line, "id": "b"})
     with pytest.raises(ResultFileError, match="share the file 'a.safetensors'"):
@@ -225,8 +268,6 @@ def test_two_traces_cannot_share_a_file(tmp_path):
 
 @pytest.mark.parametrize("content", [None, "manifest only", "failures only"])
 def test_a_folder_without_a_result_is_refused_and_no_table_is_written(tmp_path, content):
-    from stepflow_tl.errors import ResultFileError
-
     if content:
         write_manifest(tmp_path, *([failed("a")] if "fail" in content else []))
     with pytest.raises(
@@ -234,7 +275,7 @@ def test_a_folder_without_a_result_is_refused_and_no_table_is_written(tmp_path, 
     ):
         summarize(tmp_path, out=tmp_path / "t.parquet")
     assert not list(tmp_path.glob("*parquet*"))
-    with pytest.raises(ResultFileError, match="is no folder"):
+    with pytest.raises(ResultFileError, match="is not a folder"):
         summarize(tmp_path / "nowhere")
 
 
@@ -245,9 +286,9 @@ def test_missing_short_and_exchanged_files_are_named_and_left_out(tmp_path):
     short.write_bytes(short.read_bytes()[:-8])
     result(50).save(tmp_path / "t2.safetensors")  # whole, but not the one that was written
     found = summarize(tmp_path)
-    assert [(p.id, p.kind) for p in found.problems] == [("t0", "missing"), ("t1", "damaged")]
+    assert [(p.id, p.status) for p in found.problems] == [("t0", "missing"), ("t1", "damaged")]
     found = summarize(tmp_path, verify=True)
-    assert [(p.id, p.kind) for p in found.problems][2:] == [("t2", "damaged")]
+    assert [(p.id, p.status) for p in found.problems][2:] == [("t2", "damaged")]
     assert "SHA-256 differs" in found.problems[2].reason and not found.is_whole
     assert found.n_traces == 3 and "1 missing, 2 damaged:" in str(found)
 
@@ -256,7 +297,7 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
     result(0).save(tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"not one")
     found = summarize(tmp_path)
-    assert [(p.id, p.kind) for p in found.problems] == [("b", "damaged")] and found.n_traces == 1
+    assert [(p.id, p.status) for p in found.problems] == [("b", "damaged")] and found.n_traces == 1
 
 
 @pytest.mark.parametrize(
@@ -270,7 +311,7 @@ def test_a_manifest_names_files_of_its_own_folder_only(tmp_path, name):
     for ending in ("", ".safetensors"):
         write_manifest(folder, good, {**good, "id": "bad", "file": name + ending})
         found = summarize(folder)
-        assert [(p.id, p.kind) for p in found.problems] == [("bad", "unsafe")]
+        assert [(p.id, p.status) for p in found.problems] == [("bad", "unsafe")]
         assert "not the bare name" in found.problems[0].reason and found.n_traces == 1
 
 
@@ -294,8 +335,6 @@ def test_a_link_is_where_it_points(tmp_path):
 
 
 def test_an_unfinished_table_leaves_the_old_one(tmp_path, monkeypatch):
-    from stepflow_tl.runs.layer_table import LayerTable
-
     make_run(tmp_path, 3)
     table = tmp_path / "t.parquet"
     table.write_text("the old one")
@@ -304,8 +343,6 @@ def test_an_unfinished_table_leaves_the_old_one(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(LayerTable, "flush", disk_full)
-    from stepflow_tl.errors import ResultFileError
-
     with pytest.raises(ResultFileError, match="No space left on device"):
         summarize(tmp_path, out=table)
     assert table.read_text() == "the old one"
@@ -313,8 +350,6 @@ def test_an_unfinished_table_leaves_the_old_one(tmp_path, monkeypatch):
 
 
 def test_more_traces_than_a_row_group_are_all_there(tmp_path, monkeypatch):
-    from stepflow_tl.runs import layer_table
-
     make_run(tmp_path, 7)
     monkeypatch.setattr(layer_table, "_TRACES_A_GROUP", 3)
     summarize(tmp_path, out=tmp_path / "t.parquet")
@@ -327,10 +362,6 @@ def test_more_traces_than_a_row_group_are_all_there(tmp_path, monkeypatch):
 
 
 def test_without_pyarrow_the_install_command_is_given_and_the_rest_works(tmp_path, monkeypatch):
-    import sys
-
-    from stepflow_tl.errors import MissingExtraError
-
     make_run(tmp_path, 3)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'stepflow-tl\[datasets\]'"):
@@ -345,8 +376,6 @@ def test_levels_and_counts_out_of_range_are_refused(tmp_path, bad):
 
 
 def test_no_mean_of_an_unknown_metric(tmp_path):
-    from stepflow_tl.errors import ComparisonError
-
     make_run(tmp_path, 2)
     with pytest.raises(ComparisonError, match="no mean of 'mood' in band 'deep'"):
         summarize(tmp_path).mean("mood", "deep")

@@ -1,13 +1,14 @@
 """Parquet and saved data sets: the same records, rules and messages as JSON lines, with row numbers."""
 
 import json
+import sys
 
 import pytest
 
 from stepflow_tl.errors import InputFileError, MissingExtraError
-from stepflow_tl.runs import arrow_tables
-from stepflow_tl.runs.records import Record
-from stepflow_tl.runs.sources import count_records, open_source, read_records
+from stepflow_tl.runs import analyze_dataset, row_files
+from stepflow_tl.runs.records import Record, read_records
+from stepflow_tl.runs.row_files import open_source
 
 pyarrow = pytest.importorskip("pyarrow")
 
@@ -56,7 +57,7 @@ def test_the_records_are_those_of_json_lines(kind, tmp_path, rows, write_lines):
     fields = ("line", "question", "thinking", "summary", "text", "group", "pair")
     for record, other in zip(found, expected, strict=True):
         assert [getattr(record, name) for name in fields] == [getattr(other, name) for name in fields]
-    assert count_records(path) == 3 and count_records(path, limit=2) == 2
+    assert open_source(path).count() == 3 and open_source(path).count(2) == 2
     assert [record.line for record in read_records(path, limit=2)] == [1, 2]
 
 
@@ -88,7 +89,7 @@ def test_a_text_that_is_not_utf_8_costs_its_row_only(tmp_path, rows):
 
 def test_a_large_file_is_streamed_by_row_group(tmp_path, rows, monkeypatch):
     path = write_parquet(tmp_path / "rows.parquet", rows[:2] * 500, row_group_size=10)
-    monkeypatch.setattr(arrow_tables, "_ROWS_PER_BATCH", 10)
+    monkeypatch.setattr(row_files, "_ROWS_PER_BATCH", 10)
     reader = read_records(path)
     for _ in range(25):
         next(reader)
@@ -113,7 +114,7 @@ def test_splits_are_named_and_one_of_them_can_be_read(tmp_path, rows):
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(InputFileError, match="holds several splits: name one of them, .*train"):
         open_source(tmp_path / "saved")
-    assert count_records(tmp_path / "saved" / "test") == 3
+    assert open_source(tmp_path / "saved" / "test").count() == 3
 
 
 def test_a_saved_data_set_that_is_damaged_is_named(tmp_path, rows):
@@ -126,8 +127,6 @@ def test_a_saved_data_set_that_is_damaged_is_named(tmp_path, rows):
 
 @pytest.mark.parametrize(("module", "kind"), [("pyarrow", "parquet"), ("datasets", "saved")])
 def test_a_missing_package_is_named_with_the_command(module, kind, tmp_path, rows, monkeypatch):
-    import sys
-
     path = written(kind, tmp_path, rows)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=r"pip install .stepflow-tl\[datasets\]"):
@@ -135,8 +134,6 @@ def test_a_missing_package_is_named_with_the_command(module, kind, tmp_path, row
 
 
 def test_a_run_over_parquet_speaks_of_rows(tiny_model, tmp_path, rows):
-    from stepflow_tl.runs import analyze_dataset
-
     source = write_parquet(tmp_path / "rows.parquet", [*rows, {**rows[0], "question": None, "id": "d"}])
     report = analyze_dataset(tiny_model(), source, tmp_path / "out")
     assert report.counts == {"analysed": 3, "failed": 1}

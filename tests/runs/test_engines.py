@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from stepflow_tl.errors import MissingExtraError, ModelError
-from stepflow_tl.runs import analyze_dataset
+from stepflow_tl.runs import analyze_dataset, engines, worker
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='needs the extra "ray"')
 
@@ -26,8 +26,6 @@ def load_tiny(threads=1):
 
 def load_deadly():
     """A replica that dies of any trace about 8, as it would of one too large for the machine."""
-    from stepflow_tl.runs import worker
-
     original = worker.step_saliency
 
     def dying(model, trace, **options):
@@ -65,22 +63,20 @@ def entries(folder):
 @pytest.mark.filterwarnings("ignore")  # ray's own
 @needs_ray
 def test_a_run_on_two_replicas_gives_the_same_files_even_if_one_is_killed(ray, make_dataset, tmp_path):
-    from stepflow_tl.runs import ray_engine
-
     path = make_dataset(8)
     analyze_dataset(load_tiny, path, tmp_path / "local")
-    engine_of, killed = ray_engine.RayEngine, []
+    engine_of, killed = engines.RayEngine, []
 
     class Killing(engine_of):
-        def results(self, jobs):
-            for n_done, found in enumerate(super().results(jobs)):
+        def results(self, tasks):
+            for n_done, found in enumerate(super().results(tasks)):
                 if n_done == 2 and not killed:
                     killed.append(self.process_ids()[0])
                     os.kill(killed[0], signal.SIGKILL)
                 yield found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray_engine, "RayEngine", Killing)
+        patch.setattr(engines, "RayEngine", Killing)
         report = analyze_dataset(load_tiny, path, tmp_path / "ray", engine="ray", replicas=2)
     assert killed and report.counts in ({"analysed": 8}, {"analysed": 7, "kept": 1})
     assert results(tmp_path / "ray") == results(tmp_path / "local")

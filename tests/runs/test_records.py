@@ -5,9 +5,9 @@ import json
 import pytest
 
 from stepflow_tl.errors import InputFileError
-from stepflow_tl.runs import json_lines
-from stepflow_tl.runs.records import Record
-from stepflow_tl.runs.sources import count_records, read_records
+from stepflow_tl.runs import row_files
+from stepflow_tl.runs.records import Record, read_records
+from stepflow_tl.runs.row_files import open_source
 
 
 def test_records_keep_their_order_numbers_and_fields(write_lines, make_record):
@@ -18,13 +18,13 @@ def test_records_keep_their_order_numbers_and_fields(write_lines, make_record):
     assert first == Record(1, "a", "What is 2+3*4?", make_record()["thinking"], "It is 14.", None)
     assert (second.line, second.id, second.summary) == (4, "7", "")
     assert (third.line, third.id, third.text, third.thinking) == (5, "line-5", "<think>x</think>y", "")
-    assert count_records(path) == 3
+    assert open_source(path).count() == 3
 
 
 def test_a_limit_counts_the_lines_that_are_not_blank(write_lines, make_record):
     path = write_lines("", make_record("a"), "", "not json", make_record("b"))
     assert [item.line for item in read_records(path, limit=2)] == [2, 4]
-    assert count_records(path, limit=2) == 2
+    assert open_source(path).count(2) == 2
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_line_that_is_no_record_is_named_and_the_others_are_read(line, said, w
 def test_a_line_beyond_the_limit_is_refused_unread_and_the_next_one_is_read(
     write_lines, make_record, monkeypatch
 ):
-    monkeypatch.setattr(json_lines, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(row_files, "MAX_LINE_BYTES", 1000)
     fits = json.dumps(make_record("fits"))
     fits += " " * (999 - len(fits))
     path = write_lines(fits, make_record("long", thinking="x" * 5000), fits + "  ", make_record("after"))

@@ -1,0 +1,72 @@
+"""How the commands read their arguments. Nothing heavy is imported, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from stepflow_tl.runs.options import GroupOptions, positive
+
+DEFAULT_MODEL = "smollm2"
+LAYOUT = argparse.RawDescriptionHelpFormatter  # keeps the examples as they are written
+
+Options = TypeVar("Options", bound=GroupOptions)
+
+
+def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A `type` for argparse: what `parse` says in its `ValueError` is what the user reads."""
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+whole_number = checked(positive)
+
+
+@checked
+def device_name(text: str) -> str:
+    """The name of a device that torch knows; whether it is there is asked when the command runs."""
+    if not re.fullmatch(r"cpu|mps|cuda(?::[0-9]+)?", text):
+        raise ValueError(f"{text!r} is none of cpu, cuda, cuda:N, mps")
+    return text
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type[GroupOptions]) -> None:
+    """Add every field of an options class as an argument, with its help, its default and its way of reading.
+
+    Args:
+        parser: The command's parser.
+        kind: Such as `RunOptions`.
+    """
+    helps, one_of = kind.helps(), parser.add_mutually_exclusive_group()
+    for each in fields(kind):
+        reading = dict(each.metadata)
+        if reading.pop("hidden", False):
+            continue
+        add = one_of.add_argument if reading.pop("exclusive", False) else parser.add_argument
+        if isinstance(each.default, bool):
+            reading["action"] = "store_true"
+        elif "type" in reading:
+            reading["type"] = checked(reading["type"])
+        add(f"--{each.name.replace('_', '-')}", default=each.default, help=helps.get(each.name), **reading)
+
+
+def options_of(arguments: argparse.Namespace, kind: type[Options]) -> Options:
+    """The options that `add_options` read."""
+    given = vars(arguments)
+    return kind(**{each.name: given[each.name] for each in fields(kind) if each.name in given})
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Where a model's weights go, and in which precision."""
+    dtypes = ("float32", "float64", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="(float32)")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda, cuda:1, mps")
