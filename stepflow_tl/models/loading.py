@@ -109,14 +109,19 @@ def _gguf_file_at(path: Path) -> Path | None:
             raise ModelError(
                 f"{path} holds {len(whole)} GGUF files: {', '.join(entry.name for entry in whole)}. Name one."
             )
-        path = (whole or files or [path])[0]
+        if not files:
+            raise ModelError(
+                f"{path} holds neither a config.json nor a .gguf file. Expected a folder that "
+                "`save_pretrained` wrote, or one with a GGUF file."
+            )
+        path = (whole or files)[0]
     elif not path.is_file():
         if path.suffix.lower() == ".gguf":
             raise ModelError(f"There is no file {path}. Expected the path of a GGUF file.")
         return None
     if part := _PART_OF_SPLIT.search(path.name):
         raise ModelError(split_message(path, int(part[1]), int(part[2])))
-    return None if path.is_dir() else path
+    return path
 
 
 def _load_gguf(
