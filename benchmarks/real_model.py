@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from stepflow_tl.errors import StepflowError
 from stepflow_tl.results.files import atomic_file, file_digest
@@ -129,7 +129,7 @@ def check(path: Path) -> None:
     from stepflow_tl.models import load_model
 
     start = time.perf_counter()
-    model = load_model(str(path), dtype=torch.bfloat16)
+    model: Any = load_model(str(path), dtype=torch.bfloat16)
     print(f"loaded {model.cfg.model_name} in {time.perf_counter() - start:.1f} s")
     messages = [{"role": "user", "content": f"{QUESTION}\n{INSTRUCTION}"}]
     prompt = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -50,7 +50,9 @@ _TIKTOKEN = (
 )
 
 
-def build_tokenizer(path: Path, metadata: dict[str, Any], context_length: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    path: Path, metadata: dict[str, Any], context_length: int | None
+) -> PreTrainedTokenizerFast:
     """The tokenizer of a GGUF file, with its special tokens and its chat template.
 
     Control tokens ("<|im_end|>") are special; user-defined ones ("<tool_call>", "<think>") are one token each
@@ -60,7 +62,7 @@ def build_tokenizer(path: Path, metadata: dict[str, Any], context_length: int) -
     Args:
         path: The file, for messages and for transformers' converter.
         metadata: Its key-value pairs.
-        context_length: Of the model, in tokens; becomes `model_max_length`.
+        context_length: Of the model, in tokens; becomes `model_max_length`. None if the file does not say.
 
     Raises:
         ModelError: If the file holds no tokenizer, or asks for a rule that is not known.

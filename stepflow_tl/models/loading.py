@@ -137,13 +137,13 @@ def _load_gguf(
         raise MissingExtraError(
             f"{path} needs the package gguf that decodes its weights. Install with:\n    pip install gguf"
         )
+    from transformer_lens.model_bridge import TransformerBridge
+
     checkpoint = GgufCheckpoint.open(path)
     tokenizer = checkpoint.tokenizer()  # first: it takes less time to refuse
     hf_model = checkpoint.model(dtype, device_map)
     if device_map is None:
         hf_model = hf_model.to(device)
-    from transformer_lens.model_bridge import TransformerBridge
-
     # TransformerLens reloads a tokenizer from its name unless the tokenizer says that it adds BOS by itself.
     # This one exists only in memory. It says so while the bridge is built, and still adds none, unless its
     # file says so: that is how the model was trained.
@@ -168,8 +168,8 @@ def _refused_as_model_error(name_or_path: str) -> Iterator[None]:
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise ModelError(
             f"Cannot load model {name_or_path!r} ({type(error).__name__}: {reason}). "
-            f"Expected {DEFAULT_MODEL!r}, a local model directory, or a name on the Hugging Face hub, of an "
-            "architecture that TransformerLens supports, or a GGUF file. The hub needs the network, and "
+            f"Expected {DEFAULT_MODEL!r}, a local model directory, or a name on the Hugging Face hub, or "
+            "a GGUF file, of an architecture that TransformerLens supports. The hub needs the network, and "
             "HF_HUB_OFFLINE unset."
         ) from error
 

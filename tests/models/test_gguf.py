@@ -222,12 +222,16 @@ def test_a_missing_tensor_is_named(without, missing, tmp_path):
         opened(tmp_path, without=without).model(torch.float32)
 
 
-def test_a_tensor_that_the_model_has_no_place_for_is_refused(tmp_path):
-    bias = {"blk.0.attn_q.bias": np.zeros(32)}
-    with pytest.raises(
-        ModelError, match=r"q_proj\.bias of shape \(32,\); its configuration asks for no such"
-    ):
-        opened(tmp_path, extra_tensors=bias).model(torch.float32)
+@pytest.mark.parametrize(
+    ("tensor", "named"),
+    [
+        ("blk.0.attn_q.bias", r"model\.layers\.0\.self_attn\.q_proj\.bias"),
+        ("blk.0.ffn_gate_inp.weight", r"blk\.0\.ffn_gate_inp\.weight"),
+    ],
+)
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(tensor, named, tmp_path):
+    with pytest.raises(ModelError, match=rf"has {named} of shape \(32,\); its .* asks for no such tensor"):
+        opened(tmp_path, extra_tensors={tensor: np.zeros(32)}).model(torch.float32)
 
 
 def test_another_architecture_is_read_by_transformers_and_can_be_saved(tmp_path):
