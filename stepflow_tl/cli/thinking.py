@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.models.passes import model_device
 from stepflow_tl.trace.assembly import resolve_format
 from stepflow_tl.trace.formats.prompt import question_prompt
 from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
@@ -89,7 +90,7 @@ def _cut(tokenizer: Any, written: list[int], form: ReasoningFormat) -> tuple[lis
 
 
 def _continue(model: Any, tokens: list[int], budget: int) -> list[int]:
-    device = next(model.parameters()).device
+    device = model_device(model)
     out = model.generate(
         torch.tensor([tokens], device=device),
         max_new_tokens=budget,

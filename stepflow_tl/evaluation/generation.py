@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from stepflow_tl.errors import FormatError, ModelError
+from stepflow_tl.models.facts import is_bridge
+from stepflow_tl.models.passes import model_device
 from stepflow_tl.stepflow.flow import StepFlow
 from stepflow_tl.trace.assembly import build_from_tokens, resolve_format
 from stepflow_tl.trace.formats.prompt import question_prompt
@@ -37,7 +39,7 @@ class Decoding:
         max_new_tokens: Most tokens of thinking and answer together.
         temperature: 0 for greedy decoding.
         top_p: Nucleus of the sampling.
-        n_samples: Answers a question.
+        n_samples: Answers per question.
         batch_size: Answers written at once.
         seed: Seed of the sampling.
 
@@ -46,8 +48,8 @@ class Decoding:
     """
 
     max_new_tokens: int = 1024
-    temperature: float | int = 0.0
-    top_p: float | int = 1.0
+    temperature: float = 0.0
+    top_p: float = 1.0
     n_samples: int = 1
     batch_size: int = 16
     seed: int = 0
@@ -116,7 +118,7 @@ def write_answers(
     on = (
         (lambda: nullcontext()) if flow is None else (lambda: flow.generating(model, tokenizer, format=entry))
     )
-    for number, batch in enumerate(_batches(rows, decoding.batch_size, hasattr(model, "original_model"))):
+    for number, batch in enumerate(_batches(rows, decoding.batch_size, is_bridge(model))):
         start = time.perf_counter()
         with on(), torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
             torch.manual_seed(decoding.seed * 1_000_003 + number)
@@ -146,13 +148,13 @@ def _generate(model: Any, prompts: list[list[int]], decoding: Decoding) -> list[
     """New tokens of each prompt, up to and with the end marker."""
     end, longest = model.tokenizer.eos_token_id, max(map(len, prompts))
     pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else end
-    device = next(model.parameters()).device
+    device = model_device(model)
     batch = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
     sampled = decoding.temperature > 0
     options: dict[str, Any] = dict(max_new_tokens=decoding.max_new_tokens, do_sample=sampled)
     if sampled:
-        options.update(temperature=float(decoding.temperature), top_p=float(decoding.top_p))
-    if hasattr(model, "original_model"):
+        options.update(temperature=decoding.temperature, top_p=decoding.top_p)
+    if is_bridge(model):
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         options.update({"top_k": 0} if sampled else {})
         out = model.original_model.generate(batch, attention_mask=mask, pad_token_id=pad, **options)

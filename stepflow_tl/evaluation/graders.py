@@ -54,7 +54,7 @@ def steps(question: Question, answer: Answer) -> bool:
     Arguments as in `exact`.
 
     Raises:
-        ProblemError: If the question is none of the testbed.
+        ProblemError: If the question is not one of the testbed.
     """
     if question.problem is None:
         raise ProblemError(

@@ -1,6 +1,6 @@
 """Questions with a known answer: from JSON lines, or from the testbed.
 
-One object a line with `question` and `answer` (strings; a number is taken as its text), and optionally `id`
+One object per line with `question` and `answer` (strings; a number is taken as its text), and optionally `id`
 and `difficulty`, any string or number by which accuracy is reported apart. Every line is checked before any
 is asked.
 """
@@ -56,7 +56,7 @@ def read_questions(path: str | Path) -> list[Question]:
     """The questions of a file of JSON lines.
 
     Args:
-        path: One object a line with `question` and `answer`, and optionally `id` and `difficulty`.
+        path: One object per line with `question` and `answer`, and optionally `id` and `difficulty`.
 
     Raises:
         InputFileError: If the file cannot be read, has no question, or a line is not one; the message names
@@ -69,7 +69,7 @@ def read_questions(path: str | Path) -> list[Question]:
         raise InputFileError(f"cannot read {path}: {error}") from error
     questions = [_parse(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
     if not questions:
-        raise InputFileError(f"{path} has no question: expected one JSON object a line")
+        raise InputFileError(f"{path} has no question: expected one JSON object per line")
     name, count = Counter(question.id for question in questions).most_common(1)[0]
     if count > 1:
         raise InputFileError(f"{path}: the id {name!r} occurs more than once; ids must differ")

@@ -3,20 +3,18 @@
 import json
 
 import pytest
+import torch
+from transformer_lens.model_bridge import TransformerBridge
 
+from stepflow_tl.cli import evaluate
 from stepflow_tl.cli import main as command
+from stepflow_tl.testbed.vocabulary import build_tokenizer
+from stepflow_tl.testbed.weights import new_model
 
 
 @pytest.fixture
 def untrained(monkeypatch):
     """The testbed model's shape, untrained, in place of the shipped one."""
-    import torch
-    from transformer_lens.model_bridge import TransformerBridge
-
-    from stepflow_tl.cli import evaluate
-    from stepflow_tl.testbed.vocabulary import build_tokenizer
-    from stepflow_tl.testbed.weights import new_model
-
     tokenizer = build_tokenizer()
     tokenizer.init_kwargs.update(add_bos_token=True, name_or_path="testbed")
     torch.manual_seed(0)

@@ -3,6 +3,13 @@
 import pytest
 import torch
 
+from stepflow_tl import ReasoningTrace, StepFlow
+from stepflow_tl.evaluation import Decoding, write_answers
+from stepflow_tl.evaluation.generation import _answer
+from stepflow_tl.testbed import ProblemSpec, make_problems
+from stepflow_tl.testbed.train import prompt_of
+from stepflow_tl.trace.formats.detection import detect_format
+
 
 def greedy_by_hand(model, prompt, n_new):
     """One token at a time, without a cache, the whole sequence again for each."""
@@ -17,9 +24,6 @@ def greedy_by_hand(model, prompt, n_new):
 
 
 def test_batched_answers_equal_greedy_decoding_by_hand(model, questions):
-    from stepflow_tl.evaluation import Decoding, write_answers
-    from stepflow_tl.testbed.train import prompt_of
-
     texts = [question.text for question in questions]
     for size in (1, 4, 100):
         answers, seconds = write_answers(model, texts, None, Decoding(max_new_tokens=12, batch_size=size))
@@ -31,9 +35,6 @@ def test_batched_answers_equal_greedy_decoding_by_hand(model, questions):
 
 
 def test_answers_under_a_flow_equal_one_pass_over_them(model, questions):
-    from stepflow_tl import ReasoningTrace, StepFlow
-    from stepflow_tl.evaluation import Decoding, write_answers
-
     flow = StepFlow(tau_max=0.6, alpha=0.9)
     texts = [question.text for question in questions]
     plain, _ = write_answers(model, texts, None, Decoding(max_new_tokens=16, batch_size=5))
@@ -50,14 +51,11 @@ def test_answers_under_a_flow_equal_one_pass_over_them(model, questions):
 
 
 def test_samples_share_their_random_numbers_over_conditions(model, questions):
-    from stepflow_tl import StepFlow
-    from stepflow_tl.evaluation import Decoding, write_answers
-
     texts = [question.text for question in questions]
     decoding = Decoding(max_new_tokens=10, temperature=1.0, n_samples=3, batch_size=7, seed=5)
     first, _ = write_answers(model, texts, None, decoding)
     again, _ = write_answers(model, texts, None, decoding)
-    off, _ = write_answers(model, texts, StepFlow(tau_max=0, alpha=1e-9), decoding)
+    off, _ = write_answers(model, texts, StepFlow(tau_max=0.0, alpha=1e-9), decoding)
     other, _ = write_answers(
         model, texts, None, Decoding(max_new_tokens=10, temperature=1.0, n_samples=3, batch_size=7, seed=6)
     )
@@ -68,19 +66,12 @@ def test_samples_share_their_random_numbers_over_conditions(model, questions):
 
 
 def test_the_callers_random_state_is_left_alone(model, questions):
-    from stepflow_tl.evaluation import Decoding, write_answers
-
     before = torch.random.get_rng_state()
     write_answers(model, [questions[0].text], None, Decoding(max_new_tokens=3, temperature=0.7))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_written_tokens_are_cut_by_the_formats_markers(model):
-    from stepflow_tl.evaluation.generation import _answer
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.testbed.train import prompt_of
-    from stepflow_tl.trace.formats.detection import detect_format
-
     (problem,) = make_problems(ProblemSpec(n_steps=3), 1, seed=0)
     tokenizer = model.tokenizer
     prompt = tokenizer(prompt_of(problem, tokenizer)).input_ids
@@ -107,13 +98,11 @@ def test_written_tokens_are_cut_by_the_formats_markers(model):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"n_samples": 0}, "n_samples is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"temperature": -1}, "temperature is -1"),
-        ({"top_p": 0}, "top_p 0"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"top_p": 0.0}, "top_p 0"),
         ({"n_samples": 2}, "2 samples of greedy decoding"),
     ],
 )
 def test_decoding_without_a_meaning_is_refused(options, message):
-    from stepflow_tl.evaluation import Decoding
-
     with pytest.raises(ValueError, match=message):
         Decoding(**options)
