@@ -60,3 +60,7 @@ class ProblemError(StepflowError, ValueError):
 
 class KnockoutError(StepflowError, ValueError):
     """A step knockout's pairs, heads or measure are not such that an effect could be stated."""
+
+
+class SandboxError(StepflowError, RuntimeError):
+    """Code that a model wrote cannot or may not be run: the sandbox is incomplete, or nobody allowed it."""
