@@ -22,8 +22,8 @@ import numpy as np
 from jaxtyping import Float
 
 from stepflow_tl.evaluation.generation import Answer, Decoding, write_answers
-from stepflow_tl.evaluation.graders import Grader, exact
-from stepflow_tl.evaluation.questions import Question
+from stepflow_tl.evaluation.graders import exact
+from stepflow_tl.evaluation.grading import Grade, Grader, Question, Verdict, graded, prepared
 from stepflow_tl.results.tables import probability, text_table
 from stepflow_tl.statistics.effects import corrected
 from stepflow_tl.statistics.paired import PairedDifference, paired_difference
@@ -74,14 +74,19 @@ class ConditionResult:
     Attributes:
         flow: What was on the model; None for nothing.
         answers: `answers[question][sample]`.
-        right: Whether each is right, `right[question][sample]`.
+        verdicts: Whether each is right, and why not, `verdicts[question][sample]`.
         seconds: Time of generation.
     """
 
     flow: StepFlow | None
     answers: tuple[tuple[Answer, ...], ...]
-    right: tuple[tuple[bool, ...], ...]
+    verdicts: tuple[tuple[Verdict, ...], ...]
     seconds: float
+
+    @property
+    def right(self) -> tuple[tuple[bool, ...], ...]:
+        """Whether each answer is right, `right[question][sample]`."""
+        return tuple(tuple(map(bool, samples)) for samples in self.verdicts)
 
     @property
     def scores(self) -> Float[np.ndarray, " question"]:
@@ -121,12 +126,13 @@ class Evaluation:
         scores = self.results[condition].scores
         return float(scores[self._of(difficulty)].mean())
 
-    def regraded(self, grader: Grader) -> Evaluation:
-        """The same answers, counted by another `grader`."""
+    def regraded(self, grader: Grader | Grade | str, *, allow_code_execution: bool = False) -> Evaluation:
+        """The same answers, counted by another grader; arguments and errors as in `evaluate`."""
+        grade = prepared(grader, self.questions, allow_code_execution=allow_code_execution)
         return replace(
             self,
             results={
-                name: replace(result, right=graded(self.questions, result.answers, grader))
+                name: replace(result, verdicts=graded(self.questions, result.answers, grade))
                 for name, result in self.results.items()
             },
         )
@@ -246,7 +252,8 @@ def evaluate(
     *,
     conditions: Mapping[str, StepFlow | None] | None = None,
     decoding: Decoding | None = None,
-    grader: Grader = exact,
+    grader: Grader | Grade | str = exact,
+    allow_code_execution: bool = False,
     format: Any = "auto",
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -259,7 +266,9 @@ def evaluate(
         conditions: By name: None for the plain model, or the StepFlow to put on it. Default: the paper's
             StepFlow, its halves, a control of each, and the plain model.
         decoding: How to decode; greedy by default.
-        grader: Says whether an answer is right.
+        grader: Says whether an answer is right: a registered grader or its name, or any function
+            `(question, answer) -> bool`.
+        allow_code_execution: Lets the grader "code" execute what the model writes, in a sandbox.
         format: The reasoning format.
         seed: Of the resampling; `decoding` has the seed of the sampling.
         progress: Called with one line of text when a condition is done.
@@ -267,29 +276,21 @@ def evaluate(
     Raises:
         ValueError: If there is no question or no condition.
         ModelError: If the model cannot be asked, or a condition does not fit it.
+        StepflowError: If the grader cannot work: see `grading.prepared`. Nothing is asked then.
     """
     if not questions:
         raise ValueError("no questions: expected at least one")
     conditions = standard_conditions() if conditions is None else conditions
     if not conditions:
         raise ValueError("no conditions: expected at least one, such as {'plain': None}")
+    grade = prepared(grader, questions, allow_code_execution=allow_code_execution)
     decoding = Decoding() if decoding is None else decoding
     results: dict[str, ConditionResult] = {}
     for name, flow in conditions.items():
         texts = [question.text for question in questions]
         answers, seconds = write_answers(model, texts, flow, decoding, format=format)
-        right = graded(questions, answers, grader)
-        results[name] = ConditionResult(flow, tuple(map(tuple, answers)), right, seconds)
+        verdicts = graded(questions, answers, grade)
+        results[name] = ConditionResult(flow, tuple(map(tuple, answers)), verdicts, seconds)
         if progress is not None:
             progress(f"{name}: {results[name].scores.mean():.4f} right, {seconds:.0f} s")
     return Evaluation(tuple(questions), decoding, results, seed)
-
-
-def graded(
-    questions: Sequence[Question], answers: Sequence[Sequence[Answer]], grader: Grader
-) -> tuple[tuple[bool, ...], ...]:
-    """Whether each answer to each question is right."""
-    return tuple(
-        tuple(bool(grader(question, answer)) for answer in samples)
-        for question, samples in zip(questions, answers, strict=True)
-    )

@@ -16,8 +16,8 @@ from typing import Any
 
 from stepflow_tl.evaluation.evaluation import PLAIN, Evaluation, evaluate
 from stepflow_tl.evaluation.generation import Decoding
-from stepflow_tl.evaluation.graders import Grader, exact
-from stepflow_tl.evaluation.questions import Question
+from stepflow_tl.evaluation.graders import exact
+from stepflow_tl.evaluation.grading import Grade, Grader, Question
 from stepflow_tl.stepflow.flow import StepFlow
 
 
@@ -80,7 +80,8 @@ def search(
     *,
     validation_part: float = 0.3,
     decoding: Decoding | None = None,
-    grader: Grader = exact,
+    grader: Grader | Grade | str = exact,
+    allow_code_execution: bool = False,
     format: Any = "auto",
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -93,7 +94,8 @@ def search(
         candidates: What to choose from; see `grid`.
         validation_part: Share of the questions to choose on.
         decoding: How to decode.
-        grader: Says whether an answer is right.
+        grader: Says whether an answer is right, as in `evaluate`.
+        allow_code_execution: As in `evaluate`.
         format: The reasoning format.
         seed: Of the split and the resampling.
         progress: Called with one line of text when a candidate is done.
@@ -105,7 +107,12 @@ def search(
         raise ValueError("no candidates: expected at least one StepFlow, see grid()")
     validation, test = split(questions, validation_part, seed)
     shared: dict[str, Any] = dict(
-        decoding=decoding, grader=grader, format=format, seed=seed, progress=progress
+        decoding=decoding,
+        grader=grader,
+        allow_code_execution=allow_code_execution,
+        format=format,
+        seed=seed,
+        progress=progress,
     )
     tried = evaluate(model, validation, conditions={repr(flow): flow for flow in candidates}, **shared)
     scores = tuple((flow, tried.accuracy(repr(flow))) for flow in candidates)

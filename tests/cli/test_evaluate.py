@@ -60,6 +60,8 @@ def test_a_file_of_questions_is_evaluated(untrained, tmp_path, capsys):
             ["nothing.jsonl", "--grader", "steps"],
             "--grader steps: the right steps are known for 'testbed' alone",
         ),
+        (["nothing.jsonl", "--grader", "code"], "cannot read nothing.jsonl"),
+        (["testbed", "--grader", "choice"], "--grader choice: 'testbed' has no such questions"),
         (["testbed", "--conditions", "magic"], "--conditions: magic; known are plain, bridge"),
         (["testbed", "--samples", "3"], "3 samples of greedy decoding"),
         (["testbed", "--tau-max", "2"], "tau_max"),
@@ -69,3 +71,11 @@ def test_a_file_of_questions_is_evaluated(untrained, tmp_path, capsys):
 def test_what_cannot_be_done_is_one_line_and_code_2(arguments, said, capsys):
     assert command.main(["evaluate", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_code_is_not_run_without_leave(tmp_path, capsys, untrained):
+    path = tmp_path / "q.jsonl"
+    line = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(c):\n    assert c(1)"}
+    path.write_text(json.dumps(line))
+    assert command.main(["evaluate", str(path), "--grader", "code", "--model", "testbed"]) == 2
+    assert "--allow-code-execution" in capsys.readouterr().err
