@@ -84,6 +84,10 @@ class LabelTable:
         self.n_columns = n_columns
         self.template_from[self.template_from >= n_columns] = NEVER
 
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order."""
+        self._data, self.n_rows = self._data[:, list(rows)], len(rows)
+
     def label_at(self, column: int) -> tuple[np.ndarray, np.ndarray]:
         """Segment and step of every row's query at `column`, as known then."""
         is_template = self.template_from[:, column] <= column

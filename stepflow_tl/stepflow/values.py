@@ -6,6 +6,7 @@ decoding, prefill in chunks and a cache that was cut back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ class ValueStore:
             first, chunk = chunks[-1]
             chunks[-1] = (first, chunk[:, : start - first])
         chunks.append((start, values))
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order; what a layer holds becomes one tensor."""
+        for layer, chunks in self._chunks.items():
+            held = torch.cat([chunk for _, chunk in chunks], dim=1)
+            self._chunks[layer] = [(chunks[0][0], held[list(rows)])]
 
     def gather(self, layer: int, row: int, columns: Any) -> Float[Tensor, "pos kv_head d_head"]:
         """Values of one row at ascending `columns`.
