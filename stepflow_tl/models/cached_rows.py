@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stepflow_tl.errors import ModelError
 from stepflow_tl.models.facts import is_bridge, is_transformerlens
 from stepflow_tl.models.passes import model_device
 
@@ -44,7 +45,15 @@ class CachedRows(ABC):
 
 
 def takes_padding(model: Any) -> bool:
-    """Whether prompts of different lengths can be decoded together."""
+    """Whether prompts of different lengths can be decoded together.
+
+    Not in float64: the softmax inside transformers runs in float32, where the lowest float64, which its mask
+    is made of, is minus infinity, and a row of padding becomes NaN.
+    """
+    return _is_transformers(model) and next(model.parameters()).dtype != torch.float64
+
+
+def _is_transformers(model: Any) -> bool:
     return is_bridge(model) or not is_transformerlens(model)
 
 
@@ -55,13 +64,18 @@ def cached_rows(
 
     Args:
         model: A TransformerLens model or a transformers causal LM.
-        prompts: Token ids of each row.
+        prompts: Token ids of each row; of one length unless the model `takes_padding`.
         pad: The id to pad with on the left; it does not enter any row.
+
+    Raises:
+        ModelError: If the lengths differ and the model does not take padding.
     """
+    if len(set(map(len, prompts))) > 1 and not takes_padding(model):
+        raise ModelError("these prompts differ in length, and this model cannot be padded: decode them apart")
     longest, device = max(map(len, prompts)), model_device(model)
     tokens = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
-    kind = _TransformersRows if takes_padding(model) else _HookedRows
+    kind = _TransformersRows if _is_transformers(model) else _HookedRows
     rows = kind(model, mask)
     return rows, rows.read(tokens)
 
@@ -107,7 +121,6 @@ class _HookedRows(CachedRows):
     def __init__(self, model: Any, mask: Tensor) -> None:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-        assert mask.all(), "a HookedTransformer takes prompts of one length"
         self._model = model
         self._cache = TransformerLensKeyValueCache.init_cache(model.cfg, mask.device, len(mask))
 
