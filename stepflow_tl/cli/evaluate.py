@@ -43,6 +43,7 @@ class EvaluateOptions:
     temperature: float
     samples: int
     batch_size: int
+    batch_tokens: int
     limit: int | None
     seed: int
     dtype: str
@@ -62,6 +63,7 @@ def run_evaluate(options: EvaluateOptions) -> int:
             temperature=options.temperature,
             n_samples=options.samples,
             batch_size=options.batch_size,
+            batch_tokens=options.batch_tokens,
             seed=options.seed,
         )
     except ValueError as error:

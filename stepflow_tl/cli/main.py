@@ -217,6 +217,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--temperature", type=float, default=0.0, help="0 for greedy decoding (0)")
     add("--samples", type=_positive, default=1, metavar="N", help="answers a question, sampled (1)")
     add("--batch-size", type=_positive, default=16, metavar="N", help="answers written at once (16)")
+    add("--batch-tokens", type=_positive, default=1 << 16, metavar="N", help="and their tokens (65536)")
     add("--limit", type=_positive, metavar="N", help="ask the first N questions; testbed: make N (400)")
     add("--seed", type=int, default=0, help="of problems, sampling and resampling (0)")
     add("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32", help="(float32)")

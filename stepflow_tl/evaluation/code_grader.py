@@ -18,6 +18,7 @@ from stepflow_tl.errors import SandboxError
 from stepflow_tl.evaluation.generation import Answer
 from stepflow_tl.evaluation.grading import Grader, Question, Row, Verdict, register_grader
 from stepflow_tl.evaluation.sandbox import Limits, check_sandbox, run_test
+from stepflow_tl.results.printable import printable
 
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
@@ -48,7 +49,7 @@ def code(
     if sources is None:
         return Verdict(False, f"defines no function {entry_point}")
     outcome = run_test(sources, prompt=_whole(prompt), test=test, entry_point=entry_point, limits=limits)
-    return Verdict(outcome.right, outcome.reason)
+    return Verdict(outcome.right, printable(outcome.reason))  # may quote what the code said
 
 
 def find_code(text: str, prompt: str, entry_point: str) -> list[str] | None:

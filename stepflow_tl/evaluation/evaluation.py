@@ -127,7 +127,15 @@ class Evaluation:
         return float(scores[self._of(difficulty)].mean())
 
     def regraded(self, grader: Grader | Grade | str, *, allow_code_execution: bool = False) -> Evaluation:
-        """The same answers, counted by another grader; arguments and errors as in `evaluate`."""
+        """The same answers, counted by another grader.
+
+        Args:
+            grader: As in `evaluate`.
+            allow_code_execution: As in `evaluate`.
+
+        Raises:
+            StepflowError: If the grader cannot work: see `grading.prepared`.
+        """
         grade = prepared(grader, self.questions, allow_code_execution=allow_code_execution)
         return replace(
             self,

@@ -48,6 +48,9 @@ class Question:
     def field(self, name: str) -> Any:
         """One field of the row.
 
+        Args:
+            name: The field.
+
         Raises:
             ProblemError: If the question was not read for a grader that has it.
         """

@@ -22,7 +22,7 @@ on memory is one per process: all of them together can take `processes` times as
 What a test can see differs in this: arguments and results are copies, so it notices neither an argument that
 the function changed in place nor identity, and both must be plain data.
 
-Cost: about 0.15 s per answer, most of it two starts of Python.
+Cost: 0.1 to 0.2 s per answer, most of it two starts of Python.
 """
 
 from __future__ import annotations

@@ -106,8 +106,8 @@ class FlowState:
         current: The columns that the current pass computes.
         padding: Padding columns at the left of each row.
         values: Values of the tokens so far, in the layers that capture them.
-        row_ids: What each row is called, for the controls' random draws: its number in the batch, unless it was
-            given another, so that the draws do not depend on the batch.
+        row_ids: What the controls draw each row's random numbers from: its number in the batch, or what it
+            was named, so that the draws do not depend on the batch.
     """
 
     def __init__(self, labels: LabelTable, current: Pass, padding: Sequence[int] | None = None) -> None:

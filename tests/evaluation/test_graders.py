@@ -194,6 +194,12 @@ def test_wrong_code_is_told_why(asked, sandboxed):
     assert not verdict and verdict.reason.startswith("failed at line 2 of the test, assert candidate(1) == 2")
 
 
+def test_what_code_says_is_shown_as_text_that_can_be_printed(asked, sandboxed):
+    raising = answer("def f(x):\n    raise ValueError('\\x1b[2J' + chr(0xd800))")
+    reason = code(asked, raising, allow_code_execution=True).reason
+    assert reason.startswith("ValueError: ") and reason.isprintable() and reason.encode()
+
+
 def test_code_is_not_run_unless_that_is_allowed(asked):
     with pytest.raises(SandboxError, match="pass allow_code_execution=True"):
         code(asked, answer(DEFINITION))

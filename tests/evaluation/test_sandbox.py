@@ -164,6 +164,8 @@ def test_right_code_passes_and_wrong_code_is_told_where():
     assert raising.reason.startswith("TypeError: 'int' object is not subscriptable at line 2 of the test")
     assert run("def f(x): return [1").reason.startswith("SyntaxError")
     assert run("while True: pass").reason == "not done within 1 s"
+    busy = run("while True: pass", limits=Limits(seconds=20.0, cpu_seconds=1))
+    assert busy.reason == "its process ended: it used up its processor time"
     assert "its process ended" in run("import os\nos._exit(3)").reason
 
 
