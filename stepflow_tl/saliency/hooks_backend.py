@@ -91,14 +91,8 @@ class PatternTaps:
     ) -> None:
         """Collect for these layers and steps.
 
-        Args:
-            model: A TransformerLens model.
-            step_ids: Step of each token, -1 on TEMPLATE.
-            layers: Model layers to pool, in order.
-            per_token: Keep gradients at their own position.
-            signed: Pool with the sign of each term.
-            recomputed: Every block runs a second time in the backward pass, and its pattern is kept only
-                then.
+        With `recomputed`, every block runs a second time in the backward pass, and its pattern is kept only
+        then.
 
         Raises:
             ModelError: If the model lacks a hook point that this needs.
@@ -145,11 +139,7 @@ class PatternTaps:
             )
 
     def collect(self) -> Float[Tensor, "layer head query_step key_bin"]:
-        """The sums of all layers.
-
-        Raises:
-            GradientError: If a layer got no gradient, or one that is not finite.
-        """
+        """The sums of all layers; raises as `stack_layers`."""
         return stack_layers(self._pooled, self._layers, "pattern")
 
     def _start_graph(self, embedding: Tensor, hook: Any) -> Tensor:

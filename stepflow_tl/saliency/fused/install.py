@@ -32,14 +32,13 @@ from torch import Tensor, nn
 from stepflow_tl.errors import FusedRefusal
 from stepflow_tl.models.facts import class_names, computes_pattern_inside, is_bridge, wrapped_model
 from stepflow_tl.models.passes import replaced_forward
-from stepflow_tl.saliency.fused.session import IMPLEMENTATION, FusedSession, activate, deactivate
+from stepflow_tl.saliency.fused.session import FusedSession, active
 
 # Components that hand over to the wrapped attention module: by name, since TransformerLens is not imported
 # here.
 _REIMPLEMENTING = "PositionEmbeddingsAttentionBridge"
-_LATENT = (
-    "MLAAttentionBridge"  # without its subclasses: a sparse one chooses keys, which no mask here can say
-)
+# Without its subclasses: a sparse one chooses keys, which no mask here can say.
+_LATENT = "MLAAttentionBridge"
 _JOINT = ("JointQKVPositionEmbeddingsAttentionBridge", "JointQKVAttentionBridge")
 _DELEGATING = "AttentionBridge"
 _LIVE_PROJECTIONS = ("q", "k", "v", "o")
@@ -84,43 +83,20 @@ def installed(model: Any, session: FusedSession) -> Iterator[None]:
         FusedRefusal: If the model's attention cannot be served; the message says why.
     """
     inner = transformers_model(model)
-    components = _attention_components(model)
     orders: dict[tuple, Tensor | None] = {}
     with ExitStack() as stack:
-        for component in components:
+        for component in _attention_components(model):
             kind = _check_component(component)
             if kind == _DELEGATING:
                 continue
             if kind in _JOINT:
-                stack.enter_context(_joint_projection(component, orders))
+                stack.enter_context(replaced_forward(*_split_projection(component, orders)))
             stack.enter_context(replaced_forward(component, _handing_over(component)))
-        configs = _attention_configs(inner)
-        activate(session, configs)
-        stack.callback(deactivate, configs)
-        for config in configs:
-            stack.enter_context(_switched(config))
+        # Every transformers configuration object that some module of the model reads.
+        configs = (module.__dict__.get("config") for module in inner.modules())
+        found = {id(c): c for c in configs if hasattr(c, "_attn_implementation_internal")}
+        stack.enter_context(active(session, list(found.values())))
         yield
-
-
-@contextmanager
-def _switched(config: Any) -> Iterator[None]:
-    # The public setter also rewrites nested configurations, which could then not be restored one by one.
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = IMPLEMENTATION
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
-
-
-def _attention_configs(inner: nn.Module) -> list[Any]:
-    """Every transformers configuration object that some module of the model reads."""
-    found = {}
-    for module in inner.modules():
-        config = module.__dict__.get("config")
-        if hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    return list(found.values())
 
 
 def _attention_components(model: Any) -> list[Any]:
@@ -146,9 +122,10 @@ def _check_component(component: Any) -> str:
     for flag in ("use_split_qkv_input", "use_attn_in", "use_attn_result"):
         if getattr(config, flag, False):
             raise FusedRefusal(f"`cfg.{flag}` is set, and those hook points do not exist on this path")
-    for name, hook in _hook_points(component):
-        owner = name.rpartition(".")[0]
-        live = name in ("hook_in", "hook_out") or owner in _LIVE_PROJECTIONS
+    for name, hook in component.named_modules():
+        if "_original_component" in name or not hasattr(hook, "fwd_hooks"):
+            continue
+        live = name in ("hook_in", "hook_out") or name.rpartition(".")[0] in _LIVE_PROJECTIONS
         if not live and (hook.fwd_hooks or hook.bwd_hooks):
             raise FusedRefusal(
                 f"a hook is attached at {component.name}.{name}, which does not exist on this path: "
@@ -158,55 +135,39 @@ def _check_component(component: Any) -> str:
         raise FusedRefusal("TransformerLens' native attention does not use transformers' attention interface")
     if _REIMPLEMENTING in names:
         return _REIMPLEMENTING
-    if names[0] in (*_JOINT, _LATENT):
+    if names[0] in (*_JOINT, _LATENT, _DELEGATING):
         return names[0]
-    if names[0] == _DELEGATING:
-        return _DELEGATING
     raise FusedRefusal(f"attention components of type {names[0]} are not known here")
-
-
-def _hook_points(component: Any) -> Iterator[tuple[str, Any]]:
-    for name, module in component.named_modules():
-        if "_original_component" not in name and hasattr(module, "fwd_hooks"):
-            yield name, module
 
 
 def _handing_over(component: Any) -> Callable[..., tuple[Tensor, None]]:
     """A forward that lets the wrapped attention module do the work, between hook_in and hook_out."""
 
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        if "hidden_states" in kwargs:
-            hidden = kwargs.pop("hidden_states")
-        else:
-            hidden, args = args[0], args[1:]
-        output = component.original_component(component.hook_in(hidden), *args, **kwargs)
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        output = component.original_component(component.hook_in(hidden_states), *args, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
         return component.hook_out(output), None
 
     return forward
 
 
-@contextmanager
-def _joint_projection(component: Any, orders: dict[tuple, Tensor | None]) -> Iterator[None]:
-    """Let the wrapped module's joint QKV projection call the bridge's q, k and v."""
+def _split_projection(
+    component: Any, orders: dict[tuple, Tensor | None]
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The wrapped module's joint QKV projection, and a forward for it that calls the bridge's q, k and v."""
     attention = component.original_component
     name = component.submodules["qkv"].name
-    key = (type(attention), attention._modules[name].weight.shape)
+    projection = attention._modules[name]
+    key = (type(attention), projection.weight.shape)
     if key not in orders:
         orders[key] = _joint_order(component, attention, name)
     order = orders[key]
 
-    class SplitProjection(nn.Module):
-        def forward(self, hidden: Tensor) -> Tensor:
-            joint = torch.cat([component.q(hidden), component.k(hidden), component.v(hidden)], dim=-1)
-            return joint if order is None else joint[..., order.to(joint.device)]
+    def forward(hidden: Tensor) -> Tensor:
+        joint = torch.cat([component.q(hidden), component.k(hidden), component.v(hidden)], dim=-1)
+        return joint if order is None else joint[..., order.to(joint.device)]
 
-    before = attention._modules[name]
-    attention._modules[name] = SplitProjection()
-    try:
-        yield
-    finally:
-        attention._modules[name] = before
+    return projection, forward
 
 
 def _joint_order(component: Any, attention: Any, name: str) -> Tensor | None:

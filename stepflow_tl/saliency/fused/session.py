@@ -22,7 +22,8 @@ run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,20 +32,12 @@ from torch import Tensor
 
 from stepflow_tl.errors import FusedRefusal
 from stepflow_tl.saliency.fused.attention import saliency_attention
-from stepflow_tl.saliency.fused.call import AttentionSpec
+from stepflow_tl.saliency.fused.call import AttentionSpec, accumulation_dtype
 from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
 
 IMPLEMENTATION = "stepflow_tl_fused"
 # Keyword arguments of attention functions that change what is computed, and that nothing here implements.
-_UNSUPPORTED = (
-    "position_bias",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "indices",
-    "block_indices",
-    "head_mask",
-    "cache",
-)
+_UNSUPPORTED = "position_bias cu_seq_lens_q cu_seq_lens_k indices block_indices head_mask cache".split()
 _MASK_ENTRIES_PER_BLOCK = 1 << 22
 _ACTIVE: dict[int, FusedSession] = {}
 
@@ -119,19 +112,26 @@ class FusedSession:
         )
         sinks = kwargs.get("s_aux", kwargs.get("sinks"))
         anchor = self.anchor if layer >= min(self.layers) else None
-        sums = self._sums_of(layer, query) if layer in self.layers else None
+        if layer in self.layers and layer not in self.sums:
+            dtype = accumulation_dtype(query.dtype)
+            self.sums[layer] = StepSums.zeros(self.tiles, query.shape[1], dtype=dtype, device=query.device)
+        sums = self.sums.get(layer)
         z = saliency_attention(query, key, value, spec, sums=sums, sinks=sinks, anchor=anchor)
         return z.transpose(1, 2).contiguous(), None
 
-    def _sums_of(self, layer: int, query: Tensor) -> StepSums:
-        if layer not in self.sums:
-            dtype = torch.promote_types(query.dtype, torch.float32)
-            self.sums[layer] = StepSums.zeros(self.tiles, query.shape[1], dtype=dtype, device=query.device)
-        return self.sums[layer]
+    def check_seen(self, n_layers: int) -> None:
+        """Refuse a model of which one of the `n_layers` layers has not come through here."""
+        missing = sorted(set(range(n_layers)) - self.seen)
+        if missing:
+            raise FusedRefusal(
+                f"layer(s) {missing} did not call transformers' attention interface (a state-space, "
+                "convolution or linear-attention layer, or an attention of its own)"
+            )
 
 
-def activate(session: FusedSession, configs: list[Any]) -> None:
-    """Register the attention function and bind `session` to these configuration objects.
+@contextmanager
+def active(session: FusedSession, configs: list[Any]) -> Iterator[None]:
+    """Switch these configuration objects to the attention function here, and bind `session` to them.
 
     Raises:
         FusedRefusal: If one of them is bound to a session already: the model is being analysed elsewhere.
@@ -142,13 +142,17 @@ def activate(session: FusedSession, configs: list[Any]) -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, band_mask)
     if any(id(config) in _ACTIVE for config in configs):
         raise FusedRefusal("another fused run of the same model is under way")
-    _ACTIVE.update({id(config): session for config in configs})
-
-
-def deactivate(configs: list[Any]) -> None:
-    """Undo `activate`."""
-    for config in configs:
-        _ACTIVE.pop(id(config), None)
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            _ACTIVE[id(config)] = session
+            # The public setter also rewrites nested configurations, which could not be restored one by one.
+            config._attn_implementation_internal = IMPLEMENTATION
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            _ACTIVE.pop(id(config), None)
+            config._attn_implementation_internal = implementation
 
 
 def _attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

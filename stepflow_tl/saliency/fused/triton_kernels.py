@@ -1,7 +1,6 @@
 """Triton kernels that pool `|A * dL/dA|` by runs of tokens, and give dq on the way.
 
-Notation as in `attention`. A run is a stretch of consecutive tokens of one bin (a step, or a piece of
-TEMPLATE); runs tile the sequence. A pair is a block of query rows together with a run that it meets.
+Notation as in `attention`; runs and pairs as in `steps`.
 
 `pool_block`: one program owns one head and one block of query rows.
 

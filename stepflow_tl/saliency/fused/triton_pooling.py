@@ -1,7 +1,7 @@
 """Pool `|A * dL/dA|` into step bins on a GPU, with dq if wanted: the launcher of `triton_kernels`.
 
-1. Cut the tokens into runs of one bin, and list the pairs of a query block and a run that it meets. Runs tile
-   the sequence, so there are fewer than `blocks + runs` pairs, and the pairs of one run follow each other.
+1. Cut the tokens into runs of one bin, and list the pairs of a query block and a run that it meets
+   (`StepRuns`).
 2. Launch `pool_block` over (query block, head), which fills one line of key runs per pair.
 3. Launch `fold_pairs`, which adds the lines of each query step. TEMPLATE queries are dropped.
 4. Put each step's key run into its column and the sum of all TEMPLATE runs into the last one.
@@ -19,7 +19,7 @@ import functools
 import importlib.util
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,9 +31,8 @@ from stepflow_tl.saliency.fused.call import BackwardCall
 from stepflow_tl.saliency.fused.steps import StepRuns
 
 LINE_BYTES = 64 << 20
-_TILE_BYTES = (
-    64 << 10
-)  # q, dz, k and v tiles of one program together: fits the shared memory of every Ampere GPU
+# The q, dz, k and v tiles of one program together: fits the shared memory of every Ampere GPU.
+_TILE_BYTES = 64 << 10
 _RUNS_PER_FOLD = 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,7 +45,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype not in _DTYPES or not _has_triton():
         return False
     if device.type == "cpu":
-        return _interpreted()
+        return os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -55,10 +54,6 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pool_on_device(
@@ -91,10 +86,14 @@ def pool_on_device(
     groups = call.heads_per_group
     # Kernels take any strides but that of the last axis, and rows of numbers as they come.
     rows = {name: getattr(call, name).to(torch.float32).contiguous() for name in ("logsumexp", "delta")}
-    matrices = {name: _last_axis_dense(getattr(call, name)) for name in ("query", "key", "value", "dz")}
-    call = replace(call, **rows, **matrices)
-    shape = _BlockShape.of(call.query.shape[-1], call.value.shape[-1], call.query.element_size())
-    runs = None if step_ids is None else StepRuns.of(step_ids, shape.size).to(call.query.device)
+    matrices = {name: getattr(call, name) for name in ("query", "key", "value", "dz")}
+    dense = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in matrices.items()}
+    call = replace(call, **rows, **dense)
+    # Heads are padded to a power of two; matrix products need 16 at least.
+    widths = [max(16, 1 << (x.shape[-1] - 1).bit_length()) for x in (call.query, call.value)]
+    n_rows = _TILE_BYTES // (2 * sum(widths) * call.query.element_size())
+    size = min(64, max(16, 1 << (n_rows.bit_length() - 1)))
+    runs = None if step_ids is None else StepRuns.of(step_ids, size).to(call.query.device)
     dq = torch.empty(call.query.shape, dtype=call.query.dtype, device=call.query.device) if with_dq else None
     sums, chunk = None, n_heads
     if runs is not None:
@@ -103,58 +102,43 @@ def pool_on_device(
     for first in range(0, n_heads, chunk):
         heads = slice(first, min(first + chunk, n_heads))
         part = call.kv_heads(heads.start // groups, heads.stop // groups)
-        lines = (
-            None if runs is None else call.logsumexp.new_zeros(heads.stop - first, runs.n_pairs, runs.n_runs)
-        )
-        _launch(shape, part, None if dq is None else dq[heads], runs, lines)
-        if runs is not None and lines is not None and sums is not None:
-            runs.add_into(sums[heads], _fold(lines, runs))
+        own_dq = None if dq is None else dq[heads]
+        if runs is None or sums is None:
+            _launch(size, widths, part, own_dq, None, None)
+            continue
+        lines = call.logsumexp.new_zeros(heads.stop - first, runs.n_pairs, runs.n_runs)
+        _launch(size, widths, part, own_dq, runs, lines)
+        runs.add_into(sums[heads], _fold(lines, runs))
     return sums, dq
 
 
-@dataclass(frozen=True)
-class _BlockShape:
-    """Tile sizes: `size` queries by `size` keys, heads padded to a power of two."""
-
-    size: int
-    d_head: int
-    d_value: int
-
-    @classmethod
-    def of(cls, d_head: int, d_value: int, element_size: int) -> _BlockShape:
-        # Matrix products need 16 at least.
-        padded = [max(16, 1 << (d - 1).bit_length()) for d in (d_head, d_value)]
-        rows = _TILE_BYTES // (2 * sum(padded) * element_size)
-        return cls(min(64, max(16, 1 << (rows.bit_length() - 1))), *padded)
-
-
 def _launch(
-    shape: _BlockShape,
+    size: int,
+    widths: list[int],
     call: BackwardCall,
     dq: Tensor | None,
     runs: StepRuns | None,
     lines: Tensor | None,
 ) -> None:
+    """Tiles of `size` queries by `size` keys; `widths` are the padded heads of queries and of values."""
     from stepflow_tl.saliency.fused import triton_kernels
 
     kernel: Any = triton_kernels.pool_block  # launch options are no parameters of the function
     n_heads, n_tokens, d_head = call.query.shape
     unused = call.logsumexp  # any pointer: the switches keep the kernel from following it
     window, softcap = call.spec.window_within(n_tokens), call.spec.softcap
-    grid = (-(-n_tokens // shape.size), n_heads)
+    grid = (-(-n_tokens // size), n_heads)
+    tensors = (call.query, call.key, call.value, call.dz)
     with _on_device(call.query.device):
         kernel[grid](
-            call.query,
-            call.key,
-            call.value,
-            call.dz,
+            *tensors,
             call.logsumexp,
             call.delta,
             unused if dq is None else dq,
             unused if lines is None else lines,
             unused if runs is None else runs.run_of,
             unused if runs is None else runs.first_pair,
-            *(x.stride(axis) for x in (call.query, call.key, call.value, call.dz) for axis in (0, 1)),
+            *(x.stride(axis) for x in tensors for axis in (0, 1)),
             n_tokens,
             0 if runs is None else runs.n_runs,
             0 if runs is None else runs.n_pairs,
@@ -164,24 +148,20 @@ def _launch(
             GROUPS=call.heads_per_group,
             D_HEAD=d_head,
             D_VALUE=call.value.shape[-1],
-            BLOCK_D_HEAD=shape.d_head,
-            BLOCK_D_VALUE=shape.d_value,
-            BLOCK_QUERIES=shape.size,
-            BLOCK_KEYS=shape.size,
+            BLOCK_D_HEAD=widths[0],
+            BLOCK_D_VALUE=widths[1],
+            BLOCK_QUERIES=size,
+            BLOCK_KEYS=size,
             RUNS_PER_BLOCK=2 if runs is None else max(2, 1 << (runs.runs_per_block - 1).bit_length()),
             HAS_SOFTCAP=softcap is not None,
             HAS_WINDOW=window is not None,
             POOL=runs is not None,
             DQ=dq is not None,
             UPCAST=call.query.device.type == "cpu",
-            num_warps=8 if shape.size > 16 else 4,
+            num_warps=8 if size > 16 else 4,
             num_stages=2,
             enable_fp_fusion=True,
         )
-
-
-def _last_axis_dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _fold(lines: Tensor, runs: StepRuns) -> Tensor:
@@ -223,7 +203,6 @@ def _check(call: BackwardCall, step_ids: Tensor | None) -> None:
             f"{tuple(call.query.shape)}"
         )
     for name in ("key", "value", "dz"):
-        if getattr(call, name).dtype != call.query.dtype:
-            raise FusedRefusal(
-                f"`{name}` is {getattr(call, name).dtype} and query {call.query.dtype}: they must agree"
-            )
+        dtype = getattr(call, name).dtype
+        if dtype != call.query.dtype:
+            raise FusedRefusal(f"`{name}` is {dtype} and query {call.query.dtype}: they must agree")
