@@ -10,9 +10,9 @@
 4. Every block must give the same output again; if not, something with state (a hook that counts, random
    numbers) is at work, and that is an error.
 
-The numbers are those of the `hooks` backend, for HookedTransformer and TransformerBridge alike. Hooks from
-outside stay in force: inside a block they run twice (forward pass, second run), at the embeddings twice
-(forward pass, tail), at the final norm and unembedding once, backward hooks once.
+The numbers are those of the `hooks` backend. Hooks from outside stay in force: inside a block they run twice
+(forward pass, second run), at the embeddings twice (forward pass, tail), at the final norm and unembedding
+once, backward hooks once.
 
 Nothing here knows an architecture: masks, ALiBi, rotary tables and shortformer's position embeddings are what
 the model itself handed to its blocks. A KV cache has no use in a pass over the whole trace and would grow in
@@ -38,6 +38,7 @@ from stepflow_tl.models.hook_names import hook_counts
 from stepflow_tl.models.passes import attached, frozen, model_device, replaced_forward
 from stepflow_tl.saliency.hooks_backend import PatternTaps
 from stepflow_tl.saliency.objectives import Objective
+from stepflow_tl.saliency.pooling import stack_layers
 
 _TAIL_ROWS = 256
 # A second run of the same operations on the same numbers; kernels may still sum in another order.
@@ -88,7 +89,7 @@ def layerwise_backend(
                     raise ModelError(
                         f"a block kept other tensors when it was run a second time: {_STATE}"
                     ) from error
-    return taps.collect()
+    return stack_layers(taps.pooled, layers, "pattern")
 
 
 class CheckpointedBlocks:
@@ -112,13 +113,7 @@ class CheckpointedBlocks:
         self.output_sizes: list[int | None] = []
 
     def run(self, model: Any, tokens: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token d_model"]:
-        """The final residual, with its graph; grad mode must be on.
-
-        Raises:
-            ModelError: If a block does not run exactly once, or not in order.
-
-        Memory: `O(L T d_model)` kept, and one block's tensors at a time.
-        """
+        """The final residual, with its graph; refuses a model whose blocks do not run once, in order."""
         with ExitStack() as stack:
             stack.enter_context(set_checkpoint_early_stop(False))  # a second run goes on to its output
             for layer, block in enumerate(self._blocks):
@@ -142,10 +137,7 @@ class CheckpointedBlocks:
     ) -> Float[Tensor, "batch row vocabulary"]:
         """Logits of some rows of the final residual, by the model's own final norm and unembedding.
 
-        Args:
-            model: The model; its blocks are passed over.
-            tokens: As many token ids as there are rows; their embedding is computed and dropped.
-            residual: Rows of the final residual, in any order: norm and unembedding work on each by itself.
+        Blocks are passed over; the embedding of `tokens`, of which there are as many, is dropped.
         """
 
         def shaped(tensor: Any, size: int | None) -> Any:

@@ -75,7 +75,7 @@ class PositionLocalGradients:
     Attributes:
         first: Hooks to attach before those already there.
         last: Hooks to attach after them.
-        completed: Layers whose paths were all given back.
+        pending: Layers whose paths have not all been given back yet.
     """
 
     def __init__(self, model: Any, layers: tuple[LayerHooks, ...]) -> None:
@@ -86,7 +86,7 @@ class PositionLocalGradients:
         """
         self._kept: dict[tuple[int, str], Tensor] = {}  # what one layer's hooks hand to each other
         self._score = {hooks.layer: score_function(model, hooks.layer) for hooks in layers}
-        self.completed: set[int] = set()
+        self.pending = {hooks.layer for hooks in layers}
         self.first: list[NamedHook] = []
         self.last: list[NamedHook] = []
         for hooks in layers:
@@ -142,7 +142,7 @@ class PositionLocalGradients:
         value, pattern = self._take(layer, layer.z, "value", "pattern")
         value = expand_heads(value, z.shape[2], dim=2)
         own = pattern[..., None].to(z.dtype) * (value - value.detach()).to(z.dtype)
-        self.completed.add(layer.layer)
+        self.pending.discard(layer.layer)
         return z + own
 
 

@@ -120,14 +120,10 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """Return z and the logsumexp of each row's scores, sink included."""
+    is_plain = spec.window_within(query.shape[2]) is None and spec.softcap is None
     if flash_serves(query, key, value, spec):
         z, logsumexp = flash_forward(query, key, value, spec.scale)
-    elif (
-        query.device.type == "cpu"
-        and value.shape[-1] == query.shape[-1]
-        and spec.window_within(query.shape[2]) is None
-        and spec.softcap is None
-    ):
+    elif query.device.type == "cpu" and value.shape[-1] == query.shape[-1] and is_plain:
         z, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, True, scale=spec.scale
         )
@@ -142,9 +138,8 @@ def _forward(
 
 def flash_serves(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> bool:
     """Whether PyTorch's flash kernels compute this call, forward and backward."""
-    if not query.is_cuda or spec.softcap is not None or query.shape[-1] % 8:
-        return False
-    if spec.window_within(query.shape[2]) is not None:
+    is_plain = spec.window_within(query.shape[2]) is None and spec.softcap is None
+    if not query.is_cuda or not is_plain or query.shape[-1] % 8:
         return False
     grouped = query.shape[1] != key.shape[1]
     parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, grouped)
@@ -184,12 +179,15 @@ def kernel_backward(
     `call` is one that `kernels_serve` has accepted, `z` what its forward pass returned, sink included.
     """
     spec, n_tokens = call.spec, call.n_tokens
-    step_ids, n_steps = (None, 0) if sums is None else (sums.tiles.step_ids, sums.tiles.n_steps)
+    # Where nothing is pooled, every token counts as TEMPLATE, which takes next to no memory.
+    step_ids, n_steps = torch.full((n_tokens,), -1), 0
+    if sums is not None:
+        step_ids, n_steps = sums.tiles.step_ids, sums.tiles.n_steps
     dqs: list[Any] = []
     for batch in range(call.query.shape[0] if sums is not None or spec.diagonal_only else 0):
         found, dq = pool_on_device(call.sequence(batch), step_ids, n_steps, with_dq=spec.diagonal_only)
         dqs.append(dq)
-        if sums is not None and found is not None:
+        if sums is not None:
             sums.add(slice(None), sums.steps, found)
     if spec.diagonal_only:
         return torch.stack(dqs), *diagonal_gradients(call)

@@ -4,7 +4,7 @@ A plain transformers model needs one switch: `config._attn_implementation` names
 every layer.
 
 A TransformerBridge wraps the same modules in components that fire hooks, and most of its attention
-components compute attention themselves, scores and all. While installed:
+components compute attention themselves. While installed:
 
 1. such a component fires `hook_in`, calls the transformers attention module that it wraps, and fires
    `hook_out`. The projections inside that module are hooked `LinearBridge`s already, so hook_q, hook_k,
@@ -14,9 +14,6 @@ components compute attention themselves, scores and all. While installed:
    That order is read off the bridge's own splitting function: it is given weights that are numbered by row;
 3. every other hook point of the component does not exist on this path. A hook on one of them is a reason to
    refuse.
-
-Forwards are replaced in an instance's `__dict__`, because a bridge component forwards attribute assignment
-to the module it wraps.
 """
 
 from __future__ import annotations

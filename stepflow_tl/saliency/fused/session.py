@@ -5,16 +5,14 @@ module. The one function registered here finds its run through the module's conf
 models can be analysed at once and a backward pass on another thread (checkpointing on a GPU) finds its run
 as well.
 
-Which keys a query sees is read off the mask that transformers would have built. transformers describes it
-as a function of (batch, head, query, key) and lets each attention implementation turn it into what it needs.
-Ours needs one number, the window:
+Which keys a query sees is read off the mask function (batch, head, query, key) by which transformers
+describes its mask. Ours needs one number, the window:
 
 1. Evaluate the function row block by row block and find what the last query sees: the window.
 2. Demand that every row is exactly the causal band of that window. Chunked attention, packed sequences,
    padding and overlays are thus refused instead of being computed wrongly.
 3. Return an empty `[0, window]` tensor. It travels to the attention call as the mask would, to any device,
-   and its shape is the message. A real mask that comes by another way has no zero-sized axis and is
-   recognised.
+   and its shape is the message. A real mask has no zero-sized axis and is recognised.
 
 Cost of the mask: `O(T^2)` booleans in blocks of rows, once per kind of mask and forward pass; under 1 % of a
 run.
@@ -79,8 +77,7 @@ class FusedSession:
     ) -> tuple[Tensor, None]:
         """Entry of transformers' `AttentionInterface`; returns z as `[batch, token, head, d_head]`.
 
-        Raises:
-            FusedRefusal: If the call asks for something that is not computed here.
+        A call that asks for something that is not computed here is refused.
         """
         layer = getattr(module, "layer_idx", None)
         if layer is None:
@@ -175,8 +172,7 @@ def band_mask(
 ) -> Tensor:
     """Entry of transformers' `AttentionMaskInterface`: an empty `[0, window]` tensor for a causal band.
 
-    Raises:
-        FusedRefusal: If the mask is not a causal band over one unpadded sequence.
+    Every mask that is not a causal band over one unpadded sequence is refused.
     """
     if q_length != kv_length or int(q_offset) != 0 or int(kv_offset) != 0:
         raise FusedRefusal(
@@ -184,16 +180,11 @@ def band_mask(
         )
     if attention_mask is not None and not bool(attention_mask.all()):
         raise FusedRefusal("the attention mask hides tokens (padding): pass one unpadded sequence")
-    window = _band_width(mask_function, q_length)
-    return torch.empty(0, window, device=device)
+    return torch.empty(0, _band_width(mask_function, q_length), device=device)
 
 
 def window_of(mask: Tensor | None, *, is_causal: bool, n_tokens: int) -> int | None:
-    """The window that a `band_mask` stands for; None where queries see every earlier key.
-
-    Raises:
-        FusedRefusal: If the mask is a materialised one, or there is none and the attention is not causal.
-    """
+    """The window that a `band_mask` stands for; None where queries see every earlier key."""
     if mask is None:
         if not is_causal:
             raise FusedRefusal("the attention is not causal")

@@ -9,13 +9,11 @@
 3. A strip owns its rows of z and dq. Its parts of dk, dv and of the pooled map are added up after all strips
    are done, in the order of the strips.
 
-A tile's operations are too small for PyTorch's own threading: on two cores the products, the exponentials
-and the pooling of a tile together take as long as on one. So each core is given strips of its own and runs
-them single-threaded. Strips have equal numbers of visible keys, and there are as few as keep all cores busy.
-Results come back in the order of the strips, whichever core finished first, so equal inputs on equally many
-threads give equal bits. `torch.set_num_threads` is the only control, as for PyTorch's own operations; with
-one thread, on a GPU and for short calls nothing is shared out. Threads live as long as one call: about 0.1 ms
-to start.
+A tile's operations are too small for PyTorch's own threading (on two cores they take as long as on one). So
+each core is given strips of its own and runs them single-threaded. Strips have equal numbers of visible keys,
+and there are as few as keep all cores busy. Equal inputs on equally many threads give equal bits.
+`torch.set_num_threads` is the only control; with one thread, on a GPU and for short calls nothing is shared
+out. Threads live as long as one call: about 0.1 ms to start.
 
 Memory: two or three tiles per worker. If several strips share a KV head, dk and dv are held once more for
 each of them; the pooled map is held twice.
@@ -247,7 +245,9 @@ def cut_into_strips(
     """Strips of equal work that tile the call, as few as `n_workers` can share evenly."""
     n_ranges = n_workers // math.gcd(n_workers, n_batches * n_kv_heads)
     n_ranges = max(1, min(n_ranges, n_tokens // (SHORTEST_SHARED // 2)))
-    edges = _equal_ranges(n_tokens, window, n_ranges)
+    visible = torch.arange(1, n_tokens + 1).clamp(max=window if window is not None else n_tokens).cumsum(0)
+    shares = visible[-1] * torch.arange(1, n_ranges) / n_ranges
+    edges = sorted({0, *torch.searchsorted(visible.to(shares.dtype), shares).tolist(), n_tokens})
     return [
         Strip(batch, kv_head, start, end)
         for batch in range(n_batches)
@@ -279,12 +279,3 @@ def share_out(function: Callable[[Item], Result], items: Sequence[Item], n_worke
     finally:
         # The setting is a thread's own, but also the default of threads that start later.
         torch.set_num_threads(n_threads)
-
-
-def _equal_ranges(n_tokens: int, window: int | None, n_ranges: int) -> list[int]:
-    if n_ranges == 1:
-        return [0, n_tokens]
-    visible = torch.arange(1, n_tokens + 1).clamp(max=window if window is not None else n_tokens).cumsum(0)
-    shares = visible[-1] * torch.arange(1, n_ranges) / n_ranges
-    inner = torch.searchsorted(visible.to(shares.dtype), shares).tolist()
-    return sorted({0, *inner, n_tokens})
