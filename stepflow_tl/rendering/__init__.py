@@ -41,22 +41,7 @@ _HOME_OF = {
     "step_map_figure": "step_maps",
 }
 
-__all__ = [
-    "CircuitsvisView",
-    "agreement_figure",
-    "arc_figure",
-    "comparison_figure",
-    "flow_figure",
-    "patching_figure",
-    "profile_figure",
-    "report",
-    "save_figure",
-    "show",
-    "show_knockout",
-    "show_step_maps",
-    "show_text",
-    "step_map_figure",
-]
+__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:
