@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepflow_tl.rendering.agreement_scatter import agreement_figure as agreement_figure
     from stepflow_tl.rendering.arcs import arc_figure as arc_figure
+    from stepflow_tl.rendering.change_maps import flow_figure as flow_figure
+    from stepflow_tl.rendering.change_maps import patching_figure as patching_figure
     from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView as CircuitsvisView
-    from stepflow_tl.rendering.flow_maps import flow_figure as flow_figure
     from stepflow_tl.rendering.map_views import show_knockout as show_knockout
     from stepflow_tl.rendering.map_views import show_step_maps as show_step_maps
     from stepflow_tl.rendering.notebook import show as show
-    from stepflow_tl.rendering.patching_map import patching_figure as patching_figure
     from stepflow_tl.rendering.profiles import comparison_figure as comparison_figure
     from stepflow_tl.rendering.profiles import profile_figure as profile_figure
     from stepflow_tl.rendering.report_page import report as report
@@ -29,8 +29,8 @@ _HOME_OF = {
     "agreement_figure": "agreement_scatter",
     "arc_figure": "arcs",
     "comparison_figure": "profiles",
-    "flow_figure": "flow_maps",
-    "patching_figure": "patching_map",
+    "flow_figure": "change_maps",
+    "patching_figure": "change_maps",
     "profile_figure": "profiles",
     "report": "report_page",
     "save_figure": "sheet",
