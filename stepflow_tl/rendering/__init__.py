@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from stepflow_tl.rendering.change_maps import flow_figure as flow_figure
     from stepflow_tl.rendering.change_maps import patching_figure as patching_figure
     from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView as CircuitsvisView
-    from stepflow_tl.rendering.map_views import show_knockout as show_knockout
-    from stepflow_tl.rendering.map_views import show_step_maps as show_step_maps
     from stepflow_tl.rendering.notebook import show as show
     from stepflow_tl.rendering.profiles import comparison_figure as comparison_figure
     from stepflow_tl.rendering.profiles import profile_figure as profile_figure
     from stepflow_tl.rendering.report_page import report as report
     from stepflow_tl.rendering.sheet import save_figure as save_figure
     from stepflow_tl.rendering.step_maps import step_map_figure as step_map_figure
-    from stepflow_tl.rendering.text_view import show_text as show_text
+    from stepflow_tl.rendering.views import show_knockout as show_knockout
+    from stepflow_tl.rendering.views import show_step_maps as show_step_maps
+    from stepflow_tl.rendering.views import show_text as show_text
 
 _HOME_OF = {
     "CircuitsvisView": "circuitsvis_view",
@@ -35,9 +35,9 @@ _HOME_OF = {
     "report": "report_page",
     "save_figure": "sheet",
     "show": "notebook",
-    "show_knockout": "map_views",
-    "show_step_maps": "map_views",
-    "show_text": "text_view",
+    "show_knockout": "views",
+    "show_step_maps": "views",
+    "show_text": "views",
     "step_map_figure": "step_maps",
 }
 

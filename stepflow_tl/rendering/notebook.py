@@ -22,9 +22,8 @@ from stepflow_tl.diagnosis.comparison import Comparison
 from stepflow_tl.diagnosis.diagnosis import Diagnosis
 from stepflow_tl.rendering.agreement_scatter import agreement_figure
 from stepflow_tl.rendering.change_maps import flow_figure, patching_figure
-from stepflow_tl.rendering.map_views import show_knockout, show_step_maps
 from stepflow_tl.rendering.profiles import comparison_figure, profile_figure
-from stepflow_tl.rendering.text_view import show_text
+from stepflow_tl.rendering.views import show_knockout, show_step_maps, show_text
 from stepflow_tl.saliency.result import StepSaliency
 
 _ALTERNATIVES: dict[str, Callable[..., Any]] = {
