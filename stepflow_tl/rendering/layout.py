@@ -22,7 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepflow_tl.errors import TraceError
 from stepflow_tl.saliency.pooling import Pooling
+from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.trace import Step
 from stepflow_tl.trace.steps import Segment
 
@@ -120,6 +122,15 @@ def margin_names(runs: Sequence[SegmentRun], char_width: float, n_steps: int) ->
         middles[i] = min(middles[i], edge - widths[i] / 2)
         edge = middles[i] - widths[i] / 2
     return list(zip(names, middles, strict=True))
+
+
+def require_steps(saliency: StepSaliency) -> int:
+    """The number of steps; a trace that has none is refused."""
+    if not saliency.labels:
+        raise TraceError(
+            "this trace has no steps, so there is nothing to report or draw: give it a question or thinking"
+        )
+    return len(saliency.labels)
 
 
 def evenly_over_depth(layers: Sequence[int], count: int) -> tuple[int, ...]:

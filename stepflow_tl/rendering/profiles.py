@@ -31,7 +31,7 @@ from stepflow_tl.diagnosis.comparison import Comparison
 from stepflow_tl.diagnosis.diagnosis import Diagnosis
 from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.rendering.layout import wrap_to_width
-from stepflow_tl.rendering.sheet import TEXT_SIZE, TICK_SIZE, Margins, Sheet, style_ticks
+from stepflow_tl.rendering.sheet import TEXT_SIZE, TICK_SIZE, Margins, Sheet, style_plot
 from stepflow_tl.statistics.effects import Effect
 
 if TYPE_CHECKING:
@@ -150,13 +150,7 @@ def comparison_figure(
 
 
 def _prepare(axes: Any, n_layers: int, *, named: bool = True) -> None:
-    """Shade the bands, limit x to the model's layers, thin lines and a light grid.
-
-    Args:
-        axes: Of a matplotlib figure.
-        n_layers: Layers of the whole model.
-        named: Whether the bands' names stand inside, at the top: leave a tenth of the height free.
-    """
+    """Shade the bands and limit x to the model's layers; names of bands take a tenth of the height."""
     for band, name in ((shallow_band(n_layers), "shallow"), (deep_band(n_layers), "deep")):
         axes.axvspan(band.start - 0.5, band.stop - 0.5, color="0.93", linewidth=0, zorder=0)
         if named:
@@ -165,25 +159,13 @@ def _prepare(axes: Any, n_layers: int, *, named: bool = True) -> None:
             axes.text(*at, name, transform=axes.get_xaxis_transform(), **style)
     axes.set_xlim(-0.5, n_layers - 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(axis="y", color="0.85", linewidth=0.4)
-    axes.set_axisbelow(True)
-    style_ticks(axes, TICK_SIZE)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_linewidth(0.5)
+    style_plot(axes, "y", "0.85")
 
 
 def _legend_above(axes: Any) -> None:
-    axes.legend(
-        fontsize=TICK_SIZE,
-        frameon=False,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=2,
-        borderaxespad=0,
-        borderpad=0.3,
-        handlelength=2.2,
-        columnspacing=1.0,
-    )
+    spacing = {"borderaxespad": 0, "borderpad": 0.3, "handlelength": 2.2, "columnspacing": 1.0}
+    at = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
+    axes.legend(fontsize=TICK_SIZE, frameon=False, **at, **spacing)
 
 
 def _draw_shares(
@@ -238,13 +220,6 @@ def _draw_difference(axes: Any, effects: Sequence[Effect], level: float) -> None
     axes.axhline(0, color="0.3", linewidth=0.6)
     axes.vlines(layers, low, high, color="0.25", linewidth=0.9)
     sure = np.array([effect.p_corrected <= level for effect in effects])
+    style = {"markersize": 3, "color": "0.1", "markeredgewidth": 0.7}
     for chosen, face in ((sure, "0.1"), (~sure, "white")):
-        axes.plot(
-            layers[chosen],
-            middle[chosen],
-            "o",
-            markersize=3,
-            color="0.1",
-            markerfacecolor=face,
-            markeredgewidth=0.7,
-        )
+        axes.plot(layers[chosen], middle[chosen], "o", markerfacecolor=face, **style)

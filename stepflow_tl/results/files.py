@@ -27,12 +27,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from stepflow_tl.errors import DiskFullError, ResultFileError, StepflowError
-from stepflow_tl.trace.steps import whole_numbers as whole_numbers
 
 Result = TypeVar("Result")
 
@@ -57,14 +56,17 @@ class Schema:
 
 
 class TensorSpec(NamedTuple):
-    """What a tensor of a file must be; a size of None is any size of at least 1."""
+    """What a tensor of a file must be: jaxtyping's name of its kind, and its shape.
 
-    kind: Literal["float", "bool"]
+    A size of None is any size of at least 1.
+    """
+
+    kind: str
     shape: tuple[int | None, ...]
 
 
 # safetensors' names. Nothing here writes eight-bit floats or computes with them.
-_DTYPES = {"float": ("F16", "BF16", "F32", "F64"), "bool": ("BOOL",)}
+_DTYPES = {"Float": ("F16", "BF16", "F32", "F64"), "Bool": ("BOOL",)}
 
 
 def save_result(
@@ -260,12 +262,3 @@ def _read_document(metadata: dict[str, str], source: Path, schema: Schema) -> di
             "upgrade stepflow-tl to read it"
         )
     return document
-
-
-def whole_number(value: Any) -> int:
-    """The value, which must be a whole number.
-
-    Raises:
-        TypeError: If it is anything else.
-    """
-    return whole_numbers([value])[0]

@@ -166,13 +166,7 @@ class Problem:
 
 
 def make_problems(spec: ProblemSpec, n: int, *, seed: int) -> list[Problem]:
-    """Problems of one kind; the same for the same seed.
-
-    Args:
-        spec: What kind.
-        n: How many.
-        seed: Of the random numbers.
-    """
+    """`n` problems of one kind; the same for the same seed."""
     rng = random.Random(f"{seed}/{spec}")
     return [_make(spec, rng) for _ in range(n)]
 

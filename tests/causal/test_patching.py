@@ -438,5 +438,5 @@ def test_a_result_says_what_it_is_and_refuses_what_it_cannot_be(tiny_model, righ
     assert found.provenance.objective == "S1" and found.provenance.backend == "patching"
     with pytest.raises(ValueError, match=r"effects has shape \(2, 5\), expected \(1, 5\)"):
         replace(found, effects=found.effects.repeat(2, 1))
-    with pytest.raises(ValueError, match="effect of layer 2, step Q is not finite"):
+    with pytest.raises(ValueError, match="must be finite, but is not at layer 2, step Q: run the model"):
         replace(found, effects=found.effects * float("nan"))
