@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.results.provenance import Provenance, package_versions
 from stepflow_tl.trace import ReasoningTrace
 
 
@@ -41,6 +42,11 @@ class ModelFacts:
     n_ctx: int
     dtype: torch.dtype
     device: torch.device
+
+    def provenance(self, objective: str, backend: str, notes: Mapping[str, str]) -> Provenance:
+        """What a result on this model states of its making."""
+        dtype, device = str(self.dtype), str(self.device)
+        return Provenance(self.name, objective, backend, dtype, device, package_versions(), notes)
 
 
 def is_transformerlens(model: Any) -> bool:

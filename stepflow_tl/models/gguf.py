@@ -84,7 +84,8 @@ class GgufCheckpoint(GgufFile):
                 if facts.get(key):
                     raise ModelError(
                         f"{self.path} has {self.architecture}.{key} = {facts[key]}, which is not computed "
-                        "here; the numbers would be wrong. Load the model from its original folder or hub name."
+                        "here; the numbers would be wrong. Load the model from its original folder or hub "
+                        "name."
                     )
             n_heads, hidden_size = facts["attention.head_count"], facts["embedding_length"]
             head_dim = facts.get("attention.key_length", hidden_size // n_heads)

@@ -147,13 +147,9 @@ def _load_gguf(
 
 
 def boot_bridge(hf_model: Any, tokenizer: Any, name: str, dtype: torch.dtype) -> TransformerBridge:
-    """A TransformerBridge around a model that exists only in memory, offline; in eval mode if that is.
+    """A TransformerBridge around a causal LM that exists only in memory, offline; in eval mode if that is.
 
-    Args:
-        hf_model: A transformers causal LM on its device.
-        tokenizer: Its tokenizer, which comes back as it was.
-        name: The model's name in results; it need not exist on the hub.
-        dtype: Of the parameters.
+    The tokenizer comes back as it was. `name` is the model's in results, and need not exist on the hub.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
