@@ -383,6 +383,7 @@ def test_the_clean_value_of_a_metric_that_names_positions(tiny_model, longer_tra
     [
         ({"component": "q"}, "ValueError", "unknown component 'q': expected one of resid_pre"),
         ({"alignment": "last"}, "ValueError", "unknown alignment 'last': expected one of tokens, mean"),
+        ({"method": "both"}, "ValueError", "method is 'both': expected one of patching, attribution"),
         ({"layers": [4]}, "ModelError", r"the model has layers 0..3; \[4\] are outside"),
         ({"metric": "per_token"}, "ObjectiveError", "metric='per_token' is a loss for each row"),
         ({"metric": "T9"}, "ObjectiveError", "unknown objective 'T9'"),
