@@ -32,8 +32,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from stepflow_tl.diagnosis import Diagnosis, diagnose
-from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
+from stepflow_tl.diagnosis import LAYER_METRICS, diagnose
 from stepflow_tl.errors import GradientError, TraceError
 from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.rendering.layout import DECADES, PER_PAIR, saliency_words
@@ -119,14 +118,14 @@ def _profiles(saliency: StepSaliency, pooling: Pooling) -> dict[str, Any]:
     except (TraceError, GradientError) as error:
         return {"refusal": str(error)}
     return {
-        "metrics": {name: _numbers(diagnosis, name) for name in LAYER_METRICS},
+        "metrics": {
+            name: [nan_to_none(value) for value in column.tolist()]
+            for name, column in diagnosis.metrics.items()
+        },
+        "labels": {name: metric.label for name, metric in LAYER_METRICS.items()},
         "decay_slope": nan_to_none(diagnosis.decay_slope),
         "reasons": dict(diagnosis.reasons),
     }
-
-
-def _numbers(diagnosis: Diagnosis, metric: str) -> list[float | None]:
-    return [nan_to_none(value) for value in getattr(diagnosis, metric).tolist()]
 
 
 def _provenance(saliency: StepSaliency, pooling: Pooling) -> list[list[str]]:
