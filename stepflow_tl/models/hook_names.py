@@ -190,11 +190,7 @@ def hook_counts(model: Any) -> dict[str, int]:
 
 
 def layer_of(hook_name: str) -> int:
-    """Layer index in a name such as `blocks.7.attn.hook_pattern`.
-
-    Raises:
-        ValueError: If the name has none.
-    """
+    """Layer index in a name such as `blocks.7.attn.hook_pattern`; a ValueError if it has none."""
     match = _BLOCK.match(hook_name)
     if match is None:
         raise ValueError(f"hook name {hook_name!r} has no layer: expected `blocks.<layer>.…`")

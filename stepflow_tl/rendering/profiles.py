@@ -29,6 +29,7 @@ import numpy as np
 
 from stepflow_tl.diagnosis.comparison import Comparison
 from stepflow_tl.diagnosis.diagnosis import Diagnosis
+from stepflow_tl.diagnosis.layer_metrics import LAYER_METRICS
 from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.rendering.layout import wrap_to_width
 from stepflow_tl.rendering.sheet import TEXT_SIZE, TICK_SIZE, Margins, Sheet, style_plot
@@ -45,8 +46,8 @@ _PROFILE_GAP_X, _PROFILE_GAP_Y = 0.30, 0.60
 _GROUPS = Margins(left=0.62, right=0.12, bottom=0.40, top=0.45)
 _GROUPS_GAP_X, _GROUPS_GAP_Y = 0.55, 0.22
 _PANELS = (
-    ("Thinking steps", ("lock_in", "on the step itself (lock-in)"), ("question_share", "on the question")),
-    ("Summary steps", ("thinking_share", "on the thinking"), ("self_share", "on the summary itself")),
+    ("Thinking steps", ("lock_in", "question_share")),
+    ("Summary steps", ("thinking_share", "self_share")),
 )
 
 
@@ -72,7 +73,7 @@ def profile_figure(
     panel_height = min(2.0, 0.6 * panel_width)
     heading = title if title is not None else f"Step-Saliency over depth: {diagnosis.model_name}"
     sheet = Sheet(width, rows * panel_height + (rows - 1) * _PROFILE_GAP_Y, _PROFILE, heading)
-    for panel, (name, first, second) in enumerate(_PANELS):
+    for panel, (name, metrics) in enumerate(_PANELS):
         row, column = divmod(panel, columns)
         x, down = column * (panel_width + _PROFILE_GAP_X), row * (panel_height + _PROFILE_GAP_Y)
         axes = sheet.panel(x, down, panel_width, panel_height)
@@ -80,7 +81,7 @@ def profile_figure(
         _prepare(axes, diagnosis.n_layers)
         axes.set_ylim(0, 1.1)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25 %", "50 %", "75 %", "100 %"])
-        _draw_shares(axes, diagnosis, (first, second), panel_width)
+        _draw_shares(axes, diagnosis, metrics, panel_width)
         if column == 0:
             axes.set_ylabel("share of a step's saliency", fontsize=TEXT_SIZE)
         else:
@@ -168,16 +169,15 @@ def _legend_above(axes: Any) -> None:
     axes.legend(fontsize=TICK_SIZE, frameon=False, **at, **spacing)
 
 
-def _draw_shares(
-    axes: Any, diagnosis: Diagnosis, lines: tuple[tuple[str, str], tuple[str, str]], width: float
-) -> None:
+def _draw_shares(axes: Any, diagnosis: Diagnosis, metrics: tuple[str, str], width: float) -> None:
     order = np.argsort(diagnosis.layers)
     layers = np.asarray(diagnosis.layers)[order]
     drawn = False
-    for (metric, name), style in zip(lines, (_FIRST, _SECOND), strict=True):
-        shares = np.asarray(getattr(diagnosis, metric).tolist(), dtype=float)[order]
+    for metric, style in zip(metrics, (_FIRST, _SECOND), strict=True):
+        shares = np.asarray(diagnosis.metrics[metric].tolist(), dtype=float)[order]
         if np.isnan(shares).all():
             continue
+        name = LAYER_METRICS[metric].label
         if metric == "lock_in" and diagnosis.window:
             name = f"on itself and {diagnosis.window} before (lock-in)"
         axes.plot(layers, shares, label=name, linewidth=1.1, markersize=2.6, **style)
@@ -185,7 +185,7 @@ def _draw_shares(
     if drawn:
         _legend_above(axes)
         return
-    reasons = [diagnosis.reasons[metric] for metric, _ in lines if metric in diagnosis.reasons]
+    reasons = [diagnosis.reasons[metric] for metric in metrics if metric in diagnosis.reasons]
     words = "\n".join(
         wrap_to_width(reasons[0] if reasons else "not defined for this trace", TEXT_SIZE, width)
     )

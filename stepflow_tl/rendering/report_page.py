@@ -161,9 +161,11 @@ def _profiles(saliency: StepSaliency, pooling: Pooling) -> dict[str, Any]:
         diagnosis = diagnose(saliency, pooling=pooling)
     except (TraceError, GradientError) as error:
         return {"refusal": str(error)}
-    shares = {name: getattr(diagnosis, name).tolist() for name in LAYER_METRICS}
     return {
-        "metrics": {name: list(map(nan_to_none, values)) for name, values in shares.items()},
+        "metrics": {
+            name: list(map(nan_to_none, column.tolist())) for name, column in diagnosis.metrics.items()
+        },
+        "labels": {name: metric.label for name, metric in LAYER_METRICS.items()},
         "decay_slope": nan_to_none(diagnosis.decay_slope),
         "reasons": dict(diagnosis.reasons),
     }
