@@ -38,7 +38,7 @@ class StepKnockout(TracedResult):
         provenance: Model, measure, method ("cached" or "full"), versions.
     """
 
-    schema: ClassVar = Schema("stepflow_tl.StepKnockout", 1, "a step-knockout result", "StepKnockout.save")
+    schema: ClassVar = Schema("stepflow_tl.StepKnockout", 1, "a step-knockout result")
 
     effects: Float[Tensor, "query_step key_step"]
     measured: Bool[Tensor, "query_step key_step"]

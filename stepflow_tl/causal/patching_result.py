@@ -39,7 +39,7 @@ class StepPatching(StoredResult):
         provenance: Model, metric (as `objective`), method (as `backend`), versions.
     """
 
-    schema: ClassVar = Schema("stepflow_tl.StepPatching", 1, "a step-patching result", "StepPatching.save")
+    schema: ClassVar = Schema("stepflow_tl.StepPatching", 1, "a step-patching result")
     axes: ClassVar = {"layer": "layers", "step": "matches"}
 
     effects: Float[Tensor, "layer step"]

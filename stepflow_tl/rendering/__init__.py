@@ -2,7 +2,8 @@
 
 `show` and `report` are the two verbs; the functions behind them are here too, with all their options. Nothing
 is drawn or imported until a name is asked for (PEP 562), and the plotting libraries only when a picture is.
-No function here touches the network or pyplot's global state.
+No function here touches the network or pyplot's global state: a figure belongs to no window and is saved with
+`save_figure`; a view is displayed by a notebook, and its `.save(path)` writes a page.
 """
 
 import importlib

@@ -68,9 +68,6 @@ def agreement_figure(
         width: Figure width in inches; the default is a column of a paper.
         title: First line, before the correlation; by default it names the model.
 
-    Returns:
-        A matplotlib figure that belongs to no window. Save it with `save_figure`.
-
     Raises:
         ComparisonError: If the two results are of different traces, or no pair with key before query was
             measured.

@@ -66,9 +66,6 @@ def flow_figure(
         width: Figure width in inches.
         title: First line; by default it names the model.
 
-    Returns:
-        A matplotlib figure that belongs to no window. Save it with `save_figure`.
-
     Raises:
         ComparisonError: If the maps are of different tokens, steps, models or objectives.
         ModelError: If a layer is not stored in both.
@@ -127,9 +124,6 @@ def patching_figure(
         patching: From `step_patching` or `attribution_patching`.
         width: Figure width in inches.
         title: First line; by default it names method, component and model.
-
-    Returns:
-        A matplotlib figure that belongs to no window. Save it with `save_figure`.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.

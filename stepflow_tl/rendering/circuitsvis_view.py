@@ -203,16 +203,10 @@ class ScriptCarrier:
         self._last_run: dict[str, str] = {}
 
     def place(self, view: CircuitsvisView, cell: str, run: str) -> tuple[bool, str, Output | None]:
-        """Where the script of one more view comes from.
+        """Where the script of one more view comes from, shown by this execution of this cell.
 
-        Args:
-            view: The view to show.
-            cell: The cell that shows it.
-            run: The execution of the cell.
-
-        Returns:
-            Whether this view carries the script, a display id for it, and the output that has to be sent
-            again without it.
+        Returns whether this view carries the script, a display id for it, and the output that has to be sent
+        again without it.
         """
         is_again = self._last_run.get(cell, run) != run
         self._last_run[cell] = run

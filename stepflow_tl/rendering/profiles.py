@@ -61,9 +61,6 @@ def profile_figure(
         width: Figure width in inches; below 5 the two panels stand one above the other.
         title: First line above the panels; by default it names the model.
 
-    Returns:
-        A matplotlib figure that belongs to no window. Save it with `save_figure`.
-
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
@@ -109,9 +106,6 @@ def comparison_figure(
         width: Figure width in inches; below 5 the metrics stand one below the other.
         level: Corrected p-value up to which a layer's marker is filled.
         title: First line; by default it names groups and model.
-
-    Returns:
-        A matplotlib figure that belongs to no window. Save it with `save_figure`.
 
     Raises:
         ComparisonError: If there is no such metric.

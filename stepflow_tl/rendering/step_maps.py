@@ -81,9 +81,6 @@ def step_map_figure(
             size.
         title: First line above the panels; by default it names the map and the model.
 
-    Returns:
-        A matplotlib figure that belongs to no window. Save it with `save_figure`.
-
     Raises:
         ValueError: If `normalise`, `pooling` or `columns` is not one of those allowed.
         ModelError: If a layer is not among the stored ones.

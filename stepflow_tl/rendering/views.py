@@ -87,9 +87,6 @@ def show_step_maps(
             the largest value of all maps shown (1) to a thousandth of it or less (0), logarithmically.
         pooling: How token saliency was pooled, see `StepSaliency.pooled`.
 
-    Returns:
-        A view that a notebook displays; `.html` is all of it, `.save(path)` writes a page.
-
     Raises:
         ValueError: If `scale` or `pooling` is unknown.
         ModelError: If `layer` is not among the stored ones.
@@ -123,9 +120,6 @@ def show_knockout(knockout: StepKnockout, *, pooling: Pooling = "sum") -> Circui
     Args:
         knockout: The effects of one trace.
         pooling: As in `StepKnockout.pooled`.
-
-    Returns:
-        A view that a notebook displays; `.html` is all of it, `.save(path)` writes a page.
 
     Raises:
         ValueError: If `pooling` is unknown.
@@ -197,9 +191,6 @@ def show_text(
             share that each later step gives to it (its column).
         layer: Model layer whose head mean to read; `None` averages the shares of all stored layers.
         pooling: How token saliency was pooled, see `StepSaliency.pooled`.
-
-    Returns:
-        A view that a notebook displays; `.save(path)` writes a page.
 
     Raises:
         ValueError: If `direction` or `pooling` is unknown.

@@ -38,7 +38,7 @@ class StepSaliency(TracedResult):
         provenance: Model, objective, backend, versions.
     """
 
-    schema: ClassVar = Schema("stepflow_tl.StepSaliency", 1, "a step-saliency result", "StepSaliency.save")
+    schema: ClassVar = Schema("stepflow_tl.StepSaliency", 1, "a step-saliency result")
 
     sums: Float[Tensor, "layer head query_step key_step"]
     template_sums: Float[Tensor, "layer head query_step"]

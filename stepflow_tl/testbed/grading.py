@@ -47,7 +47,13 @@ class Grade:
 
 
 def grade(problem: Problem, thinking: str, summary: str) -> Grade:
-    """Hold what was written between the think tags, and after them, against the problem."""
+    """Hold a written trace against its problem.
+
+    Args:
+        problem: What was asked.
+        thinking: What was written between the think tags.
+        summary: What was written after them.
+    """
     correct = summary.strip() == problem.answer
     written = [piece for piece in thinking.strip().split("\n\n") if piece]
     for i, derivation in enumerate(problem.derivations):
