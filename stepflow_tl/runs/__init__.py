@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepflow_tl.runs.aggregate import Aggregate as Aggregate
     from stepflow_tl.runs.aggregate import DatasetReport as DatasetReport
+    from stepflow_tl.runs.flow_options import FlowOptions as FlowOptions
     from stepflow_tl.runs.manifest import manifest_path as manifest_path
     from stepflow_tl.runs.options import RunOptions as RunOptions
     from stepflow_tl.runs.options import Shard as Shard
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOME_OF = {
     "Aggregate": "stepflow_tl.runs.aggregate",
     "DatasetReport": "stepflow_tl.runs.aggregate",
+    "FlowOptions": "stepflow_tl.runs.flow_options",
     "RunOptions": "stepflow_tl.runs.options",
     "Shard": "stepflow_tl.runs.options",
     "SummaryOptions": "stepflow_tl.runs.options",
@@ -44,6 +46,7 @@ _HOME_OF = {
 __all__ = [
     "Aggregate",
     "DatasetReport",
+    "FlowOptions",
     "RunOptions",
     "Shard",
     "SummaryOptions",

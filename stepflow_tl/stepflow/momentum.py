@@ -95,7 +95,8 @@ def momentum_hook(
     for injection in injections:
         mean = state.values.gather(layer, injection.row, injection.columns).mean(0)
         if placebo_seed is not None:
-            mean = random_direction_like(mean, placebo_seed, layer, injection.row, injection.position)
+            row = state.row_ids[injection.row]
+            mean = random_direction_like(mean, placebo_seed, layer, row, injection.position)
         moved.append(alpha * expand_heads(mean, n_heads, dim=0))
     added = torch.stack(moved).to(device=z.device, dtype=z.dtype)
     if heads is not None:

@@ -105,6 +105,8 @@ class FlowState:
         current: The columns that the current pass computes.
         padding: Padding columns at the left of each row.
         values: Values of the tokens so far, in the layers that capture them.
+        row_ids: What the controls draw each row's random numbers from: its number in the batch, or what it
+            was named, so that the draws do not depend on the batch.
     """
 
     def __init__(self, labels: LabelTable, current: Pass, padding: Sequence[int] | None = None) -> None:
@@ -113,6 +115,7 @@ class FlowState:
         self.current = current
         self.padding = list(padding) if padding is not None else [0] * labels.n_rows
         self.values = ValueStore()
+        self.row_ids = list(range(labels.n_rows))
         self._plans: dict[tuple, object] = {}
 
     @classmethod
@@ -244,7 +247,7 @@ class FlowState:
             return _Groups(own, bridge, own, bridge)
         region = np.zeros_like(bridge)
         for i, row in enumerate(range(rows.start, rows.stop)):
-            region[i] = random_region(own[i], bridge[i], seed, row, column - self.padding[row])
+            region[i] = random_region(own[i], bridge[i], seed, self.row_ids[row], column - self.padding[row])
         return _Groups((own | bridge) & ~region, region, own, bridge)
 
     def _find_injections(self, wanted: Callable[[int, int], bool], window: int | None):

@@ -21,7 +21,7 @@ that many.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -81,7 +81,7 @@ class TokenStream:
 
     def __init__(self, new_tracker: Callable[[], TokenTracker]) -> None:
         """A stream that has seen nothing; `new_tracker` makes the tracker of one sequence."""
-        self._new_tracker = new_tracker
+        self._new_tracker, self._names = new_tracker, []
         self.state = FlowState(LabelTable(0), Pass(0, 0))
         self._start(0)
 
@@ -121,7 +121,21 @@ class TokenStream:
         padding = np.cumprod(self._is_padding[:, : self._labels.n_columns], axis=1).sum(1).tolist()
         self.state.begin(self._labels, Pass(n_past, n_new), padding)
 
+    def name_rows(self, names: Sequence[int]) -> None:
+        """What the rows of the sequences to come are called, for the controls' random draws."""
+        self._names = list(names)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order: the others have left the batch, and the cache."""
+        if self._rows:
+            self._labels.keep_rows(rows)
+            self.state.values.keep_rows(rows)
+            self.state.row_ids = [self.state.row_ids[row] for row in rows]
+            self._rows = [self._rows[row] for row in rows]
+            self._ids, self._is_padding = self._ids[list(rows)], self._is_padding[list(rows)]
+
     def _start(self, n_rows: int) -> None:
+        self.state.row_ids = self._names if len(self._names) == n_rows else list(range(n_rows))
         self._labels = LabelTable(n_rows)
         self._rows = [_Row(self._new_tracker()) for _ in range(n_rows)]
         self._ids = np.empty((n_rows, 0), dtype=np.int64)
