@@ -74,7 +74,9 @@ class Curve:
         """Refuse lists that do not belong together."""
         lengths = {len(self.values), *(len(each) for each in (self.low, self.high, self.sure) if each)}
         if lengths != {len(self.layers)} or bool(self.low) != bool(self.high):
-            raise ValueError(f"curve {self.name!r}: {len(self.layers)} layers, but lists of {sorted(lengths)}")
+            raise ValueError(
+                f"curve {self.name!r}: {len(self.layers)} layers, but lists of {sorted(lengths)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,7 @@ class DepthChart:
             left, right = self._x(band.start - 0.5), self._x(band.stop - 0.5)
             height = _HEIGHT - _TOP - _BOTTOM
             yield (
-                f'<rect class="band" x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" '
-                f'height="{height}"/>'
+                f'<rect class="band" x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" height="{height}"/>'
             )
             yield _text((left + right) / 2, _TOP + 11, name, "soft", "middle")
         bottom = _HEIGHT - _BOTTOM

@@ -1,4 +1,4 @@
-"""A report as a list of blocks, and the two ways to write it: Markdown, and one HTML page that asks for nothing.
+"""A report as a list of blocks, and two ways to write it: Markdown, and an HTML page that asks for nothing.
 
 1. Both are made from the same blocks, so they never disagree.
 2. Words are text, never markup: in Markdown every character that could mean something is escaped, in HTML
