@@ -75,10 +75,11 @@ def _counted(model: Any, flow: StepFlow, trace: ReasoningTrace) -> FlowReport:
 
 
 def _layers(data: dict[str, Any]) -> tuple[LayerReport, ...]:
-    return tuple(
-        LayerReport(**{key: count(each, key) for key in _COUNTS}, **{key: number(each, key) for key in _SUMS})
-        for each in data["layers"]
-    )
+    found = []
+    for each in data["layers"]:
+        values: dict[str, Any] = {name: count(each, name) for name in _COUNTS}
+        found.append(LayerReport(**values, **{name: number(each, name) for name in _SUMS}))
+    return tuple(found)
 
 
 _KIND = JournalKind(
