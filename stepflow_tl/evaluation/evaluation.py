@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from stepflow_tl.evaluation.generation import Answer, Decoding, write_answers
+from stepflow_tl.evaluation.generation import Answer, Decoding, Prompting, write_answers
 from stepflow_tl.evaluation.graders import exact
 from stepflow_tl.evaluation.grading import Grade, Grader, Question, Verdict, graded, prepared
 from stepflow_tl.results.tables import probability, text_table
@@ -262,7 +262,7 @@ def evaluate(
     decoding: Decoding | None = None,
     grader: Grader | Grade | str = exact,
     allow_code_execution: bool = False,
-    format: Any = "auto",
+    prompting: Prompting | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
@@ -277,7 +277,7 @@ def evaluate(
         grader: Says whether an answer is right: a registered grader or its name, or any function
             `(question, answer) -> bool`.
         allow_code_execution: Lets the grader "code" execute what the model writes, in a sandbox.
-        format: The reasoning format.
+        prompting: How to ask: format, splitter, system prompt, words around the question.
         seed: Of the resampling; `decoding` has the seed of the sampling.
         progress: Called with one line of text when a condition is done.
 
@@ -296,7 +296,7 @@ def evaluate(
     results: dict[str, ConditionResult] = {}
     for name, flow in conditions.items():
         texts = [question.text for question in questions]
-        answers, seconds = write_answers(model, texts, flow, decoding, format=format)
+        answers, seconds = write_answers(model, texts, flow, decoding, prompting=prompting)
         verdicts = graded(questions, answers, grade)
         results[name] = ConditionResult(flow, tuple(map(tuple, answers)), verdicts, seconds)
         if progress is not None:
