@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -28,6 +28,8 @@ from stepflow_tl.results.tables import probability, text_table
 from stepflow_tl.statistics.effects import corrected
 from stepflow_tl.statistics.paired import PairedDifference, paired_difference
 from stepflow_tl.stepflow.flow import StepFlow
+
+Stop = Literal["", "interrupted", "disk full", "worker died"]
 
 PLAIN = "plain"
 _CONTROL_OF = {"bridge": "bridge control", "momentum": "momentum control", "StepFlow": "StepFlow control"}
@@ -102,7 +104,7 @@ class ConditionResult:
     def unfinished(self) -> float:
         """Share of the answers that the token limit cut off."""
         ended = [answer.finished for samples in self.answers for answer in samples]
-        return 1 - sum(ended) / len(ended)
+        return 1 - sum(ended) / len(ended) if ended else 0.0
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,16 @@ class Evaluation:
         decoding: How answers were written.
         results: By condition.
         seed: Of the resampling.
+        n_missing: Questions that do not count, because not all their answers are written yet.
+        stopped: Why the run that wrote them ended early; empty if it did not.
     """
 
     questions: tuple[Question, ...]
     decoding: Decoding
     results: Mapping[str, ConditionResult]
     seed: int = 0
+    n_missing: int = 0
+    stopped: Stop = ""
 
     def accuracy(self, condition: str, difficulty: str | None = None) -> float:
         """Share of right answers of `condition`, over all questions or those of one `difficulty`."""
@@ -160,7 +166,10 @@ class Evaluation:
 
     def table(self) -> str:
         """Accuracy of every condition, with paired differences, as text."""
-        parts: list[str] = []
+        missing = f"{self.n_missing} of {self.n_missing + len(self.questions)} questions are not answered yet"
+        if not self.questions:
+            return f"{missing} under every condition: there is nothing to compare"
+        parts = [f"{missing} under every condition, and left out"] if self.n_missing else []
         if PLAIN in self.results and self._others():
             parts.append(self._differences(PLAIN, dict.fromkeys(self._others(), PLAIN)))
         if matched := controls(self.results):
@@ -185,6 +194,7 @@ class Evaluation:
         differences = [
             {"condition": name, "against": other, **asdict(self.difference(name, other))}
             for name, other in pairs
+            if self.questions
         ]
         questions = [{"id": q.id, "difficulty": q.difficulty} for q in self.questions]
         found = dict(
@@ -192,6 +202,7 @@ class Evaluation:
             questions=questions,
             conditions=conditions,
             differences=differences,
+            n_missing=self.n_missing,
         )
         return json.dumps(found, indent=1)
 
@@ -237,13 +248,14 @@ class Evaluation:
         return text_table(f"Right answers, and the difference to {title}", header, rows, notes)
 
     def _by_difficulty(self) -> str:
-        header = ["condition", *self.difficulties, "all", "tokens", "cut off", "seconds"]
+        header = ["condition", *self.difficulties, "all", "tokens", "tokens/s", "cut off", "seconds"]
         rows = [
             [
                 name,
                 *(f"{self.accuracy(name, difficulty):.3f}" for difficulty in self.difficulties),
                 f"{self.accuracy(name):.3f}",
                 str(result.n_tokens),
+                f"{result.n_tokens / result.seconds:.0f}" if result.seconds else "-",
                 f"{result.unfinished:.3f}",
                 f"{result.seconds:.0f}",
             ]
