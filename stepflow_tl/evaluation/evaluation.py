@@ -16,18 +16,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from stepflow_tl.evaluation.generation import Answer, Decoding, write_answers
+from stepflow_tl.evaluation.generation import Answer, Decoding, Prompting, write_answers
 from stepflow_tl.evaluation.graders import exact
 from stepflow_tl.evaluation.grading import Grade, Grader, Question, Verdict, graded, prepared
 from stepflow_tl.results.tables import probability, text_table
 from stepflow_tl.statistics.effects import corrected
 from stepflow_tl.statistics.paired import PairedDifference, paired_difference
 from stepflow_tl.stepflow.flow import StepFlow
+
+Stop = Literal["", "interrupted", "disk full", "worker died"]
 
 PLAIN = "plain"
 _CONTROL_OF = {"bridge": "bridge control", "momentum": "momentum control", "StepFlow": "StepFlow control"}
@@ -104,7 +106,7 @@ class ConditionResult:
     def unfinished(self) -> float:
         """Share of the answers that the token limit cut off."""
         ended = [answer.finished for samples in self.answers for answer in samples]
-        return 1 - sum(ended) / len(ended)
+        return 1 - sum(ended) / len(ended) if ended else 0.0
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,16 @@ class Evaluation:
         decoding: How answers were written.
         results: By condition.
         seed: Of the resampling.
+        n_missing: Questions that do not count, because not all their answers are written yet.
+        stopped: Why the run that wrote them ended early; empty if it did not.
     """
 
     questions: tuple[Question, ...]
     decoding: Decoding
     results: Mapping[str, ConditionResult]
     seed: int = 0
+    n_missing: int = 0
+    stopped: Stop = ""
 
     def accuracy(self, condition: str, difficulty: str | None = None) -> float:
         """Share of right answers of `condition`, over all questions or those of one `difficulty`."""
@@ -162,10 +168,14 @@ class Evaluation:
 
     def table(self) -> str:
         """Accuracy of every condition, with paired differences, as text."""
-        return "\n\n".join(text_table(*table) for table in self.tables())
+        missing = f"{self.n_missing} of {self.n_missing + len(self.questions)} questions are not answered yet"
+        if not self.questions:
+            return f"{missing} under every condition: there is nothing to compare"
+        parts = [f"{missing} under every condition, and left out"] if self.n_missing else []
+        return "\n\n".join([*parts, *(text_table(*table) for table in self.tables())])
 
     def tables(self) -> list[Table]:
-        """The same, each table as title, header, rows and notes."""
+        """The same, each table as title, header, rows and notes; at least one question must count."""
         tables: list[Table] = []
         if PLAIN in self.results and self._others():
             tables.append(self._differences(PLAIN, dict.fromkeys(self._others(), PLAIN)))
@@ -190,6 +200,7 @@ class Evaluation:
         differences = [
             {"condition": name, "against": other, **asdict(self.difference(name, other))}
             for name, other in pairs
+            if self.questions
         ]
         questions = [{"id": q.id, "difficulty": q.difficulty} for q in self.questions]
         found = dict(
@@ -197,6 +208,7 @@ class Evaluation:
             questions=questions,
             conditions=conditions,
             differences=differences,
+            n_missing=self.n_missing,
         )
         return json.dumps(found, indent=1)
 
@@ -242,16 +254,16 @@ class Evaluation:
         return f"Right answers, and the difference to {title}", header, rows, notes
 
     def _by_difficulty(self) -> Table:
-        header = ["condition", *self.difficulties, "all", "tokens", "cut off", "seconds", "tokens/s"]
+        header = ["condition", *self.difficulties, "all", "tokens", "tokens/s", "cut off", "seconds"]
         rows = [
             [
                 name,
                 *(f"{self.accuracy(name, difficulty):.3f}" for difficulty in self.difficulties),
                 f"{self.accuracy(name):.3f}",
                 str(result.n_tokens),
+                f"{result.n_tokens / result.seconds:.0f}" if result.seconds else "-",
                 f"{result.unfinished:.3f}",
                 f"{result.seconds:.0f}",
-                f"{result.n_tokens / result.seconds:.1f}" if result.seconds else "-",
             ]
             for name, result in self.results.items()
         ]
@@ -268,7 +280,7 @@ def evaluate(
     decoding: Decoding | None = None,
     grader: Grader | Grade | str = exact,
     allow_code_execution: bool = False,
-    format: Any = "auto",
+    prompting: Prompting | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
@@ -283,7 +295,7 @@ def evaluate(
         grader: Says whether an answer is right: a registered grader or its name, or any function
             `(question, answer) -> bool`.
         allow_code_execution: Lets the grader "code" execute what the model writes, in a sandbox.
-        format: The reasoning format.
+        prompting: How to ask: format, splitter, system prompt, words around the question.
         seed: Of the resampling; `decoding` has the seed of the sampling.
         progress: Called with one line of text when a condition is done.
 
@@ -302,7 +314,7 @@ def evaluate(
     results: dict[str, ConditionResult] = {}
     for name, flow in conditions.items():
         texts = [question.text for question in questions]
-        answers, seconds = write_answers(model, texts, flow, decoding, format=format)
+        answers, seconds = write_answers(model, texts, flow, decoding, prompting=prompting)
         verdicts = graded(questions, answers, grade)
         results[name] = ConditionResult(flow, tuple(map(tuple, answers)), verdicts, seconds)
         if progress is not None:

@@ -12,6 +12,9 @@ One JSON line passes these modules from `stepflow-tl analyze` to its result file
 Then what became of it goes into `runs.manifest` (a `results.journal`), and all traces of the folder together
 into `runs.summary`.
 
+Answers come by the same stairs: `cli.evaluate`, `runs.answer_options`, then `runs.answers` (the driver), the
+engines, `runs.answer_worker`, and the ledger `runs.answer_file`.
+
 The public names are imported on first use (PEP 562), so that the command line can read `runs.options` alone.
 """
 
@@ -21,6 +24,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepflow_tl.runs.aggregate import Aggregate as Aggregate
     from stepflow_tl.runs.aggregate import DatasetReport as DatasetReport
+    from stepflow_tl.runs.answer_file import read_answers as read_answers
+    from stepflow_tl.runs.answer_options import AnswerOptions as AnswerOptions
+    from stepflow_tl.runs.answers import AnswerWatcher as AnswerWatcher
+    from stepflow_tl.runs.answers import evaluate as evaluate
     from stepflow_tl.runs.flow_options import FlowOptions as FlowOptions
     from stepflow_tl.runs.manifest import manifest_path as manifest_path
     from stepflow_tl.runs.options import RunOptions as RunOptions
@@ -32,6 +39,8 @@ if TYPE_CHECKING:
 
 _HOME_OF = {
     "Aggregate": "stepflow_tl.runs.aggregate",
+    "AnswerOptions": "stepflow_tl.runs.answer_options",
+    "AnswerWatcher": "stepflow_tl.runs.answers",
     "DatasetReport": "stepflow_tl.runs.aggregate",
     "FlowOptions": "stepflow_tl.runs.flow_options",
     "RunOptions": "stepflow_tl.runs.options",
@@ -39,12 +48,16 @@ _HOME_OF = {
     "SummaryOptions": "stepflow_tl.runs.options",
     "Watcher": "stepflow_tl.runs.run",
     "analyze_dataset": "stepflow_tl.runs.run",
+    "evaluate": "stepflow_tl.runs.answers",
     "manifest_path": "stepflow_tl.runs.manifest",
+    "read_answers": "stepflow_tl.runs.answer_file",
     "summarize": "stepflow_tl.runs.summary",
 }
 
 __all__ = [
     "Aggregate",
+    "AnswerOptions",
+    "AnswerWatcher",
     "DatasetReport",
     "FlowOptions",
     "RunOptions",
@@ -52,7 +65,9 @@ __all__ = [
     "SummaryOptions",
     "Watcher",
     "analyze_dataset",
+    "evaluate",
     "manifest_path",
+    "read_answers",
     "summarize",
 ]
 

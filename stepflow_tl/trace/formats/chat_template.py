@@ -154,7 +154,7 @@ def render_parts(
     return text, spans
 
 
-def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str) -> str:
+def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str, system: str | None = None) -> str:
     """The prompt that asks a model to think about a question: the chat template, up to where it may begin.
 
     Thinking is switched on where the template closes it unless told otherwise, as in `render_parts`; a
@@ -164,13 +164,14 @@ def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str) -> st
         tokenizer: A transformers tokenizer with a chat template.
         entry: The reasoning format.
         question: The user's text.
+        system: System prompt, or None.
 
     Raises:
-        FormatError: The chat template refuses the message.
+        FormatError: The chat template refuses the messages.
     """
-    rendered = _render(tokenizer, question, None)
+    rendered = _render(tokenizer, question, system)
     if _ends_with(rendered, entry.thinking_ends):
-        return _render(tokenizer, question, None, _THINKING_ON)
+        return _render(tokenizer, question, system, _THINKING_ON)
     return rendered
 
 
