@@ -78,7 +78,7 @@ def _layers(data: dict[str, Any]) -> tuple[LayerReport, ...]:
     found = []
     for each in data["layers"]:
         values: dict[str, Any] = {name: count(each, name) for name in _COUNTS}
-        found.append(LayerReport(**values, **{name: number(each, name) for name in _SUMS}))
+        found.append(LayerReport(**values | {name: number(each, name) for name in _SUMS}))
     return tuple(found)
 
 

@@ -12,72 +12,47 @@
 
 Call it again with the same arguments to go on after a kill at any moment: stages that are done cost a look at
 their files. More maps or pages may be asked for later. Ctrl-C and a full disk end the stage at work in order.
+
+Shards write answers only, until one of them finds that no answer is missing: that one goes on.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from stepflow_tl.diagnosis import Comparison, compare
-from stepflow_tl.errors import ComparisonError, InputFileError
-from stepflow_tl.evaluation import Evaluation
-from stepflow_tl.evaluation.evaluation import PLAIN
-from stepflow_tl.rendering import report
-from stepflow_tl.rendering.study_conclusions import ChangedQuestion, Contrast, ShownAnswer, StudyFindings
+from stepflow_tl.errors import DiskFullError, InputFileError
+from stepflow_tl.evaluation import Evaluation, Question
+from stepflow_tl.evaluation.evaluation import PLAIN, Stop
+from stepflow_tl.rendering.study_conclusions import StudyFindings
 from stepflow_tl.rendering.study_report import write_study_report
 from stepflow_tl.results.files import write_atomically
-from stepflow_tl.results.provenance import package_versions
-from stepflow_tl.runs.aggregate import DatasetReport, Stop
-from stepflow_tl.runs.flow_counts import flow_counts
-from stepflow_tl.runs.flow_options import FlowOptions
-from stepflow_tl.runs.manifest import Done, read_manifests
-from stepflow_tl.runs.options import OptionSet, option, positive
-from stepflow_tl.runs.outcomes import inside
-from stepflow_tl.runs.run import Watcher, analyze_dataset
-from stepflow_tl.runs.study_traces import (
-    Change,
-    Choice,
-    answer_id,
-    changes,
-    choose_traces,
-    with_pages,
-    write_rows,
-)
-from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.results.journal import read_journal
+from stepflow_tl.runs.answer_file import ANSWERS, AnswerSettings, answers_path
+from stepflow_tl.runs.answer_options import AnswerOptions
+from stepflow_tl.runs.answers import AnswerWatcher, arguments_of, evaluate
+from stepflow_tl.runs.engines import Loader, loader_of
+from stepflow_tl.runs.options import Shard
+from stepflow_tl.runs.run import Watcher
+from stepflow_tl.runs.study_stages import REPAIR, Stages, StageStopped, StudyOptions, StudyWatcher
+from stepflow_tl.stepflow import StepFlow
 
-REPAIR = "StepFlow"
-"""The condition that is compared with the plain model."""
+CONDITIONS = (PLAIN, REPAIR, f"{REPAIR} control")
+"""What the answers are written under where nobody names conditions."""
 
 
-@dataclass(frozen=True)
-class StudyOptions(OptionSet):
-    """Options of `study` and `stepflow-tl study` beside those of the answers and of StepFlow.
+class _Silence:
+    """Nobody watches."""
 
-    Attributes:
-        maps: right and wrong plain answers to map, at most N of each (100)
-        pages: questions gained or lost to show, with a map of both answers (20)
-    """
+    answers: AnswerWatcher | None = None
+    maps: Watcher | None = None
 
-    maps: int = option(100, type=positive, metavar="N")
-    pages: int = option(20, type=positive, metavar="N")
-
-
-@runtime_checkable
-class StudyWatcher(Protocol):
-    """Is told how a study goes on."""
-
-    def stage(self, words: str) -> Watcher:
-        """A stage begins; who watches it.
-
-        Args:
-            words: What it is.
-        """
-        ...
+    def stage(self, words: str) -> None:
+        """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -86,149 +61,125 @@ class StudyReport:
 
     Attributes:
         out: The folder.
+        evaluation: The answers.
         stopped: Why it ended early; empty if it did not.
-        stage: The stage at work then.
-        findings: What was found; None where it ended early.
+        stage: The last stage that began.
+        findings: What was found; None where it ended early, or answers of other shards are missing.
         written: The reports.
     """
 
     out: Path
+    evaluation: Evaluation
     stopped: Stop
     stage: str
-    findings: StudyFindings | None
-    written: tuple[Path, ...]
+    findings: StudyFindings | None = None
+    written: tuple[Path, ...] = ()
 
 
-class _Stopped(Exception):
-    """A stage ended early."""
+def study(
+    model: Any,
+    questions: Sequence[Question] | str | Path,
+    out: str | Path,
+    *,
+    answers: AnswerOptions | None = None,
+    flow: StepFlow | None = None,
+    map_model: Any = None,
+    command: str = "",
+    watcher: StudyWatcher | None = None,
+    **options: Any,
+) -> StudyReport:
+    """Ask, grade, map, repair, compare and report: a study of one model on one set of questions.
 
-    def __init__(self, reason: Stop) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    Args:
+        model: What answers: a TransformerLens model; a name or path for `models.load_model`; or a function
+            without arguments that loads one.
+        questions: What to ask, or a file of JSON lines for `read_questions`.
+        out: Folder for everything, see the module; made if it does not exist.
+        answers: How answers are written and graded; the conditions are `CONDITIONS` by default.
+        flow: The repair; the paper's by default. Controls and halves are made from it.
+        map_model: What is mapped, for weights of another precision; by default `model`.
+        command: How the study was started, for the report.
+        watcher: Is told how the study goes on.
+        **options: Those of `StudyOptions`, by name: maps, pages.
 
+    Raises:
+        InputFileError: If the options do not go together, or leave out the plain model or the repair.
+        StepflowError: As `evaluate` and `analyze_dataset` do.
+        TypeError: If an option is unknown.
 
-class _Stages:
-    """The stages after the answers; what several of them need is worked out once."""
-
-    def __init__(
-        self,
-        evaluation: Evaluation,
-        out: Path,
-        load: Callable[[], Any],
-        flow: FlowOptions,
-        options: StudyOptions,
-        analysis: Mapping[str, Any],
-        watch: StudyWatcher,
-        seed: int,
-    ) -> None:
-        self._evaluation, self._out, self._load, self._flow = evaluation, out, load, flow
-        self._options, self._analysis, self._watch, self._seed = options, analysis, watch, seed
-
-    @cached_property
-    def choice(self) -> Choice:
-        """The plain answers that are compared."""
-        return choose_traces(self._evaluation, self._options.maps, self._seed)
-
-    @cached_property
-    def all_changes(self) -> list[Change]:
-        """Questions gained and lost."""
-        return changes(self._evaluation, REPAIR)
-
-    @property
-    def shown(self) -> list[Change]:
-        """Those of them that the report shows."""
-        return self.all_changes[: self._options.pages]
-
-    def map_plain(self) -> DatasetReport:
-        """Maps of the chosen plain answers, and of those that are shown."""
-        rows = with_pages(self._evaluation, self.choice.rows, self.shown, PLAIN)
-        return self._map("maps of the plain answers", "traces.jsonl", "maps", rows)
-
-    def map_repaired(self) -> DatasetReport:
-        """Maps of the same traces under the repair, and of the repaired answers that are shown."""
-        rows = with_pages(self._evaluation, self.choice.rows, self.shown, REPAIR)
-        words = f"maps of the same traces under {REPAIR}"
-        return self._map(words, "repaired.jsonl", "repaired", rows, stepflow=self._flow)
-
-    def _map(self, words: str, source: str, folder: str, rows: list, **options: Any) -> DatasetReport:
-        watcher = self._watch.stage(words)
-        write_rows(self._out / source, rows)
-        found = analyze_dataset(
-            self._load,
-            self._out / source,
-            self._out / folder,
-            watcher=watcher,
-            group_by="right",
-            unpaired=True,
-            **self._analysis,
-            **options,
+    Cost: the answers, then two maps and one forward pass per trace that is mapped.
+    """
+    asked, watch, out = StudyOptions.of("study", options), watcher or _Silence(), Path(out)
+    answers, flow = answers or AnswerOptions(), flow or StepFlow()
+    conditions = tuple(answers.conditions or CONDITIONS)
+    answers = replace(answers, conditions=conditions)
+    if missing := [name for name in (PLAIN, REPAIR) if name not in conditions]:
+        raise InputFileError(
+            f"--conditions {' '.join(conditions)}: a study compares {PLAIN!r} with {REPAIR!r}, add "
+            f"{' and '.join(map(repr, missing))}"
         )
-        if found.stopped:
-            raise _Stopped(found.stopped)
-        return found
-
-    def maps_of(self, folder: str) -> dict[str, Done]:
-        """The traces of one of the two runs that have a map, by id."""
-        entries = read_manifests(self._out / folder).entries
-        return {entry.id: entry for entry in entries if isinstance(entry, Done)}
-
-    def contrasts(self, plain: Mapping[str, Done]) -> tuple[Contrast, ...]:
-        """Right against wrong: all traces, matched, and within questions."""
-        rows = [[row for row in self.choice.rows if row.right is right] for right in (True, False)]
-        mapped = [[row for row in group if row.id in plain] for group in rows]
-        groups = [[plain[row.id].diagnosis for row in group] for group in mapped]
-        questions = tuple([row.question_id for row in group] for group in mapped)
-        names = ("right", "wrong")
-        everything = _contrast("all traces", *groups, names=names, match_on=("steps", "tokens"))
-        within = _contrast("within questions", *groups, names=names, pair_by=questions)
-        matched = Contrast("matched on length", None, everything.notes)
-        if everything.comparison is not None and everything.comparison.matched is not None:
-            matched = Contrast("matched on length", everything.comparison.matched)
-        return everything, matched, within
-
-    def repaired(self, plain: Mapping[str, Done], repaired: Mapping[str, Done]) -> Contrast:
-        """The chosen traces under the repair against the same without."""
-        both = [row.id for row in self.choice.rows if row.id in plain and row.id in repaired]
-        groups = [[maps[name].diagnosis for name in both] for maps in (repaired, plain)]
-        return _contrast("with and without", *groups, names=(REPAIR, PLAIN), pair_by=(both, both))
-
-    def write_pages(self, maps: Mapping[str, Mapping[str, Done]]) -> tuple[ChangedQuestion, ...]:
-        """A page for both answers to each question that is shown; one older than its map is made again."""
-        self._watch.stage("pages of the questions gained and lost")
-        (self._out / "pages").mkdir(exist_ok=True)
-        return tuple(
-            ChangedQuestion(
-                self._evaluation.questions[change.question],
-                change.gained,
-                (self._shown(change, PLAIN, maps), self._shown(change, REPAIR, maps)),
-            )
-            for change in self.shown
-        )
-
-    def _shown(self, change: Change, condition: str, maps: Mapping[str, Mapping[str, Done]]) -> ShownAnswer:
-        result, folder = self._evaluation.results[condition], "maps" if condition == PLAIN else "repaired"
-        name = answer_id(self._evaluation, change.question, condition, change.sample)
-        address = ""
-        if (done := maps[folder].get(name)) is not None:
-            source = inside(self._out / folder, done.file)
-            address = f"pages/{source.stem}.html"
-            page = self._out / address
-            if not page.exists() or page.stat().st_mtime_ns < source.stat().st_mtime_ns:
-                report(StepSaliency.load(source), page, title=name)
-        return ShownAnswer(
-            condition,
-            result.answers[change.question][change.sample],
-            result.verdicts[change.question][change.sample],
-            address,
-        )
-
-
-def _contrast(name: str, group: list, other: list, **options: Any) -> Contrast:
+    writes = loader_of(model)
+    if map_model is None and answers.engine == "local":
+        writes = _Once(writes)  # one model for all stages
+    maps = writes if map_model is None else loader_of(map_model)
+    if answers.engine == "local":
+        maps = _Once(maps)
+    watch.stage("answers")
+    found = evaluate(writes, questions, out, watcher=watch.answers, **arguments_of(answers, flow))
+    if found.stopped or found.n_missing:
+        return StudyReport(out, found, found.stopped, "answers")
+    stages = Stages(found, out, maps, flow, answers, asked, watch)
     try:
-        comparison = compare(group, other, **options)
-    except ComparisonError as error:
-        return Contrast(name, None, (str(error),))
-    notes = ()
-    if comparison.pairing is not None and comparison.pairing.n_dropped:
-        notes = (f"{comparison.pairing.n_dropped} have no partner and are left out",)
-    return Contrast(name, comparison, notes)
+        findings = stages.findings(command, _settings(out, answers))
+        written = (*write_study_report(findings, out), _write_json(findings, out))
+        return StudyReport(out, found, "", stages.stage, findings, written)
+    except StageStopped as early:
+        return StudyReport(out, found, early.reason, stages.stage)
+    except KeyboardInterrupt:
+        return StudyReport(out, found, "interrupted", stages.stage)
+    except DiskFullError:
+        return StudyReport(out, found, "disk full", stages.stage)
+
+
+class _Once:
+    """A loader that loads once."""
+
+    def __init__(self, load: Loader) -> None:
+        self._load = load
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._load()
+
+    def __call__(self) -> Any:
+        return self._model
+
+
+def _settings(out: Path, answers: AnswerOptions) -> AnswerSettings:
+    """What all answers have in common, from the ledger that this run has written."""
+    part = answers.shard if isinstance(answers.shard, Shard) else Shard.parse(answers.shard or "0/1")
+    header = next(read_journal(answers_path(out, part), ANSWERS))
+    return AnswerSettings.from_json(header.settings or {})
+
+
+def _write_json(findings: StudyFindings, out: Path) -> Path:
+    """The numbers of the report, as plain data."""
+    contrasts = [*findings.contrasts, findings.repaired]
+    data = {
+        "title": findings.title,
+        "comparisons": {
+            each.name: {
+                "notes": list(each.notes),
+                "comparison": None if each.comparison is None else each.comparison.to_json(),
+            }
+            for each in contrasts
+        },
+        "flow": {"n_traces": findings.n_flow_traces, "layers": findings.flow.to_json()},
+        "changed": [{"id": each.question.id, "gained": each.gained} for each in findings.changed],
+        "n_changed": findings.n_changed,
+        "run": dict(findings.run),
+        "exclusions": list(findings.exclusions),
+    }
+    path = out / "findings.json"
+    write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
+    return path

@@ -25,6 +25,7 @@ from pathlib import Path
 from stepflow_tl.evaluation import Answer, Evaluation
 from stepflow_tl.evaluation.evaluation import PLAIN
 from stepflow_tl.results.files import write_atomically
+from stepflow_tl.runs.answer_file import answer_id
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,14 @@ class Change:
     gained: bool
 
 
-def answer_id(evaluation: Evaluation, question: int, condition: str, sample: int) -> str:
-    """The id of an answer, as the answer file has it."""
-    return f"{evaluation.questions[question].id}/{condition}/{sample}"
-
-
 def trace_row(
     evaluation: Evaluation, question: int, condition: str, sample: int, *, right: bool | None = None
 ) -> TraceRow:
     """The row of one answer."""
+    asked = evaluation.questions[question]
     return TraceRow(
-        answer_id(evaluation, question, condition, sample),
-        evaluation.questions[question].id,
+        answer_id(asked, condition, sample),
+        asked.id,
         evaluation.results[condition].answers[question][sample].tokens,
         right,
     )
@@ -109,9 +106,11 @@ def choose_traces(evaluation: Evaluation, most: int, seed: int) -> Choice:
         usable = [sample for sample, reason in enumerate(why) if not reason]
         is_mixed = len({bool(verdicts[sample]) for sample in usable}) == 2
         taken = Counter[bool]()
-        for sample in sorted(usable, key=lambda s: _order(seed, answer_id(evaluation, question, PLAIN, s))):
-            right = bool(verdicts[sample])
-            row = trace_row(evaluation, question, PLAIN, sample, right=right)
+        rows = [
+            trace_row(evaluation, question, PLAIN, sample, right=bool(verdicts[sample])) for sample in usable
+        ]
+        for row in sorted(rows, key=lambda row: _order(seed, row.id)):
+            right = bool(row.right)
             groups[right].append((taken[right], not is_mixed, _order(seed, row.id), row))
             taken[right] += 1
     chosen, words = [], [f"{count} plain {reason}" for reason, count in sorted(left_out.items())]

@@ -7,7 +7,6 @@ import pytest
 from study_findings import PLAIN, REPAIR, make_evaluation
 
 from stepflow_tl.runs.study_traces import (
-    answer_id,
     changes,
     choose_traces,
     trace_row,
@@ -102,4 +101,4 @@ def test_an_answer_of_nothing_gets_no_page():
         make_evaluation(2, {PLAIN: third, REPAIR: lambda i: False}), thinking="", summary=""
     )
     assert with_pages(evaluation, (), changes(evaluation, REPAIR), PLAIN) == []
-    assert trace_row(evaluation, 1, PLAIN, 0).id == answer_id(evaluation, 1, PLAIN, 0) == "q1/plain/0"
+    assert trace_row(evaluation, 1, PLAIN, 0).id == "q1/plain/0"
