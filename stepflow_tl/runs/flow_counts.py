@@ -77,8 +77,10 @@ def _counted(model: Any, flow: StepFlow, trace: ReasoningTrace) -> FlowReport:
 def _layers(data: dict[str, Any]) -> tuple[LayerReport, ...]:
     found = []
     for each in data["layers"]:
-        values: dict[str, Any] = {name: count(each, name) for name in _COUNTS}
-        found.append(LayerReport(**values | {name: number(each, name) for name in _SUMS}))
+        values: dict[str, Any] = {}
+        for name in (*_COUNTS, *_SUMS):
+            values[name] = count(each, name) if name in _COUNTS else number(each, name)
+        found.append(LayerReport(**values))
     return tuple(found)
 
 

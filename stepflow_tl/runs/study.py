@@ -20,26 +20,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stepflow_tl.errors import DiskFullError, InputFileError
-from stepflow_tl.evaluation import Evaluation, Question
+from stepflow_tl.evaluation import Evaluation, Question, standard_conditions
 from stepflow_tl.evaluation.evaluation import PLAIN, Stop
 from stepflow_tl.rendering.study_conclusions import StudyFindings
 from stepflow_tl.rendering.study_report import write_study_report
 from stepflow_tl.results.files import write_atomically
 from stepflow_tl.results.journal import read_journal
 from stepflow_tl.runs.answer_file import ANSWERS, AnswerSettings, answers_path
-from stepflow_tl.runs.answer_options import AnswerOptions
-from stepflow_tl.runs.answers import AnswerWatcher, arguments_of, evaluate
+from stepflow_tl.runs.answers import AnswerWatcher, evaluate
 from stepflow_tl.runs.engines import Loader, loader_of
 from stepflow_tl.runs.options import Shard
 from stepflow_tl.runs.run import Watcher
 from stepflow_tl.runs.study_stages import REPAIR, Stages, StageStopped, StudyOptions, StudyWatcher
-from stepflow_tl.stepflow import StepFlow
 
 CONDITIONS = (PLAIN, REPAIR, f"{REPAIR} control")
 """What the answers are written under where nobody names conditions."""
@@ -81,12 +79,11 @@ def study(
     questions: Sequence[Question] | str | Path,
     out: str | Path,
     *,
-    answers: AnswerOptions | None = None,
-    flow: StepFlow | None = None,
+    options: StudyOptions | None = None,
     map_model: Any = None,
     command: str = "",
     watcher: StudyWatcher | None = None,
-    **options: Any,
+    **asked: Any,
 ) -> StudyReport:
     """Ask, grade, map, repair, compare and report: a study of one model on one set of questions.
 
@@ -95,42 +92,46 @@ def study(
             without arguments that loads one.
         questions: What to ask, or a file of JSON lines for `read_questions`.
         out: Folder for everything, see the module; made if it does not exist.
-        answers: How answers are written and graded; the conditions are `CONDITIONS` by default.
-        flow: The repair; the paper's by default. Controls and halves are made from it.
+        options: How much is mapped and shown.
         map_model: What is mapped, for weights of another precision; by default `model`.
         command: How the study was started, for the report.
         watcher: Is told how the study goes on.
-        **options: Those of `StudyOptions`, by name: maps, pages.
+        **asked: Those of `evaluate`, by name: conditions, decoding, prompting, grader, allow_code_execution,
+            shard, engine, replicas, overwrite, seed. The conditions are `CONDITIONS` of the paper's StepFlow
+            by default, and must have "plain" and "StepFlow" among them.
 
     Raises:
-        InputFileError: If the options do not go together, or leave out the plain model or the repair.
+        InputFileError: If the plain model or the repair is not among the conditions, or not what it says.
         StepflowError: As `evaluate` and `analyze_dataset` do.
-        TypeError: If an option is unknown.
 
     Cost: the answers, then two maps and one forward pass per trace that is mapped.
     """
-    asked, watch, out = StudyOptions.of("study", options), watcher or _Silence(), Path(out)
-    answers, flow = answers or AnswerOptions(), flow or StepFlow()
-    conditions = tuple(answers.conditions or CONDITIONS)
-    answers = replace(answers, conditions=conditions)
+    watch, out = watcher or _Silence(), Path(out)
+    standard = standard_conditions()
+    conditions = asked.get("conditions") or {name: standard[name] for name in CONDITIONS}
     if missing := [name for name in (PLAIN, REPAIR) if name not in conditions]:
         raise InputFileError(
-            f"--conditions {' '.join(conditions)}: a study compares {PLAIN!r} with {REPAIR!r}, add "
+            f"the conditions are {', '.join(conditions)}: a study compares {PLAIN!r} with {REPAIR!r}, add "
             f"{' and '.join(map(repr, missing))}"
         )
+    if conditions[PLAIN] is not None or conditions[REPAIR] is None:
+        raise InputFileError(
+            f"condition {PLAIN!r} is {conditions[PLAIN]} and {REPAIR!r} is {conditions[REPAIR]}: expected None "
+            "and a StepFlow"
+        )
+    is_local = asked.get("engine", "local") == "local"
     writes = loader_of(model)
-    if map_model is None and answers.engine == "local":
+    if is_local and map_model is None:
         writes = _Once(writes)  # one model for all stages
     maps = writes if map_model is None else loader_of(map_model)
-    if answers.engine == "local":
-        maps = _Once(maps)
     watch.stage("answers")
-    found = evaluate(writes, questions, out, watcher=watch.answers, **arguments_of(answers, flow))
+    found = evaluate(writes, questions, out, watcher=watch.answers, **{**asked, "conditions": conditions})
     if found.stopped or found.n_missing:
         return StudyReport(out, found, found.stopped, "answers")
-    stages = Stages(found, out, maps, flow, answers, asked, watch)
+    settings = _settings(out, asked.get("shard"))
+    stages = Stages(found, out, _Once(maps) if is_local else maps, asked, options or StudyOptions(), watch)
     try:
-        findings = stages.findings(command, _settings(out, answers))
+        findings = stages.findings(command, settings)
         written = (*write_study_report(findings, out), _write_json(findings, out))
         return StudyReport(out, found, "", stages.stage, findings, written)
     except StageStopped as early:
@@ -155,9 +156,9 @@ class _Once:
         return self._model
 
 
-def _settings(out: Path, answers: AnswerOptions) -> AnswerSettings:
+def _settings(out: Path, shard: str | Shard | None) -> AnswerSettings:
     """What all answers have in common, from the ledger that this run has written."""
-    part = answers.shard if isinstance(answers.shard, Shard) else Shard.parse(answers.shard or "0/1")
+    part = shard if isinstance(shard, Shard) else Shard() if shard is None else Shard.parse(shard)
     header = next(read_journal(answers_path(out, part), ANSWERS))
     return AnswerSettings.from_json(header.settings or {})
 

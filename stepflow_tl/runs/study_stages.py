@@ -13,14 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from stepflow_tl.diagnosis import compare
 from stepflow_tl.errors import ComparisonError
-from stepflow_tl.evaluation import Evaluation
+from stepflow_tl.evaluation import Evaluation, Prompting
 from stepflow_tl.evaluation.evaluation import PLAIN, Stop
 from stepflow_tl.rendering import report
 from stepflow_tl.rendering.study_conclusions import ChangedQuestion, Contrast, ShownAnswer, StudyFindings
 from stepflow_tl.results.provenance import package_versions
 from stepflow_tl.runs.aggregate import DatasetReport
 from stepflow_tl.runs.answer_file import AnswerSettings, answer_id
-from stepflow_tl.runs.answer_options import AnswerOptions
 from stepflow_tl.runs.answers import AnswerWatcher
 from stepflow_tl.runs.engines import Loader
 from stepflow_tl.runs.flow_counts import flow_counts
@@ -96,8 +95,7 @@ class Stages:
         evaluation: Evaluation,
         out: Path,
         load: Loader,
-        flow: StepFlow,
-        answers: AnswerOptions,
+        asked: Mapping[str, Any],
         options: StudyOptions,
         watch: StudyWatcher,
     ) -> None:
@@ -107,14 +105,18 @@ class Stages:
             evaluation: The answers.
             out: Folder of the study.
             load: Gives the model that is mapped.
-            flow: The repair.
-            answers: How the answers were written.
+            asked: Arguments with which `evaluate` was called.
             options: How much is mapped and shown.
             watch: Is told how the study goes on.
         """
-        self._evaluation, self._out, self._load, self._flow = evaluation, out, load, flow
-        self._answers, self._watch = answers, watch
-        self._choice = choose_traces(evaluation, options.maps, answers.seed)
+        self._evaluation, self._out, self._load, self._watch = evaluation, out, load, watch
+        flow = evaluation.results[REPAIR].flow
+        assert flow is not None  # `study` has looked
+        self._flow, self._seed = flow, asked.get("seed", 0)
+        prompting = asked.get("prompting") or Prompting()
+        self._analysis = {"format": prompting.format, "splitter": prompting.splitter}
+        self._analysis |= {name: asked[name] for name in ("engine", "replicas") if name in asked}
+        self._choice = choose_traces(evaluation, options.maps, self._seed)
         self._changes = changes(evaluation, REPAIR)
         self._shown = self._changes[: options.pages]
         self.stage = "answers"
@@ -174,10 +176,7 @@ class Stages:
             stepflow=flow,
             group_by="right",
             pair_by="question_id",
-            format=self._answers.format,
-            splitter=self._answers.splitter,
-            engine=self._answers.engine,
-            replicas=self._answers.replicas,
+            **self._analysis,
         )
         if found.stopped:
             raise StageStopped(found.stopped)
@@ -272,7 +271,7 @@ class Stages:
         chosen = [sum(row.right is right for row in self._choice.rows) for right in (True, False)]
         yield (
             "mapped",
-            f"{chosen[0]} right and {chosen[1]} wrong plain answers, chosen with seed {self._answers.seed}",
+            f"{chosen[0]} right and {chosen[1]} wrong plain answers, chosen with seed {self._seed}",
         )
         for folder, run in runs.items():
             if run is not None:
