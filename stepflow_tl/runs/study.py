@@ -116,8 +116,8 @@ def study(
         )
     if conditions[PLAIN] is not None or conditions[REPAIR] is None:
         raise InputFileError(
-            f"condition {PLAIN!r} is {conditions[PLAIN]} and {REPAIR!r} is {conditions[REPAIR]}: expected None "
-            "and a StepFlow"
+            f"condition {PLAIN!r} is {conditions[PLAIN]} and {REPAIR!r} is {conditions[REPAIR]}: expected "
+            "None and a StepFlow"
         )
     is_local = asked.get("engine", "local") == "local"
     writes = loader_of(model)
