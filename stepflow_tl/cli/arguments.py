@@ -40,12 +40,12 @@ def device_name(text: str) -> str:
 
 
 def add_options(
-    parser: argparse.ArgumentParser, kind: type[OptionSet], *, without: Collection[str] = ()
+    parser: argparse._ActionsContainer, kind: type[OptionSet], *, without: Collection[str] = ()
 ) -> None:
     """Add every field of an options class as an argument, with its help, its default and its way of reading.
 
     Args:
-        parser: The command's parser.
+        parser: The command's parser, or a group of its arguments.
         kind: Such as `RunOptions`.
         without: Fields that the command decides for itself.
     """
@@ -71,7 +71,11 @@ def options_of(
 ) -> Options:
     """The options that `add_options` read, `without` the same fields."""
     given = vars(arguments)
-    names = {each.name: each.metadata.get("name", each.name) for each in fields(kind)}
+    names = {
+        each.name: each.metadata.get("name", each.name)
+        for each in fields(kind)
+        if not each.metadata.get("hidden")
+    }
     return kind(**{own: given[name] for own, name in names.items() if name in given and own not in without})
 
 

@@ -34,10 +34,14 @@ from stepflow_tl.errors import ResultFileError
 from stepflow_tl.results.files import whole_numbers
 from stepflow_tl.results.journal import Journal, JournalKind, check_settings, read_journal
 from stepflow_tl.results.plain_data import check_numbers, count, number, text, text_or_none
+from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.runs.options import Shard
 
 SCHEMA_VERSION = 1
 
+NO_STEPFLOW = "none"
+
+_UNSAID = {"stepflow": NO_STEPFLOW}  # settings where a header does not name them
 _NAME = re.compile(r"manifest(?:-\d{1,6}-of-\d{1,6})?\.jsonl", re.ASCII)
 _DIAGNOSIS = {"schema": "stepflow_tl.Diagnosis", "version": 1}  # not repeated in every line
 
@@ -54,6 +58,7 @@ class RunSettings:
         n_layers: Layers of the model.
         splitter: How segments are cut into steps.
         format: Name of the reasoning format.
+        stepflow: The repair that the analysis runs under, as `repr` writes it; "none" where there is none.
     """
 
     model_name: str
@@ -63,11 +68,14 @@ class RunSettings:
     n_layers: int | None = None
     splitter: str | None = None
     format: str | None = None
+    stepflow: str = NO_STEPFLOW
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, without what is None."""
+        """Plain data, without what is None, nor what goes without saying."""
         data = {**asdict(self), "layers": None if self.layers is None else list(self.layers)}
-        return {name: value for name, value in data.items() if value is not None}
+        return {
+            name: value for name, value in data.items() if value is not None and value != _UNSAID.get(name)
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RunSettings:
@@ -83,6 +91,7 @@ class RunSettings:
             n_layers=None if data.get("n_layers") is None else count(data, "n_layers"),
             splitter=text_or_none(data, "splitter"),
             format=text_or_none(data, "format"),
+            stepflow=text({**_UNSAID, **data}, "stepflow"),
         )
 
 
@@ -197,7 +206,13 @@ MANIFEST = JournalKind(
     entries=("done", "failed"),
     check=entry_of,
     when_in_use="Wait for it, end it, or choose another --out; --shard i/n lets several runs share a folder",
+    defaults=_UNSAID,
 )
+
+
+def stepflow_of(provenance: Provenance) -> str:
+    """The repair that a result was made under, as `RunSettings` names it."""
+    return provenance.notes.get("stepflow", NO_STEPFLOW)
 
 
 def manifest_path(folder: Path, shard: Shard | None = None) -> Path:
@@ -268,13 +283,14 @@ def read_manifests(folder: Path) -> ManifestIndex:
                 damaged.append(line.damage)
             elif line.settings is not None:
                 own = _settings(line.settings, path)
-                if differing := check_settings(settings, own.to_json()):
+                stated = {**_UNSAID, **own.to_json()}
+                if differing := check_settings(settings, stated):
                     name, found, other = differing
                     raise ResultFileError(
                         f"{path}: a header with {name} {other!r}, another header of this folder has "
                         f"{found!r}: summarise one run at a time"
                     )
-                settings.update(own.to_json())
+                settings.update(stated)
             else:
                 said[line.id] = line.entry
                 if isinstance(line.entry, Done):

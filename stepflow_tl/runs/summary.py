@@ -34,7 +34,7 @@ from stepflow_tl.results.files import write_atomically
 from stepflow_tl.results.tables import nan_to_none
 from stepflow_tl.runs.aggregate import Aggregate, DatasetReport, Stop, band_means, band_row
 from stepflow_tl.runs.layer_table import layer_table
-from stepflow_tl.runs.manifest import RunSettings, read_manifests
+from stepflow_tl.runs.manifest import NO_STEPFLOW, RunSettings, read_manifests
 from stepflow_tl.runs.options import RunOptions, SummaryOptions
 from stepflow_tl.runs.outcomes import Outcome, Status, agreement_csv, folder_outcomes, summary_csv
 
@@ -113,10 +113,13 @@ def aggregate(
     level = {"confidence": options.confidence, "n_bootstrap": options.n_bootstrap, "seed": options.seed}
     agreements = [outcome.agreement for outcome in totals.held if outcome.agreement is not None]
     first = totals.first
-    facts: dict[str, Any] = dict(model_name="", objective="", dtype="", layers=(), n_layers=0)
+    facts: dict[str, Any] = dict(
+        model_name="", objective="", dtype="", stepflow=NO_STEPFLOW, layers=(), n_layers=0
+    )
     if first is not None and first.diagnosis is not None:
         names = ("model_name", "objective", "layers", "n_layers")
-        facts = {**{name: getattr(first.diagnosis, name) for name in names}, "dtype": first.dtype}
+        measured = {name: getattr(first.diagnosis, name) for name in names}
+        facts = {**measured, "dtype": first.dtype, "stepflow": first.stepflow}
     return Aggregate(
         folder=folder,
         n_traces=len(totals.rows),

@@ -30,7 +30,7 @@ from typing import Any
 
 from stepflow_tl.errors import FormatError
 from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
-from stepflow_tl.trace.formats.table import formats_by_priority, get_format, known_formats
+from stepflow_tl.trace.formats.table import formats_by_priority, get_format, known_formats, read_format
 from stepflow_tl.trace.steps import WHITE_SPACE, Segment
 
 # Templates have no common name for the switch; one that does not know it ignores it.
@@ -80,6 +80,8 @@ def chat_template(tokenizer: Any) -> str | None:
 def resolve_format(tokenizer: Any, format: Any) -> ReasoningFormat:
     """The format meant by a name, a `ReasoningFormat`, or "auto" / None (read from the tokenizer).
 
+    A name that ends in ".json" is the file of a format of the user's own (`read_format`).
+
     The `plain` format takes the tokenizer's BOS, EOS and padding tokens as TEMPLATE; the others name theirs.
 
     Raises:
@@ -90,7 +92,7 @@ def resolve_format(tokenizer: Any, format: Any) -> ReasoningFormat:
     elif format is None or format == "auto":
         entry = detect_format(tokenizer)
     elif isinstance(format, str):
-        entry = get_format(format)
+        entry = read_format(format) if format.endswith(".json") else get_format(format)
     else:
         raise FormatError(f"format must be a name, a ReasoningFormat or 'auto', got {format!r}.")
     if entry.name == "plain" and not entry.fillers:
