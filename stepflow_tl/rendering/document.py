@@ -70,6 +70,13 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """Names and values, which may be long."""
+
+    rows: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Charts:
     """Charts beside each other.
 
@@ -106,7 +113,7 @@ class SideBySide:
     passages: tuple[Passage, ...]
 
 
-Block = Heading | Paragraph | Bullets | Table | Charts | SideBySide
+Block = Heading | Paragraph | Bullets | Table | Facts | Charts | SideBySide
 
 
 def markdown(blocks: Sequence[Block]) -> str:
@@ -143,6 +150,8 @@ def _markdown_block(block: Block) -> str:
             lines = [f"| {' | '.join(map(_words, line))} |" for line in (header, *rows)]
             lines.insert(1, f"|{':---|' + '---:|' * (len(header) - 1)}")
             return "\n\n".join(["\n".join(lines), *map(_words, notes)])
+        case Facts(rows):
+            return "\n".join(f"- {_words(name)}: {_words(value)}" for name, value in rows)
         case Charts(charts, caption):
             images = [f"![{_words(chart.title)}]({name})" for name, chart in charts]
             return "\n".join([*images, "", _words(caption)])
@@ -178,6 +187,9 @@ def _html_block(block: Block) -> str:
             small = "".join(f'<p class="note">{_safe(note)}</p>' for note in notes)
             table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
             return f'<div class="scroll" tabindex="0">{table}</div>{small}'
+        case Facts(rows):
+            listed = "".join(f"<dt>{_safe(name)}</dt><dd>{_safe(value)}</dd>" for name, value in rows)
+            return f"<dl>{listed}</dl>"
         case Charts(charts, caption):
             drawn = "".join(chart.svg() for _, chart in charts)
             return (

@@ -130,7 +130,7 @@ def in_short(findings: StudyFindings) -> Iterator[str]:
         moved = "moves it" if effect.p_corrected <= LEVEL else "does not move it beyond chance"
         yield (
             f"{failure} ({headline_name(metric, band)}) on the same {effect.n} traces: {findings.repair} "
-            f"{moved}, {_difference(effect)}, corrected p {probability(effect.p_corrected)}."
+            f"{moved}, {_difference(effect)}, corrected {_p(effect.p_corrected)}."
         )
 
 
@@ -145,9 +145,7 @@ def repair_in_words(evaluation: Evaluation, repair: str) -> Iterator[str]:
     right = (
         f"{100 * evaluation.accuracy(PLAIN):.1f} % right without, {100 * evaluation.accuracy(repair):.1f} %"
     )
-    counts = (
-        f"gained {found.gained}, lost {found.lost} of {found.n} questions, p {probability(found.p_value)}"
-    )
+    counts = f"gained {found.gained}, lost {found.lost} of {found.n} questions, {_p(found.p_value)}"
     points = _points(found.difference, found.low, found.high)
     if not found.differs:
         yield (
@@ -172,7 +170,7 @@ def repair_in_words(evaluation: Evaluation, repair: str) -> Iterator[str]:
         yield f"Its control of equal size, in a random place, has the same score on all {other.n} questions."
         return
     points = _points(other.difference, other.low, other.high)
-    p = f"p {probability(other.p_value)}"
+    p = _p(other.p_value)
     if other.p_value > LEVEL:
         yield (
             f"Against its control of equal size, in a random place: {points}, {p}. That is not beyond "
@@ -230,3 +228,7 @@ def _difference(effect: Effect) -> str:
 
 def _points(difference: float, low: float, high: float) -> str:
     return f"{100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _p(value: float) -> str:
+    return "p below 0.0001" if value < 0.0001 else f"p {probability(value)}"

@@ -23,6 +23,7 @@ from stepflow_tl.rendering.document import (
     Block,
     Bullets,
     Charts,
+    Facts,
     Heading,
     Paragraph,
     Passage,
@@ -267,7 +268,7 @@ def _passage(shown: ShownAnswer) -> Passage:
 
 def _what_was_run(findings: StudyFindings) -> Iterator[Block]:
     yield Heading(2, "What was run")
-    yield Table(("what", "value"), findings.run)
+    yield Facts(findings.run)
     yield Heading(3, "What was left out")
     yield Bullets(findings.exclusions or ("Nothing.",))
 

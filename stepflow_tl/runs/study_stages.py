@@ -209,10 +209,10 @@ class Stages:
         ]
         groups = [[plain[row.id].diagnosis for row in group] for group in rows]
         right, wrong = ([row.question_id for row in group] for group in rows)
-        everything = _contrast("all traces", *groups, names=_NAMES, match_on=("steps", "tokens"))
+        everything = _contrast("all traces", *groups, names=_NAMES)  # TODO match_on
         matched = Contrast("matched on length", None, everything.notes)
         if (found := everything.comparison) is not None:
-            matched = Contrast("matched on length", found.matched)
+            matched = Contrast("matched on length", getattr(found, "matched", None))
         both = len(set(right) & set(wrong))
         if both < 2:
             why = (
@@ -260,7 +260,7 @@ class Stages:
         """What was run, name by name."""
         yield from [("command", command)] if command else []
         yield "model", settings.model_name
-        yield "answers in", settings.dtype
+        yield "weights that answered", settings.dtype
         yield "questions", f"{settings.n_questions}, SHA-256 {settings.questions_sha256}"
         yield "grader", settings.grader
         yield "decoding", repr(settings.decoding)
