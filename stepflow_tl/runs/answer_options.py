@@ -1,7 +1,6 @@
 """The options of `stepflow-tl evaluate` and of the answers in a study, each declared once.
 
-Declared like the options of a run (`runs.options`). They check nothing that `evaluate` checks when it is
-called with them: `runs.answers.arguments_of` makes its arguments.
+Declared like the options of a run (`runs.options`); what they mean is `cli.evaluate.arguments_of`'s business.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from stepflow_tl.errors import DiskFullError, InputFileError, ProblemError
+from stepflow_tl.errors import DiskFullError, ProblemError
 from stepflow_tl.evaluation import (
     Decoding,
     Evaluation,
@@ -51,7 +51,6 @@ from stepflow_tl.runs.answer_file import (
     flow_is_readable,
     read_ledgers,
 )
-from stepflow_tl.runs.answer_options import AnswerOptions
 from stepflow_tl.runs.answer_worker import AnswerPlan, AnswerWorker, Asked, BatchTask, Written
 from stepflow_tl.runs.engines import MOST_DEATHS, Engine, Loader, loader_of, open_engine
 from stepflow_tl.runs.options import ENGINES, Shard
@@ -207,42 +206,6 @@ def evaluate(
     found = evaluation_of(settings, answers, questions=dict(enumerate(questions)), seed=seed)
     found = replace(found, stopped=stopped)
     return found if folder is None else _with_tables(found, folder, watch)
-
-
-def arguments_of(options: AnswerOptions, flow: StepFlow) -> dict[str, Any]:
-    """The arguments of `evaluate` that a command's options mean.
-
-    Args:
-        options: As they were given.
-        flow: The StepFlow around which the conditions are made.
-
-    Raises:
-        InputFileError: If they do not go together, or a condition is unknown.
-    """
-    try:
-        known = standard_conditions(flow)
-        decoding = Decoding(
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            n_samples=options.samples,
-            batch_size=options.batch_size,
-            batch_tokens=options.batch_tokens,
-            seed=options.seed,
-        )
-        prompting = Prompting(options.format, options.splitter, options.system, options.prompt)
-    except ValueError as error:
-        raise InputFileError(f"these options do not go together: {error}") from error
-    unknown = [name for name in options.conditions or () if name not in known]
-    if unknown:
-        raise InputFileError(f"--conditions: {', '.join(unknown)}; known are {', '.join(known)}")
-    same = ("grader", "allow_code_execution", "shard", "engine", "replicas", "overwrite", "seed")
-    return {
-        "conditions": {name: known[name] for name in options.conditions or known},
-        "decoding": decoding,
-        "prompting": prompting,
-        **{name: getattr(options, name) for name in same},
-    }
 
 
 class _Driver:
