@@ -197,10 +197,8 @@ def contrast_in_words(contrast: Contrast, metric: str, band: Band | None, expect
     counts = f"n {effect_count(effect)}"
     if math.isnan(effect.p_corrected):
         return f"{name}: too few traces with a value ({counts})."
-    numbers = (
-        f"{_difference(effect)}, {size_name(contrast.comparison)} {number(effect.effect_size)}, corrected p "
-    )
-    numbers += f"{probability(effect.p_corrected)}, {counts}"
+    size = f"{size_name(contrast.comparison)} {number(effect.effect_size)}"
+    numbers = f"{_difference(effect)}, {size}, corrected {_p(effect.p_corrected)}, {counts}"
     if effect.p_corrected > LEVEL:
         return f"{name}: no difference beyond chance ({numbers})."
     where = "lower" if effect.difference < 0 else "higher"

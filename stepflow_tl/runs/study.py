@@ -33,11 +33,12 @@ from stepflow_tl.rendering.study_report import write_study_report
 from stepflow_tl.results.files import write_atomically
 from stepflow_tl.results.journal import read_journal
 from stepflow_tl.runs.answer_file import ANSWERS, AnswerSettings, answers_path
+from stepflow_tl.runs.answer_options import StudyOptions
 from stepflow_tl.runs.answers import AnswerWatcher, evaluate
 from stepflow_tl.runs.engines import Loader, loader_of
 from stepflow_tl.runs.options import Shard
 from stepflow_tl.runs.run import Watcher
-from stepflow_tl.runs.study_stages import REPAIR, Stages, StageStopped, StudyOptions, StudyWatcher
+from stepflow_tl.runs.study_stages import REPAIR, Stages, StageStopped, StudyWatcher
 
 CONDITIONS = (PLAIN, REPAIR, f"{REPAIR} control")
 """What the answers are written under where nobody names conditions."""

@@ -7,7 +7,6 @@ what stands in the report is what stands on the disk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,11 +19,11 @@ from stepflow_tl.rendering.study_conclusions import ChangedQuestion, Contrast, S
 from stepflow_tl.results.provenance import package_versions
 from stepflow_tl.runs.aggregate import DatasetReport
 from stepflow_tl.runs.answer_file import AnswerSettings, answer_id
+from stepflow_tl.runs.answer_options import StudyOptions
 from stepflow_tl.runs.answers import AnswerWatcher
 from stepflow_tl.runs.engines import Loader
 from stepflow_tl.runs.flow_counts import flow_counts
 from stepflow_tl.runs.manifest import Done, read_manifests
-from stepflow_tl.runs.options import OptionSet, option, positive
 from stepflow_tl.runs.outcomes import inside
 from stepflow_tl.runs.run import Watcher, analyze_dataset
 from stepflow_tl.runs.study_traces import Change, changes, choose_traces, with_pages, write_rows
@@ -36,19 +35,6 @@ REPAIR = "StepFlow"
 """The condition that is compared with the plain model."""
 
 _NAMES = ("right", "wrong")
-
-
-@dataclass(frozen=True)
-class StudyOptions(OptionSet):
-    """Options of `study` and `stepflow-tl study` beside those of the answers and of StepFlow.
-
-    Attributes:
-        maps: right and wrong plain answers to map, at most N of each (100)
-        pages: questions gained or lost to show, with a map of both answers (20)
-    """
-
-    maps: int = option(100, type=positive, metavar="N")
-    pages: int = option(20, type=positive, metavar="N")
 
 
 @runtime_checkable
