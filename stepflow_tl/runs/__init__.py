@@ -13,7 +13,7 @@ Then what became of it goes into `runs.manifest` (a `results.journal`), and all 
 into `runs.summary`.
 
 Answers come by the same stairs: `cli.evaluate`, `runs.answer_options`, then `runs.answers` (the driver), the
-engines, `runs.answer_worker`, and the ledger `runs.answer_file`. `runs.study` does both in turn and reports.
+engines, `runs.answer_worker`, and the ledger `runs.answer_file`. `runs.study_run` does both and reports.
 
 The public names are imported on first use (PEP 562), so that the command line can read `runs.options` alone.
 """
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from stepflow_tl.runs.options import SummaryOptions as SummaryOptions
     from stepflow_tl.runs.run import Watcher as Watcher
     from stepflow_tl.runs.run import analyze_dataset as analyze_dataset
-    from stepflow_tl.runs.study import StudyReport as StudyReport
-    from stepflow_tl.runs.study import study as study
+    from stepflow_tl.runs.study_run import StudyReport as StudyReport
+    from stepflow_tl.runs.study_run import study as study
     from stepflow_tl.runs.study_stages import StudyWatcher as StudyWatcher
     from stepflow_tl.runs.summary import summarize as summarize
 
@@ -50,7 +50,7 @@ _HOME_OF = {
     "RunOptions": "stepflow_tl.runs.options",
     "Shard": "stepflow_tl.runs.options",
     "StudyOptions": "stepflow_tl.runs.answer_options",
-    "StudyReport": "stepflow_tl.runs.study",
+    "StudyReport": "stepflow_tl.runs.study_run",
     "StudyWatcher": "stepflow_tl.runs.study_stages",
     "SummaryOptions": "stepflow_tl.runs.options",
     "Watcher": "stepflow_tl.runs.run",
@@ -58,7 +58,7 @@ _HOME_OF = {
     "evaluate": "stepflow_tl.runs.answers",
     "manifest_path": "stepflow_tl.runs.manifest",
     "read_answers": "stepflow_tl.runs.answer_file",
-    "study": "stepflow_tl.runs.study",
+    "study": "stepflow_tl.runs.study_run",
     "summarize": "stepflow_tl.runs.summary",
 }
 
