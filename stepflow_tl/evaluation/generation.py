@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepflow_tl.errors import FormatError, ModelError
+from stepflow_tl.errors import FormatError, ModelError, TraceError
 from stepflow_tl.models.cached_rows import cached_rows, takes_padding
 from stepflow_tl.models.facts import is_bridge
 from stepflow_tl.stepflow.flow import FlowRun, StepFlow
@@ -338,6 +338,9 @@ def _answer(
             "".join(step.text for step in trace.steps if step.segment == segment)
             for segment in (Segment.THINKING, Segment.SUMMARY)
         )
-    except FormatError:  # a model may write anything; an answer that cannot be read is a wrong one
+    except (
+        FormatError,
+        TraceError,
+    ):  # a model may write anything; an answer that cannot be read is a wrong one
         pass
     return Answer(tuple(tokens), thinking, summary, len(new), bool(new) and new[-1] in ends)

@@ -335,7 +335,7 @@ def flow_is_readable(flow: StepFlow) -> bool:
         return False
 
 
-def _flow(text: str) -> StepFlow:
+def _flow(text: Any) -> StepFlow:
     """The StepFlow of a `repr`, without executing anything."""
     if not isinstance(text, str) or len(text) > 65536:
         raise TypeError(f"a condition is {str(text)[:60]!r}, expected the repr of a StepFlow")

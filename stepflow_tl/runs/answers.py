@@ -17,6 +17,7 @@ their order, the shards they came by, or how often the run was killed; only `sec
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -54,6 +55,7 @@ from stepflow_tl.runs.answer_file import (
 from stepflow_tl.runs.answer_worker import AnswerPlan, AnswerWorker, Asked, BatchTask, Written
 from stepflow_tl.runs.engines import MOST_DEATHS, Engine, Loader, loader_of, open_engine
 from stepflow_tl.runs.options import ENGINES, Shard
+from stepflow_tl.runs.plan import Leftovers
 from stepflow_tl.runs.run import make_folder
 from stepflow_tl.stepflow import StepFlow
 
@@ -205,7 +207,7 @@ def evaluate(
     answers = driver.in_memory if folder is None else read_ledgers(folder)[1].values()
     found = evaluation_of(settings, answers, questions=dict(enumerate(questions)), seed=seed)
     found = replace(found, stopped=stopped)
-    return found if folder is None else _with_tables(found, folder, watch)
+    return found if folder is None else _with_tables(found, folder, watch, is_alone=part.count == 1)
 
 
 class _Driver:
@@ -306,21 +308,26 @@ def _check(questions: Sequence[Question], conditions: Mapping[str, StepFlow | No
 
 
 def _settings(asked: Asked, plan: AnswerPlan, questions: Sequence[Question]) -> AnswerSettings:
-    prompting, grader = asked.prompting, asked.grader
-    splitter = prompting.splitter
     return AnswerSettings(
         model_name=plan.model_name,
         dtype=plan.dtype,
         decoding=asked.decoding,
-        grader=grader.name if isinstance(grader, Grader) else getattr(grader, "__qualname__", repr(grader)),
+        grader=_name_of(asked.grader),
         format=plan.format,
-        splitter=splitter if isinstance(splitter, str) else repr(splitter),
-        system=prompting.system,
-        prompt=prompting.prompt,
+        splitter=_name_of(asked.prompting.splitter),
+        system=asked.prompting.system,
+        prompt=asked.prompting.prompt,
         conditions=asked.conditions,
         questions_sha256=digest_of(questions),
         n_questions=len(questions),
     )
+
+
+def _name_of(thing: Any) -> str:
+    """What a header calls it: the same in every process, so without its address in memory."""
+    named = (getattr(thing, name, None) for name in ("name", "__qualname__"))
+    name = thing if isinstance(thing, str) else next((each for each in named if isinstance(each, str)), None)
+    return name or re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 
 
 def _worker(load: Loader, asked: Asked) -> AnswerWorker:
@@ -338,11 +345,13 @@ def _given_up(task: BatchTask) -> Written:
     )
 
 
-def _with_tables(found: Evaluation, folder: Path, watcher: AnswerWatcher) -> Evaluation:
-    """The same, written down beside its ledgers."""
+def _with_tables(found: Evaluation, folder: Path, watcher: AnswerWatcher, *, is_alone: bool) -> Evaluation:
+    """The same, written down beside its ledgers. What a killed run left is another shard's perhaps."""
+    leftovers = Leftovers(*([folder] if is_alone else []))
     try:
-        write_atomically(folder / "evaluation.txt", (found.table() + "\n").encode())
-        write_atomically(folder / "evaluation.json", (found.to_json() + "\n").encode())
+        for name, text in (("evaluation.txt", found.table()), ("evaluation.json", found.to_json())):
+            leftovers.remove(name)
+            write_atomically(folder / name, f"{text}\n".encode())
     except DiskFullError as error:
         watcher.note(f"the disk is full: {error}")
         return replace(found, stopped="disk full")
