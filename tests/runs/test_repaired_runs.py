@@ -43,8 +43,8 @@ def test_the_maps_are_those_of_the_repaired_flow(analyze, make_dataset, tiny_mod
 def test_a_plain_run_says_nothing_of_stepflow_as_before(analyze, make_dataset, out):
     report = analyze(make_dataset(1))
     assert "stepflow" not in header(out)
-    assert report.aggregate.stepflow == "none" and "under" not in str(report.aggregate).splitlines()[0]
-    assert RunSettings.from_json(header(out)).stepflow == "none"
+    assert report.aggregate.stepflow is None and "under" not in str(report.aggregate).splitlines()[0]
+    assert RunSettings.from_json(header(out)).stepflow is None
 
 
 @pytest.mark.parametrize(("first", "then"), [(FLOW, None), (None, FLOW), (FLOW, StepFlow())])
@@ -72,7 +72,7 @@ def test_a_folder_of_plain_and_repaired_maps_is_refused(tmp_path):
     (tmp_path / "manifest.jsonl").unlink()
     write_manifest(tmp_path, line, header=repaired)
     (tmp_path / "manifest-1-of-2.jsonl").unlink()
-    with pytest.raises(ResultFileError, match=r"has stepflow 'none', the manifest .StepFlow\("):
+    with pytest.raises(ResultFileError, match=r"has stepflow None, the manifest .StepFlow\("):
         summarize(tmp_path)
 
 
