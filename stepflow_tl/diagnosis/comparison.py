@@ -8,15 +8,17 @@
    Its p-values are corrected over the six. context_reach is 1 - lock_in, so for Holm the family is one test
    larger than it need be: the correction errs on the safe side.
 
+5. With `match_on`, traces of the two groups that are alike in their number of thinking steps, of tokens, or
+   both are paired too (`statistics.matching`) and compared as pairs. A difference that is one of length alone
+   is gone there, but for what one step, or a tenth of the tokens, makes: that can point one way, most where
+   traces have few steps, and the imbalance after matching says how far. Match on both. With `pair_by` as
+   well, only traces of one problem are matched, and then averaged within it. The comparison of all traces
+   stays the main one; the matched pairs are its `matched`.
+
 The difference is first group minus other group. Without `pair_by`, traces count as independent: if several
 traces answer the same problem, pair by problem, or the intervals are too narrow. A share on one step falls as
 a trace gets more steps, whatever the model does, so the table states both groups' mean number of thinking
 steps.
-
-5. With `match_on`, traces of the two groups that are alike in their number of thinking steps, of tokens, or
-   both are paired too (`statistics.matching`) and compared as pairs: a difference that is one of length alone
-   is gone there. With `pair_by` as well, only traces of one problem are matched, and then averaged within it.
-   The comparison of all traces stays the main one; the matched pairs are its `matched`.
 
 `compare_groups` does the same for traces of a data set, which a field of theirs tells apart.
 """
