@@ -84,8 +84,9 @@ def _run(arguments: argparse.Namespace) -> int:
     elif flow != FlowOptions():
         print("stepflow-tl: error: the options of StepFlow go with --stepflow", file=sys.stderr)
         return 2
-    if options.group_by is None and (options.pair_by is not None or options.unpaired):
-        print("stepflow-tl: error: --pair-by and --unpaired go with --group-by FIELD", file=sys.stderr)
+    needs_groups = options.pair_by is not None or options.unpaired or options.match_on is not None
+    if options.group_by is None and needs_groups:
+        print("stepflow-tl: error: --pair-by, --unpaired and --match go with --group-by", file=sys.stderr)
         return 2
     place = arguments.device, arguments.dtype, arguments.device_map
     watcher = _Terminal(arguments.traces, arguments.out, options)

@@ -26,7 +26,7 @@ from stepflow_tl.diagnosis import LAYER_METRICS, Comparison, Diagnosis
 from stepflow_tl.diagnosis.diagnosis import Band
 from stepflow_tl.errors import ComparisonError
 from stepflow_tl.results.tables import html_table, nan_to_none, number, printable, text_table
-from stepflow_tl.runs.manifest import NO_STEPFLOW, RunSettings
+from stepflow_tl.runs.manifest import RunSettings
 from stepflow_tl.runs.outcomes import Outcome, Status
 from stepflow_tl.statistics.effects import Resampling, column_effects
 
@@ -76,7 +76,7 @@ class Aggregate:
         model_name: Model that was analysed; this and the next five are empty or 0 without a trace.
         objective: Objective that was differentiated.
         dtype: Floating dtype of the model's weights.
-        stepflow: The repair that was on the model; "none" for the plain one.
+        stepflow: The repair that was on the model; None for the plain one.
         layers: Model layers of the metrics.
         n_layers: Layers of the whole model.
         backends: How many traces each backend analysed.
@@ -98,7 +98,7 @@ class Aggregate:
     model_name: str
     objective: str
     dtype: str
-    stepflow: str
+    stepflow: str | None
     layers: tuple[int, ...]
     n_layers: int
     backends: Mapping[str, int]
@@ -185,7 +185,7 @@ class Aggregate:
         title = (
             f"Means over {self.n_traces} traces: {self.model_name}, objective {self.objective}, {self.dtype}"
         )
-        if self.stepflow != NO_STEPFLOW:
+        if self.stepflow is not None:
             title += f", under {self.stepflow}"
         return title, header, rows, footer
 

@@ -16,7 +16,6 @@ from typing import TypeVar
 from stepflow_tl.causal import StepKnockout
 from stepflow_tl.errors import ResultFileError
 from stepflow_tl.results.files import Schema
-from stepflow_tl.runs.manifest import NO_STEPFLOW, stepflow_of
 from stepflow_tl.saliency import StepSaliency
 from stepflow_tl.trace import ReasoningTrace
 
@@ -31,7 +30,7 @@ class KeptIf:
     objective: str
     dtype: str
     layers: tuple[int, ...]
-    stepflow: str = NO_STEPFLOW
+    stepflow: str | None
 
 
 def kept_result(path: Path, trace: ReasoningTrace, wanted: KeptIf) -> StepSaliency | None:
@@ -67,7 +66,7 @@ def _kept(
         raise DamagedResultError(str(error)) from error
     provenance = result.provenance
     made_with = (provenance.model_name, provenance.objective, provenance.dtype, result.layers)
-    found = vars(KeptIf(*made_with, stepflow_of(provenance)))
+    found = vars(KeptIf(*made_with, provenance.notes.get("stepflow")))
     for name, value in vars(wanted).items():
         if found[name] != value:
             raise ResultFileError(

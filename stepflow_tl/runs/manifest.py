@@ -34,14 +34,10 @@ from stepflow_tl.errors import ResultFileError
 from stepflow_tl.results.files import whole_numbers
 from stepflow_tl.results.journal import Journal, JournalKind, check_settings, read_journal
 from stepflow_tl.results.plain_data import check_numbers, count, number, text, text_or_none
-from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.runs.options import Shard
 
 SCHEMA_VERSION = 1
 
-NO_STEPFLOW = "none"
-
-_UNSAID = {"stepflow": NO_STEPFLOW}  # settings where a header does not name them
 _NAME = re.compile(r"manifest(?:-\d{1,6}-of-\d{1,6})?\.jsonl", re.ASCII)
 _DIAGNOSIS = {"schema": "stepflow_tl.Diagnosis", "version": 1}  # not repeated in every line
 
@@ -58,7 +54,7 @@ class RunSettings:
         n_layers: Layers of the model.
         splitter: How segments are cut into steps.
         format: Name of the reasoning format.
-        stepflow: The repair that the analysis runs under, as `repr` writes it; "none" where there is none.
+        stepflow: The repair that the analysis runs under, as `repr` writes it; None for none.
     """
 
     model_name: str
@@ -68,14 +64,12 @@ class RunSettings:
     n_layers: int | None = None
     splitter: str | None = None
     format: str | None = None
-    stepflow: str = NO_STEPFLOW
+    stepflow: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, without what is None, nor what goes without saying."""
+        """Plain data, without what is None."""
         data = {**asdict(self), "layers": None if self.layers is None else list(self.layers)}
-        return {
-            name: value for name, value in data.items() if value is not None and value != _UNSAID.get(name)
-        }
+        return {name: value for name, value in data.items() if value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RunSettings:
@@ -91,7 +85,7 @@ class RunSettings:
             n_layers=None if data.get("n_layers") is None else count(data, "n_layers"),
             splitter=text_or_none(data, "splitter"),
             format=text_or_none(data, "format"),
-            stepflow=text({**_UNSAID, **data}, "stepflow"),
+            stepflow=text_or_none(data, "stepflow"),
         )
 
 
@@ -137,7 +131,7 @@ class Done:
         }
         measured = self.diagnosis.to_json()
         metrics = {name: measured.pop(name) for name in LAYER_METRICS}
-        rest = {name: value for name, value in measured.items() if name not in (*_DIAGNOSIS, "reasons")}
+        rest = {name: value for name, value in measured.items() if name not in (*_DIAGNOSIS, *own, "reasons")}
         agreement = None if self.agreement is None else self.agreement.to_json()
         return {"kind": "done", **own, **rest, "metrics": metrics, "agreement": agreement}
 
@@ -206,13 +200,8 @@ MANIFEST = JournalKind(
     entries=("done", "failed"),
     check=entry_of,
     when_in_use="Wait for it, end it, or choose another --out; --shard i/n lets several runs share a folder",
-    defaults=_UNSAID,
+    defaults={"stepflow": None},
 )
-
-
-def stepflow_of(provenance: Provenance) -> str:
-    """The repair that a result was made under, as `RunSettings` names it."""
-    return provenance.notes.get("stepflow", NO_STEPFLOW)
 
 
 def manifest_path(folder: Path, shard: Shard | None = None) -> Path:
@@ -283,7 +272,7 @@ def read_manifests(folder: Path) -> ManifestIndex:
                 damaged.append(line.damage)
             elif line.settings is not None:
                 own = _settings(line.settings, path)
-                stated = {**_UNSAID, **own.to_json()}
+                stated = {**MANIFEST.defaults, **own.to_json()}
                 if differing := check_settings(settings, stated):
                     name, found, other = differing
                     raise ResultFileError(
@@ -329,7 +318,7 @@ def _diagnosis(data: dict[str, Any]) -> Diagnosis:
     check_numbers([data["decay_slope"]])
     # What `diagnose` takes by default, where the line does not say.
     stated = {"window": 0, "recent": 1, "pooling": "mean", "rows_without_mass": [0] * len(layers), **data}
-    counts = ("n_layers", "n_question", "n_thinking", "n_summary", "window", "recent")
+    counts = ("n_layers", "n_question", "n_thinking", "n_summary", "n_tokens", "window", "recent")
     return Diagnosis.from_json(
         {
             **_DIAGNOSIS,

@@ -113,6 +113,18 @@ def parse_objective(text: str) -> str:
     )
 
 
+def parse_match(text: str) -> tuple[str, ...]:
+    """What matched traces must be alike in.
+
+    Raises:
+        ValueError: If it is not steps, tokens, or both.
+    """
+    found = tuple(part.strip() for part in text.split(","))
+    if set(found) - {"steps", "tokens"} or len(set(found)) != len(found):
+        raise ValueError(f"{text!r} is none of steps, tokens, steps,tokens")
+    return found
+
+
 def parse_where(text: str) -> str:
     """A condition on a field, FIELD=VALUE.
 
@@ -172,11 +184,13 @@ class GroupOptions(OptionSet):
         group_by: compare the traces where this field is true with those where it is false
         pair_by: pair the two groups by this field (problem_id where the records have it)
         unpaired: compare without pairing
+        match_on: also compare pairs of traces that are alike in length: steps, tokens, or steps,tokens
     """
 
     group_by: str | None = option(None, metavar="FIELD")
     pair_by: str | None = option(None, metavar="FIELD", exclusive=True)
     unpaired: bool = option(False, exclusive=True)
+    match_on: Sequence[str] | None = option(None, type=parse_match, name="match", metavar="LIST")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from stepflow_tl.results.files import file_digest
 from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.results.result import read_head
 from stepflow_tl.results.tables import printable
-from stepflow_tl.runs.manifest import NO_STEPFLOW, Done, Entry, ManifestIndex, RunSettings, stepflow_of
+from stepflow_tl.runs.manifest import Done, Entry, ManifestIndex, RunSettings
 from stepflow_tl.runs.row_files import Unit
 from stepflow_tl.saliency.result import StepSaliency
 
@@ -55,7 +55,7 @@ class Outcome:
         seconds: Wall-clock time that this run spent on it.
         dtype: Floating dtype of the model's weights; empty where no file was looked at.
         backend: Backend that made the result; empty likewise.
-        stepflow: The repair that the result was made under; "none" where there is none.
+        stepflow: The repair that the result was made under; None for none.
         notes: What happened on the way, for people.
     """
 
@@ -68,7 +68,7 @@ class Outcome:
     seconds: float = 0.0
     dtype: str = ""
     backend: str = ""
-    stepflow: str = NO_STEPFLOW
+    stepflow: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -165,7 +165,7 @@ def with_file(folder: Path, done: Done, settings: RunSettings, *, verify: bool =
             ("model_name", provenance.model_name, settings.model_name),
             ("objective", provenance.objective, settings.objective),
             ("dtype", provenance.dtype, settings.dtype),
-            ("stepflow", stepflow_of(provenance), settings.stepflow),
+            ("stepflow", provenance.notes.get("stepflow"), settings.stepflow),
         ):
             if found != stated:
                 raise ResultFileError(f"{path} has {name} {found!r}, the manifest {stated!r}")
@@ -245,7 +245,7 @@ def _from_map(folder: Path, path: Path) -> Outcome:
 
 
 def _made_by(outcome: Outcome, provenance: Provenance) -> Outcome:
-    how = stepflow_of(provenance)
+    how = provenance.notes.get("stepflow")
     return replace(outcome, dtype=provenance.dtype, backend=provenance.backend, stepflow=how)
 
 

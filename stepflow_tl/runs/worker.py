@@ -41,7 +41,7 @@ from stepflow_tl.rendering import profile_figure, save_figure, step_map_figure
 from stepflow_tl.results.files import file_digest, is_disk_full
 from stepflow_tl.results.tables import printable
 from stepflow_tl.runs.kept_results import DamagedResultError, KeptIf, kept_knockout, kept_result
-from stepflow_tl.runs.manifest import NO_STEPFLOW, Done, Failed, RunSettings
+from stepflow_tl.runs.manifest import Done, Failed, RunSettings
 from stepflow_tl.runs.memory import (
     OutOfMemoryError,
     is_out_of_memory,
@@ -101,7 +101,7 @@ class Worker:
             n_layers=facts.n_layers,
             splitter=self._splitter,
             format=self._format.name,
-            stepflow=NO_STEPFLOW if options.stepflow is None else repr(options.stepflow),
+            stepflow=None if options.stepflow is None else repr(options.stepflow),
         )
         self._kept_if = KeptIf(
             facts.name, options.objective, str(facts.dtype), layers, self.settings.stepflow
