@@ -212,7 +212,7 @@ def _headline(comparison: Comparison, metric: str, band: Band | None) -> Effect:
 
 def size_name(comparison: Comparison) -> str:
     """What a comparison measures the size of an effect by."""
-    return "d_z" if comparison.pairing else "g"
+    return "d_z" if comparison.is_paired else "g"
 
 
 def effect_count(effect: Effect) -> str:

@@ -7,6 +7,7 @@ what stands in the report is what stands on the disk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -195,15 +196,20 @@ class Stages:
         ]
         groups = [[plain[row.id].diagnosis for row in group] for group in rows]
         right, wrong = ([row.question_id for row in group] for group in rows)
-        everything = _contrast("all traces", *groups, names=_NAMES)  # TODO match_on
-        matched = Contrast("matched on length", None, everything.notes)
-        if (found := everything.comparison) is not None:
-            matched = Contrast("matched on length", getattr(found, "matched", None))
+        everything = _contrast("all traces", *groups, names=_NAMES, match_on=("steps", "tokens"))
+        if (found := everything.comparison) is None:  # perhaps for want of pairs alone
+            matched = Contrast("matched on length", None, everything.notes)
+            everything = _contrast("all traces", *groups, names=_NAMES)
+        else:
+            how = None if found.matched is None else found.matched.matching
+            notes = () if how is None else tuple(how.lines(_NAMES))
+            matched = Contrast("matched on length", found.matched, notes)
+        if len({*right, *wrong}) < len(right) + len(wrong):
+            note = "several answers to one question count as independent, so the intervals are too narrow"
+            everything = replace(everything, notes=(*everything.notes, note))
         both = len(set(right) & set(wrong))
         if both < 2:
-            why = (
-                f"{both} questions have a right and a wrong answer that is mapped (more --samples give more)"
-            )
+            why = f"{both} questions have a right and a wrong answer with a map (more --samples give more)"
             return everything, matched, Contrast("within questions", None, (why,))
         within = _contrast("within questions", *groups, names=_NAMES, pair_by=(right, wrong))
         return everything, matched, within
