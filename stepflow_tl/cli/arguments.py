@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from stepflow_tl.runs.options import GroupOptions, positive
+from stepflow_tl.runs.options import OptionSet, positive
 
 DEFAULT_MODEL = "smollm2"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 LAYOUT = argparse.RawDescriptionHelpFormatter  # keeps the examples as they are written
 
-Options = TypeVar("Options", bound=GroupOptions)
+Options = TypeVar("Options", bound=OptionSet)
 
 
 def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -39,34 +40,47 @@ def device_name(text: str) -> str:
     return text
 
 
-def add_options(parser: argparse.ArgumentParser, kind: type[GroupOptions]) -> None:
+def add_options(
+    parser: argparse._ActionsContainer, kind: type[OptionSet], *, without: Collection[str] = ()
+) -> None:
     """Add every field of an options class as an argument, with its help, its default and its way of reading.
 
     Args:
-        parser: The command's parser.
+        parser: The command's parser, or a group of its arguments.
         kind: Such as `RunOptions`.
+        without: Fields that the command decides for itself.
     """
-    helps, one_of = kind.helps(), parser.add_mutually_exclusive_group()
+    helps, one_of = kind.helps(), None
     for each in fields(kind):
         reading = dict(each.metadata)
-        if reading.pop("hidden", False):
+        if reading.pop("hidden", False) or each.name in without:
             continue
-        add = one_of.add_argument if reading.pop("exclusive", False) else parser.add_argument
+        add = parser.add_argument
+        if reading.pop("exclusive", False):
+            one_of = one_of or parser.add_mutually_exclusive_group()
+            add = one_of.add_argument
+        name = reading.pop("name", each.name)
         if isinstance(each.default, bool):
             reading["action"] = "store_true"
         elif "type" in reading:
             reading["type"] = checked(reading["type"])
-        add(f"--{each.name.replace('_', '-')}", default=each.default, help=helps.get(each.name), **reading)
+        add(f"--{name.replace('_', '-')}", default=each.default, help=helps.get(each.name), **reading)
 
 
-def options_of(arguments: argparse.Namespace, kind: type[Options]) -> Options:
-    """The options that `add_options` read."""
+def options_of(
+    arguments: argparse.Namespace, kind: type[Options], *, without: Collection[str] = ()
+) -> Options:
+    """The options that `add_options` read, `without` the same fields."""
     given = vars(arguments)
-    return kind(**{each.name: given[each.name] for each in fields(kind) if each.name in given})
+    names = {
+        each.name: each.metadata.get("name", each.name)
+        for each in fields(kind)
+        if not each.metadata.get("hidden")
+    }
+    return kind(**{own: given[name] for own, name in names.items() if name in given and own not in without})
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Where a model's weights go, and in which precision."""
-    dtypes = ("float32", "float64", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="(float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
     parser.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda, cuda:1, mps")

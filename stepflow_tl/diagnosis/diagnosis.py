@@ -41,6 +41,7 @@ _SETTINGS = (
     "n_question",
     "n_thinking",
     "n_summary",
+    "n_tokens",
 )
 
 
@@ -64,6 +65,7 @@ class Diagnosis:
         n_question: Question steps.
         n_thinking: Thinking steps.
         n_summary: Summary steps.
+        n_tokens: Tokens of the whole trace; None in a diagnosis stored before it said so.
         reasons: Why a metric is NaN, by metric.
     """
 
@@ -80,6 +82,7 @@ class Diagnosis:
     n_question: int
     n_thinking: int
     n_summary: int
+    n_tokens: int | None
     reasons: Mapping[str, str]
 
     def __init__(
@@ -98,6 +101,7 @@ class Diagnosis:
         n_question: int,
         n_thinking: int,
         n_summary: int,
+        n_tokens: int | None = None,
         reasons: Mapping[str, str],
         **columns: Float[Tensor, " layer"],
     ) -> None:
@@ -194,7 +198,8 @@ class Diagnosis:
                 },
                 rows_without_mass=torch.tensor(list(map(int, data["rows_without_mass"])), dtype=torch.int64),
                 decay_slope=none_to_nan(data["decay_slope"]),
-                **{name: data[name] for name in _SETTINGS},
+                **{name: data[name] for name in _SETTINGS if name != "n_tokens"},
+                n_tokens=None if data.get("n_tokens") is None else int(data["n_tokens"]),
                 reasons={**dict.fromkeys(set(LAYER_METRICS) - set(data), _NEWER), **data["reasons"]},
             )
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -288,6 +293,7 @@ def diagnose(
         n_question=n_question,
         n_thinking=n_thinking,
         n_summary=n_summary,
+        n_tokens=len(saliency.trace),
         reasons=_reasons(metrics, slope, rows),
     )
 

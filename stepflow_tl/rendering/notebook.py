@@ -18,7 +18,7 @@ from typing import Any
 
 from stepflow_tl.causal.knockout_result import StepKnockout
 from stepflow_tl.causal.patching_result import StepPatching
-from stepflow_tl.diagnosis.comparison import Comparison
+from stepflow_tl.diagnosis.comparison_result import Comparison
 from stepflow_tl.diagnosis.diagnosis import Diagnosis
 from stepflow_tl.rendering.agreement_scatter import agreement_figure
 from stepflow_tl.rendering.change_maps import flow_figure, patching_figure

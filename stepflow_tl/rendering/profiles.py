@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepflow_tl.diagnosis.comparison import Comparison
+from stepflow_tl.diagnosis.comparison_result import Comparison
 from stepflow_tl.diagnosis.diagnosis import Diagnosis
 from stepflow_tl.diagnosis.layer_metrics import LAYER_METRICS
 from stepflow_tl.models.bands import deep_band, shallow_band

@@ -12,14 +12,16 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from stepflow_tl import stepflow as repair
 from stepflow_tl.errors import InputFileError
 
-Options = TypeVar("Options", bound="GroupOptions")
+Options = TypeVar("Options", bound="OptionSet")
 
 ENGINES = ("local", "ray")
+SPLITTERS = ("paragraph", "line", "sentence", "whole")
 
 
 @dataclass(frozen=True)
@@ -78,24 +80,24 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Layers written as numbers and ranges.
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Layers or heads, written as numbers and ranges.
 
     Raises:
-        ValueError: If the text is anything else, a range runs backwards, or a layer is named twice.
+        ValueError: If the text is anything else, a range runs backwards, or a number is named twice.
     """
-    layers: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*([0-9]{1,4})(?:\s*-\s*([0-9]{1,4}))?\s*", part)
         if not found:
-            raise ValueError(f"{text!r}: expected layers and ranges such as 0-6,23-29")
+            raise ValueError(f"{text!r}: expected numbers and ranges such as 0-6,23-29")
         first, last = int(found[1]), int(found[2] or found[1])
         if last < first:
             raise ValueError(f"{part.strip()!r} runs backwards: write {last}-{first}")
-        layers += range(first, last + 1)
-    if len(set(layers)) != len(layers):
-        raise ValueError(f"{text!r} names a layer twice")
-    return tuple(layers)
+        numbers += range(first, last + 1)
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"{text!r} names a number twice")
+    return tuple(numbers)
 
 
 def parse_objective(text: str) -> str:
@@ -111,27 +113,41 @@ def parse_objective(text: str) -> str:
     )
 
 
-def _option(default: Any, **reading: Any) -> Any:
+def parse_match(text: str) -> tuple[str, ...]:
+    """What matched traces must be alike in.
+
+    Raises:
+        ValueError: If it is not steps, tokens, or both.
+    """
+    found = tuple(part.strip() for part in text.split(","))
+    if set(found) - {"steps", "tokens"} or len(set(found)) != len(found):
+        raise ValueError(f"{text!r} is none of steps, tokens, steps,tokens")
+    return found
+
+
+def parse_where(text: str) -> str:
+    """A condition on a field, FIELD=VALUE.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if not re.match("[^=]+=", text):
+        raise ValueError(f"{text!r} is not FIELD=VALUE, such as condition=plain or sample=0")
+    return text
+
+
+def option(default: Any, **reading: Any) -> Any:
     """A field with the arguments of `add_argument` that its type does not tell.
 
-    `exclusive` in place of one of those: of all options so marked, the command line takes one at most.
+    Besides those: of all options marked `exclusive`, the command line takes one at most; a `hidden` one is
+    not on it; `name` is what it is called there, where that is not the field's own name.
     """
     return field(default=default, metadata=reading)
 
 
 @dataclass(frozen=True)
-class GroupOptions:
-    """Which two groups of traces are compared.
-
-    Attributes:
-        group_by: compare the traces where this field is true with those where it is false
-        pair_by: pair the two groups by this field (problem_id where the records have it)
-        unpaired: compare without pairing
-    """
-
-    group_by: str | None = _option(None, metavar="FIELD")
-    pair_by: str | None = _option(None, metavar="FIELD", exclusive=True)
-    unpaired: bool = _option(False, exclusive=True)
+class OptionSet:
+    """Fields that are options of a function and of a command; see `option`."""
 
     @classmethod
     def of(cls: type[Options], function: str, given: Mapping[str, Any]) -> Options:
@@ -161,17 +177,36 @@ class GroupOptions:
 
 
 @dataclass(frozen=True)
+class GroupOptions(OptionSet):
+    """Which two groups of traces are compared.
+
+    Attributes:
+        group_by: compare the traces where this field is true with those where it is false
+        pair_by: pair the two groups by this field (problem_id where the records have it)
+        unpaired: compare without pairing
+        match_on: also compare pairs of traces that are alike in length: steps, tokens, or steps,tokens
+    """
+
+    group_by: str | None = option(None, metavar="FIELD")
+    pair_by: str | None = option(None, metavar="FIELD", exclusive=True)
+    unpaired: bool = option(False, exclusive=True)
+    match_on: Sequence[str] | None = option(None, type=parse_match, name="match", metavar="LIST")
+
+
+@dataclass(frozen=True)
 class RunOptions(GroupOptions):
     """Options of `analyze_dataset` and `stepflow-tl analyze`; `GroupOptions` are among them.
 
     Attributes:
         objective: per_token (default), response, thinking, summary, or a step such as S1
         layers: layers to keep, on the command line such as 0-6,23-29 (all)
-        splitter: how thinking and summary are cut into steps (paragraph)
-        format: reasoning format (auto: read from the model's chat template)
+        splitter: how thinking and summary are cut into steps (as an answer file says, else paragraph)
+        format: reasoning format, or FILE.json of your own (auto: as an answer file says, else the model's)
+        where: only traces whose field has this value; several of a field: any of them; may be repeated
+        stepflow: map the repaired flow: the analysis runs under this `StepFlow`
         overwrite: analyse again where a result is there already
         retry_failed: try again what failed in an earlier run
-        limit: read the first N lines only
+        limit: the first N traces only
         shard: take part I of N, I from 0; N runs may share the folder
         engine: this process (local), or the replicas of a Ray cluster, which is started here if there is none
         replicas: models at once, for ray (one per GPU, or one)
@@ -179,25 +214,43 @@ class RunOptions(GroupOptions):
         figures: draw step maps and profiles beside each result
     """
 
-    objective: str = _option("per_token", type=parse_objective)
-    layers: Sequence[int] | None = _option(None, type=parse_layers, metavar="LIST")
-    splitter: str = _option("paragraph", choices=("paragraph", "line", "sentence", "whole"))
-    format: str = _option("auto")
-    overwrite: bool = _option(False)
-    retry_failed: bool = _option(False)
-    limit: int | None = _option(None, type=positive, metavar="N")
-    shard: str | Shard | None = _option(None, metavar="I/N")
-    engine: str = _option("local", choices=ENGINES)
-    replicas: int | None = _option(None, type=positive, metavar="N")
-    causal: bool = _option(False)
-    figures: bool = _option(False)
+    objective: str = option("per_token", type=parse_objective)
+    layers: Sequence[int] | None = option(None, type=parse_numbers, metavar="LIST")
+    splitter: str | None = option(None, choices=SPLITTERS)
+    format: str = option("auto")
+    where: Sequence[str] | None = option(None, type=parse_where, action="append", metavar="FIELD=VALUE")
+    stepflow: repair.StepFlow | None = option(None, hidden=True)
+    overwrite: bool = option(False)
+    retry_failed: bool = option(False)
+    limit: int | None = option(None, type=positive, metavar="N")
+    shard: str | Shard | None = option(None, metavar="I/N")
+    engine: str = option("local", choices=ENGINES)
+    replicas: int | None = option(None, type=positive, metavar="N")
+    causal: bool = option(False)
+    figures: bool = option(False)
 
     def __post_init__(self) -> None:
-        """Layers as a tuple, the shard as a `Shard`; refuse an engine that does not exist."""
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+        """Layers and conditions as tuples; refuse a condition or an engine that does not exist."""
+        for name in ("layers", "where"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for condition in self.where or ():
+            parse_where(condition)
         if self.engine not in ENGINES:
             raise ValueError(f"unknown engine {self.engine!r}: expected {' or '.join(map(repr, ENGINES))}")
+
+    def for_source(self, settings: Mapping[str, Any]) -> RunOptions:
+        """The same options, with format and splitter as the source says where nobody else does.
+
+        Args:
+            settings: What a file of answers says of its run.
+        """
+        format, splitter = settings.get("format"), settings.get("splitter")
+        return replace(
+            self,
+            format=format if self.format == "auto" and isinstance(format, str) else self.format,
+            splitter=self.splitter or (splitter if splitter in SPLITTERS else SPLITTERS[0]),
+        )
 
     @property
     def part(self) -> Shard:
@@ -225,11 +278,11 @@ class SummaryOptions(GroupOptions):
         seed: of all resampling
     """
 
-    verify: bool = _option(False)
-    confidence: float = _option(0.95, hidden=True)
-    n_bootstrap: int = _option(4000, hidden=True)
-    n_permutations: int = _option(9999, hidden=True)
-    seed: int = _option(0, hidden=True)
+    verify: bool = option(False)
+    confidence: float = option(0.95, hidden=True)
+    n_bootstrap: int = option(4000, hidden=True)
+    n_permutations: int = option(9999, hidden=True)
+    seed: int = option(0, hidden=True)
 
     def __post_init__(self) -> None:
         """Refuse a level or a count out of range."""

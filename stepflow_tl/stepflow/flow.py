@@ -110,7 +110,7 @@ class StepFlow:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
+        """Refuse values without a meaning; equal flows read the same, so that a file can name one."""
         check_bridge(self.tau_max, self.max_bridge_share)
         if not abs(self.alpha) < float("inf"):
             raise ValueError(f"alpha is {self.alpha}: expected a finite number")
@@ -123,9 +123,13 @@ class StepFlow:
             if getattr(self, name) not in choices:
                 names = ", ".join(map(repr, choices))
                 raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {names}")
+        for name in ("tau_max", "alpha", "max_bridge_share"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("shallow", "deep"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.heads, Sequence):
+            object.__setattr__(self, "heads", tuple(self.heads))
 
     def bands(self, model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Layers of the bridge and of momentum on this `model`; a ModelError if one does not exist."""

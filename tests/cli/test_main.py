@@ -8,7 +8,7 @@ import pytest
 import stepflow_tl
 from stepflow_tl.cli import arguments as command
 from stepflow_tl.errors import ModelError
-from stepflow_tl.runs.options import parse_layers
+from stepflow_tl.runs.options import parse_numbers
 
 
 def run_fresh(*arguments, python=None):
@@ -52,16 +52,16 @@ def test_help_imports_nothing_heavy():
         ([], "the following arguments are required: demo | analyze | evaluate | report"),
         (["analyse"], "invalid choice: 'analyse'"),
         (["analyze", "x.jsonl"], "the following arguments are required: --out"),
-        (["analyze", "x", "--out", "y", "--layers", "0-"], "expected layers and ranges such as 0-6,23-29"),
+        (["analyze", "x", "--out", "y", "--layers", "0-"], "expected numbers and ranges such as 0-6,23-29"),
         (["analyze", "x", "--out", "y", "--layers", "6-2"], "'6-2' runs backwards: write 2-6"),
-        (["analyze", "x", "--out", "y", "--layers", "1,0-3"], "names a layer twice"),
+        (["analyze", "x", "--out", "y", "--layers", "1,0-3"], "names a number twice"),
         (["analyze", "x", "--out", "y", "--objective", "loss"], "'loss' is none of per_token, response"),
         (["analyze", "x", "--out", "y", "--limit", "0"], "'0' is not a whole number from 1 on"),
         (["analyze", "x", "--out", "y", "--device", "gpu"], "'gpu' is none of cpu, cuda, cuda:N, mps"),
         (["analyze", "x", "--out", "y", "--splitter", "word"], "invalid choice: 'word'"),
         (
             ["analyze", "x", "--out", "y", "--pair-by", "p"],
-            "--pair-by and --unpaired go with --group-by FIELD",
+            "--pair-by, --unpaired and --match go with --group-by",
         ),
         (
             ["analyze", "x", "--out", "y", "--group-by", "g", "--pair-by", "p", "--unpaired"],
@@ -76,7 +76,7 @@ def test_a_usage_error_says_what_is_expected_and_ends_with_2(arguments, said, ru
 
 
 def test_layers_are_read_as_numbers_and_ranges():
-    assert parse_layers("0-2, 7,9-9") == (0, 1, 2, 7, 9)
+    assert parse_numbers("0-2, 7,9-9") == (0, 1, 2, 7, 9)
 
 
 def test_the_default_model_is_the_embedded_one():

@@ -8,7 +8,7 @@ import pytest
 from stepflow_tl.cli.arguments import add_options, options_of
 from stepflow_tl.errors import InputFileError
 from stepflow_tl.runs import RunOptions, Shard, SummaryOptions
-from stepflow_tl.runs.options import parse_layers, parse_objective, positive
+from stepflow_tl.runs.options import parse_numbers, parse_objective, positive
 
 
 def parsed(kind, *arguments):
@@ -67,9 +67,9 @@ def test_a_shard_reads_as_it_is_written():
     [
         (positive, "0", "'0' is not a whole number from 1 on"),
         (positive, "+3", "is not a whole number"),
-        (parse_layers, "0-", "expected layers and ranges such as 0-6,23-29"),
-        (parse_layers, "6-2", "'6-2' runs backwards: write 2-6"),
-        (parse_layers, "1,0-3", "names a layer twice"),
+        (parse_numbers, "0-", "expected numbers and ranges such as 0-6,23-29"),
+        (parse_numbers, "6-2", "'6-2' runs backwards: write 2-6"),
+        (parse_numbers, "1,0-3", "names a number twice"),
         (parse_objective, "loss", "is none of per_token"),
     ],
 )

@@ -29,7 +29,7 @@ from typing import Any
 
 from stepflow_tl.errors import FormatError
 from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
-from stepflow_tl.trace.formats.table import formats_by_priority, get_format, known_formats
+from stepflow_tl.trace.formats.table import formats_by_priority, get_format, known_formats, read_format
 from stepflow_tl.trace.steps import WHITE_SPACE, Segment
 
 # Templates have no common name for the switch; one that does not know it ignores it.
@@ -76,6 +76,8 @@ def chat_template(tokenizer: Any) -> str | None:
 def resolve_format(tokenizer: Any, format: Any) -> ReasoningFormat:
     """The format meant by a name, a `ReasoningFormat`, or "auto" / None (read from the tokenizer).
 
+    A name that ends in ".json" is the file of a format of the user's own (`read_format`).
+
     The `plain` format takes the tokenizer's BOS, EOS and padding tokens as TEMPLATE; the others name theirs.
 
     Raises:
@@ -86,7 +88,7 @@ def resolve_format(tokenizer: Any, format: Any) -> ReasoningFormat:
     elif format is None or format == "auto":
         entry = detect_format(tokenizer)
     elif isinstance(format, str):
-        entry = get_format(format)
+        entry = read_format(format) if format.endswith(".json") else get_format(format)
     else:
         raise FormatError(f"format must be a name, a ReasoningFormat or 'auto', got {format!r}.")
     if entry.name == "plain" and not entry.fillers:
@@ -136,18 +138,24 @@ def render_parts(
     return "".join(part for part, _ in parts), spans
 
 
-def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str) -> str:
+def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str, system: str | None = None) -> str:
     """The prompt that asks a model to think about a question: the chat template, up to where it may begin.
 
     Thinking is switched on where the template closes it unless told otherwise, as in `render_parts`; a
     template that closes it all the same is taken as it is.
 
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        entry: The reasoning format.
+        question: The user's text.
+        system: System prompt, or None.
+
     Raises:
-        FormatError: The chat template refuses the message.
+        FormatError: The chat template refuses the messages.
     """
-    rendered = _render(tokenizer, question, None)
+    rendered = _render(tokenizer, question, system)
     if _ends_with(rendered, entry.thinking_ends):
-        return _render(tokenizer, question, None, **_THINKING_ON)
+        return _render(tokenizer, question, system, **_THINKING_ON)
     return rendered
 
 

@@ -5,8 +5,9 @@ One character at a time:
 1. The character joins the held text. Held text is what may still grow into an active marker.
 2. While no active marker begins with the held text, its first character is released as content of the
    current place, and the rest is looked at again.
-3. Held text that equals a marker is released as TEMPLATE and moves the scanner to the marker's place. If a
-   longer marker begins with this one the scanner keeps watching for it; when it completes, its place wins.
+3. Held text that equals a marker is released as TEMPLATE and moves the scanner to the marker's place (one
+   that is the beginning of the answer moves it first, and is released there). If a longer marker begins with
+   this one the scanner keeps watching for it; when it completes, its place wins.
 
 So each character is released exactly once, in order, at most one marker length late, and its segment depends
 on no character after its release. Time per character and memory: O(longest marker). `SpanScanner` is the same
@@ -62,7 +63,7 @@ class Scanner(Protocol):
         return copy(self)
 
 
-_USER, _ASSISTANT, _OTHER, _END, _THINK, _ANSWER, _CONTENT, _FILLER = range(8)
+_USER, _ASSISTANT, _OTHER, _END, _THINK, _ANSWER, _ANSWER_TEXT, _CONTENT, _FILLER = range(9)
 
 
 @lru_cache(maxsize=64)
@@ -74,6 +75,7 @@ def _actions(entry: ReasoningFormat) -> tuple[tuple[str, int], ...]:
         (entry.turn_ends, _END),
         (entry.thinking_starts, _THINK),
         (entry.thinking_ends + entry.answer_starts, _ANSWER),
+        (entry.answer_begins_with, _ANSWER_TEXT),
         ((entry.content_start,) if entry.content_start else (), _CONTENT),
         (entry.fillers, _FILLER),
     )
@@ -135,8 +137,12 @@ class FormatScanner(Scanner):
             if missing:
                 complete = [action for rest, action in missing if not rest]
                 if complete and self.held:
-                    released += [Released(c, Segment.TEMPLATE, self._run) for c in self.held]
-                    self._apply(complete[0])
+                    if complete[0] == _ANSWER_TEXT:
+                        self._apply(complete[0])
+                        released += [Released(c, *self.place) for c in self.held]
+                    else:
+                        released += [Released(c, Segment.TEMPLATE, self._run) for c in self.held]
+                        self._apply(complete[0])
                     self._spent = len(self._held)
                     # Only longer forms of this marker may follow, all of them turn markers or fillers.
                     if not any(rest for rest, _ in self._missing()):
@@ -188,6 +194,8 @@ class FormatScanner(Scanner):
             # In thinking that has begun, or in an answer after thinking, "<think>" is only talked about.
             in_first_answer = self._segment == Segment.SUMMARY and not self._turn_has_answer
             return self._in_assistant and (self._run_is_empty or in_first_answer)
+        if action == _ANSWER_TEXT:
+            return self._in_assistant and self._segment == Segment.THINKING
         if action == _ANSWER:
             if self.entry.content_start:
                 return self._at_start or (self._in_header and self._in_assistant)
@@ -216,6 +224,10 @@ class FormatScanner(Scanner):
         elif action == _THINK:
             self.saw_thinking_marker = self._in_assistant = True
             self._open(Segment.THINKING)
+        elif action == _ANSWER_TEXT:
+            self.saw_thinking_marker = self._turn_has_answer = True
+            self._move(Segment.SUMMARY)
+            self._run_is_empty = False
         else:
             is_expected = self._segment == Segment.THINKING or self._run_is_empty or entry.content_start
             self.stray_thinking_end |= not is_expected

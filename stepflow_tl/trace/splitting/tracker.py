@@ -1,4 +1,4 @@
-"""The token-level stream: for each token, as it comes, its segment and step.
+r"""The token-level stream: for each token, as it comes, its segment and step.
 
 A trace is this stream run over all its tokens; StepFlow is this stream run while the model decodes. For each
 token:
@@ -13,7 +13,8 @@ token:
 4. A token whose first character may still turn out to be a marker's ("<" of "</think>" in several tokens)
    carries a provisional label, that of the token before it, and never begins a step. If the marker completes,
    the token becomes TEMPLATE; if not, the provisional label is final, and a step that was due begins with the
-   token that settled it.
+   token that settled it. So it does where the marker is the beginning of the answer: of `\boxed{` in three
+   tokens, the first two stay with the thinking.
 
 So a label depends on no later token, except that rule 4 says TEMPLATE late; `TokenLabel` reports both
 moments. State is O(1) (one marker length of waiting tokens), time O(marker length) per character, amortised.
