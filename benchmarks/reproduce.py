@@ -32,7 +32,7 @@ import torch
 
 from stepflow_tl import ReasoningTrace, StepFlow, diagnose, step_saliency
 from stepflow_tl.evaluation import Decoding, evaluate, grid, questions_of, search, standard_conditions, steps
-from stepflow_tl.evaluation.run import Evaluation
+from stepflow_tl.evaluation.evaluation import Evaluation
 from stepflow_tl.rendering import save_figure, step_map_figure
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
 

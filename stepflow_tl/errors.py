@@ -74,6 +74,10 @@ class KnockoutError(StepflowError, ValueError):
     """A step knockout's pairs or measure are not such that an effect could be stated."""
 
 
+class SandboxError(StepflowError, RuntimeError):
+    """Code that a model wrote cannot or may not be run: the sandbox is incomplete, or nobody allowed it."""
+
+
 def require(module: str, *, purpose: str, extra: str) -> ModuleType:
     """Import `module`, which the extra called `extra` installs.
 

@@ -26,7 +26,10 @@ def test_the_source_names_nothing_that_unpickles_or_evaluates():
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 100
     found = {str(file.relative_to(PACKAGE)): offences(file.read_text(encoding="utf-8")) for file in files}
-    assert {file: what for file, what in found.items() if what} == {}
+    # The grader of code executes code: there, in a caged process, and nowhere else. Nothing imports it.
+    caged = "evaluation/caged/roles.py"
+    assert {file: what for file, what in found.items() if what} == {caged: ["exec("] * 3}
+    assert not [file for file in files if "evaluation.caged" in file.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize(

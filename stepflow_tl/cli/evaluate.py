@@ -18,7 +18,6 @@ from stepflow_tl.evaluation import (
     read_questions,
     standard_conditions,
 )
-from stepflow_tl.evaluation.graders import GRADERS
 from stepflow_tl.models import loading as models
 from stepflow_tl.results.files import write_atomically
 from stepflow_tl.stepflow import StepFlow
@@ -39,10 +38,12 @@ class EvaluateOptions:
     tau_max: float
     alpha: float
     grader: str
+    allow_code_execution: bool
     max_new_tokens: int
     temperature: float
     samples: int
     batch_size: int
+    batch_tokens: int
     limit: int | None
     seed: int
     dtype: str
@@ -62,6 +63,7 @@ def run_evaluate(options: EvaluateOptions) -> int:
             temperature=options.temperature,
             n_samples=options.samples,
             batch_size=options.batch_size,
+            batch_tokens=options.batch_tokens,
             seed=options.seed,
         )
     except ValueError as error:
@@ -75,6 +77,10 @@ def run_evaluate(options: EvaluateOptions) -> int:
             f"--grader steps: the right steps are known for '{TESTBED}' alone, not for {options.questions}; "
             "expected --grader exact or maths"
         )
+    if options.grader in ("choice", "code") and options.questions == TESTBED:
+        raise InputFileError(
+            f"--grader {options.grader}: '{TESTBED}' has no such questions; give a file of them"
+        )
     questions = _questions(options)
     if options.out is not None and not options.out.parent.is_dir():
         raise InputFileError(f"--out {options.out}: there is no folder {options.out.parent}")
@@ -83,7 +89,8 @@ def run_evaluate(options: EvaluateOptions) -> int:
         questions,
         conditions=chosen,
         decoding=decoding,
-        grader=GRADERS[options.grader],
+        grader=options.grader,
+        allow_code_execution=options.allow_code_execution,
         seed=options.seed,
         progress=say,
     )
@@ -96,7 +103,7 @@ def run_evaluate(options: EvaluateOptions) -> int:
 
 def _questions(options: EvaluateOptions) -> list[Question]:
     if options.questions != TESTBED:
-        return read_questions(options.questions)[: options.limit]
+        return read_questions(options.questions, options.grader)[: options.limit]
     total = options.limit or 400
     counts = [total // len(TESTBED_STEPS)] * len(TESTBED_STEPS)
     counts[0] += total - sum(counts)

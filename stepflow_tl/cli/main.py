@@ -107,12 +107,21 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add("--conditions", nargs="+", metavar="NAME", help="which conditions (all)")
     add("--tau-max", type=float, default=0.15, help="highest floor of the bridge (0.15)")
     add("--alpha", type=float, default=0.06, help="size of the injections (0.06)")
-    graders = "maths needs math-verify; steps is for the testbed: every step must be right (exact)"
-    add("--grader", choices=("exact", "maths", "steps"), default="exact", help=graders)
+    graders = (
+        "maths needs math-verify; choice: options and labels; code: runs the answer against its test; "
+        "steps is for the testbed: every step must be right (exact)"
+    )
+    add("--grader", choices=("exact", "maths", "steps", "choice", "code"), default="exact", help=graders)
+    add(
+        "--allow-code-execution",
+        action="store_true",
+        help="let --grader code execute what the model writes, in a sandbox",
+    )
     add("--max-new-tokens", type=whole_number, default=1024, metavar="N", help="thinking and answer (1024)")
     add("--temperature", type=float, default=0.0, help="0 for greedy decoding (0)")
     add("--samples", type=whole_number, default=1, metavar="N", help="answers per question, sampled (1)")
     add("--batch-size", type=whole_number, default=16, metavar="N", help="answers written at once (16)")
+    add("--batch-tokens", type=whole_number, default=1 << 16, metavar="N", help="and their tokens (65536)")
     add("--limit", type=whole_number, metavar="N", help="ask the first N questions; testbed: make N (400)")
     add("--seed", type=int, default=0, help="of problems, sampling and resampling (0)")
     add_weights(command)

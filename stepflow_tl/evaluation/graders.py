@@ -1,21 +1,17 @@
-r"""Is an answer right?
+r"""Graders that compare what was written with the right answer.
 
 `exact` compares texts without the white space around them; `maths` parses both with the library math-verify,
-so that `\frac{1}{2}` is 0.5; `steps` asks, on the testbed, that every thinking step be right too. Any
-function `(question, answer) -> bool` will do.
+so that `\frac{1}{2}` is 0.5; `steps` asks, on the testbed, that every thinking step be right too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from stepflow_tl.errors import MissingExtraError, ProblemError
 from stepflow_tl.evaluation.generation import Answer
-from stepflow_tl.evaluation.questions import Question
+from stepflow_tl.evaluation.grading import FieldKind, Grader, Question, register_grader
 from stepflow_tl.testbed.grading import grade
-
-Grader = Callable[[Question, Answer], bool]
 
 
 def exact(question: Question, answer: Answer) -> bool:
@@ -36,12 +32,7 @@ def maths(question: Question, answer: Answer) -> bool:
     Raises:
         MissingExtraError: If math-verify is not installed.
     """
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise MissingExtraError(
-            "Grading maths needs math-verify: pip install 'stepflow-tl[maths]', or use the grader 'exact'."
-        ) from error
+    parse, verify = _math_verify()
     # The time limits of math-verify use signals, which only a main thread may; the texts are short.
     unlimited: dict[str, Any] = {"parsing_timeout": None}
     right = parse(f"${question.answer}$", **unlimited)
@@ -54,7 +45,7 @@ def steps(question: Question, answer: Answer) -> bool:
     Arguments as in `exact`.
 
     Raises:
-        ProblemError: If the question is none of the testbed.
+        ProblemError: If the question is not one of the testbed.
     """
     if question.problem is None:
         raise ProblemError(
@@ -64,4 +55,17 @@ def steps(question: Question, answer: Answer) -> bool:
     return grade(question.problem, answer.thinking, answer.summary).error is None
 
 
-GRADERS: dict[str, Grader] = {"exact": exact, "maths": maths, "steps": steps}
+def _math_verify() -> tuple[Any, Any]:
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise MissingExtraError(
+            "Grading maths needs math-verify: pip install 'stepflow-tl[maths]', or use the grader 'exact'."
+        ) from error
+    return parse, verify
+
+
+_FIELDS: dict[str, FieldKind] = {"question": "text", "answer": "text"}
+register_grader(Grader("exact", _FIELDS, exact))
+register_grader(Grader("maths", _FIELDS, maths, ready=_math_verify))
+register_grader(Grader("steps", _FIELDS, steps))

@@ -14,11 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stepflow_tl.evaluation.conditions import PLAIN
+from stepflow_tl.evaluation.evaluation import PLAIN, Evaluation, evaluate
 from stepflow_tl.evaluation.generation import Decoding
-from stepflow_tl.evaluation.graders import Grader, exact
-from stepflow_tl.evaluation.questions import Question
-from stepflow_tl.evaluation.run import Evaluation, evaluate
+from stepflow_tl.evaluation.graders import exact
+from stepflow_tl.evaluation.grading import Grade, Grader, Question
 from stepflow_tl.stepflow.flow import StepFlow
 
 
@@ -45,7 +44,7 @@ def grid(base: StepFlow | None = None, **choices: Sequence[Any]) -> list[StepFlo
         **choices: Values to try, by argument of StepFlow.
 
     Raises:
-        TypeError: If a choice is no argument of StepFlow.
+        TypeError: If StepFlow has no argument of that name.
     """
     base = StepFlow() if base is None else base
     return [
@@ -81,7 +80,8 @@ def search(
     *,
     validation_part: float = 0.3,
     decoding: Decoding | None = None,
-    grader: Grader = exact,
+    grader: Grader | Grade | str = exact,
+    allow_code_execution: bool = False,
     format: Any = "auto",
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -92,12 +92,13 @@ def search(
         model: A TransformerLens model with a tokenizer.
         questions: All questions.
         candidates: What to choose from; see `grid`.
-        validation_part: Part of the questions to choose on.
+        validation_part: Share of the questions to choose on.
         decoding: How to decode.
-        grader: Says whether an answer is right.
+        grader: Says whether an answer is right, as in `evaluate`.
+        allow_code_execution: As in `evaluate`.
         format: The reasoning format.
         seed: Of the split and the resampling.
-        progress: Told a line when a candidate is done.
+        progress: Called with one line of text when a candidate is done.
 
     Raises:
         ValueError: If there is no candidate, or too few questions.
@@ -106,7 +107,12 @@ def search(
         raise ValueError("no candidates: expected at least one StepFlow, see grid()")
     validation, test = split(questions, validation_part, seed)
     shared: dict[str, Any] = dict(
-        decoding=decoding, grader=grader, format=format, seed=seed, progress=progress
+        decoding=decoding,
+        grader=grader,
+        allow_code_execution=allow_code_execution,
+        format=format,
+        seed=seed,
+        progress=progress,
     )
     tried = evaluate(model, validation, conditions={repr(flow): flow for flow in candidates}, **shared)
     scores = tuple((flow, tried.accuracy(repr(flow))) for flow in candidates)

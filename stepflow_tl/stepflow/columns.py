@@ -91,6 +91,10 @@ class LabelTable:
         self.n_columns = n_columns
         self.template_from[self.template_from >= n_columns] = NEVER
 
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order."""
+        self._data, self.n_rows = self._data[:, list(rows)], len(rows)
+
     def label_at(self, column: int) -> tuple[np.ndarray, np.ndarray]:
         """Segment and step of every row's query at `column`, as known then."""
         is_template = self.template_from[:, column] <= column
@@ -114,6 +118,12 @@ class ValueStore:
             first, chunk = chunks[-1]
             chunks[-1] = (first, chunk[:, : start - first])
         chunks.append((start, values))
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order; what a layer holds becomes one tensor."""
+        for layer, chunks in self._chunks.items():
+            held = torch.cat([chunk for _, chunk in chunks], dim=1)
+            self._chunks[layer] = [(chunks[0][0], held[list(rows)])]
 
     def gather(
         self, layer: int, row: int, columns: Int[np.ndarray, " pos"]

@@ -95,13 +95,13 @@ def momentum_hook(
     for injection in injections:
         mean = state.values.gather(layer, injection.row, injection.columns).mean(0)
         if placebo_seed is not None:
-            mean = random_direction_like(mean, placebo_seed, layer, injection.row, injection.position)
+            row = state.row_ids[injection.row]
+            mean = random_direction_like(mean, placebo_seed, layer, row, injection.position)
         moved.append(alpha * expand_heads(mean, n_heads, dim=0))
     added = torch.stack(moved).to(device=z.device, dtype=z.dtype)
     if heads is not None:
         added = added.masked_fill(~head_mask(heads, n_heads, z.device), 0)
     if report is not None:
         report.of(layer).add_injections(added)
-    rows = torch.tensor([injection.row for injection in injections], device=z.device)
-    queries = torch.tensor([injection.query for injection in injections], device=z.device)
-    return z.index_put((rows, queries), added, accumulate=True)
+    places = torch.tensor([(injection.row, injection.query) for injection in injections], device=z.device)
+    return z.index_put(places.unbind(1), added, accumulate=True)

@@ -21,7 +21,7 @@ that many.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -81,7 +81,7 @@ class TokenStream:
 
     def __init__(self, new_tracker: Callable[[], TokenTracker]) -> None:
         """A stream that has seen nothing; `new_tracker` makes the tracker of one sequence."""
-        self._new_tracker = new_tracker
+        self._new_tracker, self._names = new_tracker, []
         self.state = FlowState(LabelTable(0), Pass(0, 0))
         self._start(0)
 
@@ -91,12 +91,7 @@ class TokenStream:
         return self._ids[:, : self._labels.n_columns]
 
     def advance(self, ids: np.ndarray, n_past: int, is_padding: np.ndarray) -> None:
-        """Move the state to the next pass.
-
-        Args:
-            ids: Token ids of the pass, `[row, query]`.
-            n_past: Tokens that the cache held before it.
-            is_padding: Which of `ids` are padding, `[row, query]`.
+        """Move the state to the next pass: `ids` `[row, query]` and their padding, after `n_past` tokens.
 
         Raises:
             ModelError: If the cache holds tokens that this stream never saw.
@@ -121,19 +116,30 @@ class TokenStream:
         padding = np.cumprod(self._is_padding[:, : self._labels.n_columns], axis=1).sum(1).tolist()
         self.state.begin(self._labels, Pass(n_past, n_new), padding)
 
+    def name_rows(self, names: Sequence[int]) -> None:
+        """What the rows of the sequences to come are called, for the controls' random draws."""
+        self._names = list(names)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order: the others have left the batch, and the cache."""
+        if self._rows:
+            self._labels.keep_rows(rows)
+            self.state.values.keep_rows(rows)
+            self.state.row_ids = [self.state.row_ids[row] for row in rows]
+            self._rows = [self._rows[row] for row in rows]
+            self._ids, self._is_padding = self._ids[list(rows)], self._is_padding[list(rows)]
+
     def _start(self, n_rows: int) -> None:
+        self.state.row_ids = self._names if len(self._names) == n_rows else list(range(n_rows))
         self._labels = LabelTable(n_rows)
         self._rows = [_Row(self._new_tracker()) for _ in range(n_rows)]
         self._ids = np.empty((n_rows, 0), dtype=np.int64)
         self._is_padding = np.empty((n_rows, 0), dtype=bool)
 
     def _repeats(self, ids: np.ndarray, is_padding: np.ndarray) -> bool:
-        same = slice(0, ids.shape[1])
-        return (
-            ids.shape[0] == self._labels.n_rows
-            and np.array_equal(ids, self._ids[:, same])
-            and np.array_equal(is_padding, self._is_padding[:, same])
-        )
+        known = slice(0, ids.shape[1])
+        pairs = ((ids, self._ids[:, known]), (is_padding, self._is_padding[:, known]))
+        return ids.shape[0] == self._labels.n_rows and all(np.array_equal(*pair) for pair in pairs)
 
     def _crop(self, n_columns: int) -> None:
         self._labels.crop(n_columns)

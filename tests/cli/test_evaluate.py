@@ -3,20 +3,18 @@
 import json
 
 import pytest
+import torch
+from transformer_lens.model_bridge import TransformerBridge
 
+from stepflow_tl.cli import evaluate
 from stepflow_tl.cli import main as command
+from stepflow_tl.testbed.model import new_model
+from stepflow_tl.testbed.vocabulary import build_tokenizer
 
 
 @pytest.fixture
 def untrained(monkeypatch):
     """The testbed model's shape, untrained, in place of the shipped one."""
-    import torch
-    from transformer_lens.model_bridge import TransformerBridge
-
-    from stepflow_tl.cli import evaluate
-    from stepflow_tl.testbed.model import new_model
-    from stepflow_tl.testbed.vocabulary import build_tokenizer
-
     tokenizer = build_tokenizer()
     tokenizer.init_kwargs.update(add_bos_token=True, name_or_path="testbed")
     torch.manual_seed(0)
@@ -62,6 +60,8 @@ def test_a_file_of_questions_is_evaluated(untrained, tmp_path, capsys):
             ["nothing.jsonl", "--grader", "steps"],
             "--grader steps: the right steps are known for 'testbed' alone",
         ),
+        (["nothing.jsonl", "--grader", "code"], "cannot read nothing.jsonl"),
+        (["testbed", "--grader", "choice"], "--grader choice: 'testbed' has no such questions"),
         (["testbed", "--conditions", "magic"], "--conditions: magic; known are plain, bridge"),
         (["testbed", "--samples", "3"], "3 samples of greedy decoding"),
         (["testbed", "--tau-max", "2"], "tau_max"),
@@ -71,3 +71,11 @@ def test_a_file_of_questions_is_evaluated(untrained, tmp_path, capsys):
 def test_what_cannot_be_done_is_one_line_and_code_2(arguments, said, capsys):
     assert command.main(["evaluate", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_code_is_not_run_without_leave(tmp_path, capsys, untrained):
+    path = tmp_path / "q.jsonl"
+    line = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(c):\n    assert c(1)"}
+    path.write_text(json.dumps(line))
+    assert command.main(["evaluate", str(path), "--grader", "code", "--model", "testbed"]) == 2
+    assert "--allow-code-execution" in capsys.readouterr().err

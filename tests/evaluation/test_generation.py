@@ -1,7 +1,17 @@
 """Answers: the same for every batch size, paired under sampling, cut into thinking and summary."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+
+from stepflow_tl import ReasoningTrace, StepFlow
+from stepflow_tl.evaluation import Decoding, generation, write_answers
+from stepflow_tl.evaluation.generation import _answer, _batches, _choose, _Row, end_tokens
+from stepflow_tl.models import cached_rows
+from stepflow_tl.testbed import ProblemSpec, make_problems
+from stepflow_tl.testbed.vocabulary import prompt_of
+from stepflow_tl.trace.formats.chat_template import detect_format
 
 
 def greedy_by_hand(model, prompt, n_new):
@@ -17,9 +27,6 @@ def greedy_by_hand(model, prompt, n_new):
 
 
 def test_batched_answers_equal_greedy_decoding_by_hand(model, questions):
-    from stepflow_tl.evaluation import Decoding, write_answers
-    from stepflow_tl.testbed.vocabulary import prompt_of
-
     texts = [question.text for question in questions]
     for size in (1, 4, 100):
         answers, seconds = write_answers(model, texts, None, Decoding(max_new_tokens=12, batch_size=size))
@@ -31,9 +38,6 @@ def test_batched_answers_equal_greedy_decoding_by_hand(model, questions):
 
 
 def test_answers_under_a_flow_equal_one_pass_over_them(model, questions):
-    from stepflow_tl import ReasoningTrace, StepFlow
-    from stepflow_tl.evaluation import Decoding, write_answers
-
     flow = StepFlow(tau_max=0.6, alpha=0.9)
     texts = [question.text for question in questions]
     plain, _ = write_answers(model, texts, None, Decoding(max_new_tokens=16, batch_size=5))
@@ -50,14 +54,11 @@ def test_answers_under_a_flow_equal_one_pass_over_them(model, questions):
 
 
 def test_samples_share_their_random_numbers_over_conditions(model, questions):
-    from stepflow_tl import StepFlow
-    from stepflow_tl.evaluation import Decoding, write_answers
-
     texts = [question.text for question in questions]
     decoding = Decoding(max_new_tokens=10, temperature=1.0, n_samples=3, batch_size=7, seed=5)
     first, _ = write_answers(model, texts, None, decoding)
     again, _ = write_answers(model, texts, None, decoding)
-    off, _ = write_answers(model, texts, StepFlow(tau_max=0, alpha=1e-9), decoding)
+    off, _ = write_answers(model, texts, StepFlow(tau_max=0.0, alpha=1e-9), decoding)
     other, _ = write_answers(
         model, texts, None, Decoding(max_new_tokens=10, temperature=1.0, n_samples=3, batch_size=7, seed=6)
     )
@@ -68,19 +69,12 @@ def test_samples_share_their_random_numbers_over_conditions(model, questions):
 
 
 def test_the_callers_random_state_is_left_alone(model, questions):
-    from stepflow_tl.evaluation import Decoding, write_answers
-
     before = torch.random.get_rng_state()
     write_answers(model, [questions[0].text], None, Decoding(max_new_tokens=3, temperature=0.7))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_written_tokens_are_cut_by_the_formats_markers(model):
-    from stepflow_tl.evaluation.generation import _answer
-    from stepflow_tl.testbed import ProblemSpec, make_problems
-    from stepflow_tl.testbed.vocabulary import prompt_of
-    from stepflow_tl.trace.formats.chat_template import detect_format
-
     (problem,) = make_problems(ProblemSpec(n_steps=3), 1, seed=0)
     tokenizer = model.tokenizer
     prompt = tokenizer(prompt_of(problem, tokenizer)).input_ids
@@ -92,7 +86,9 @@ def test_written_tokens_are_cut_by_the_formats_markers(model):
         "nothing": "",
     }
     found = {
-        name: _answer(tokenizer, detect_format(tokenizer), prompt, tokenizer(text).input_ids)
+        name: _answer(
+            tokenizer, detect_format(tokenizer), prompt, tokenizer(text).input_ids, end_tokens(model)
+        )
         for name, text in texts.items()
     }
     assert found["whole"].thinking == problem.thinking + "\n" and found["whole"].finished
@@ -107,13 +103,104 @@ def test_written_tokens_are_cut_by_the_formats_markers(model):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"n_samples": 0}, "n_samples is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"temperature": -1}, "temperature is -1"),
-        ({"top_p": 0}, "top_p 0"),
+        ({"batch_tokens": 0}, "batch_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"top_p": 0.0}, "top_p 0"),
         ({"n_samples": 2}, "2 samples of greedy decoding"),
     ],
 )
 def test_decoding_without_a_meaning_is_refused(options, message):
-    from stepflow_tl.evaluation import Decoding
-
     with pytest.raises(ValueError, match=message):
         Decoding(**options)
+
+
+@pytest.fixture
+def ends_often(model, monkeypatch):
+    """Rows that end at different times: a ninth of the vocabulary ends a turn. Counts the rows dropped."""
+    ends = frozenset(range(0, int(model.cfg.d_vocab), 9))
+    monkeypatch.setattr(generation, "end_tokens", lambda model: ends)
+    dropped, keep = [], cached_rows._TransformersRows.keep
+
+    def counted(self, rows):
+        dropped.append(len(self._mask) - len(rows))
+        keep(self, rows)
+
+    monkeypatch.setattr(cached_rows._TransformersRows, "keep", counted)
+    return ends, dropped
+
+
+FLOWS = [None, StepFlow(tau_max=0.6, alpha=0.9), StepFlow(tau_max=0.6, alpha=0.9, placebo="both")]
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=["plain", "StepFlow", "its control"])
+def test_a_row_that_leaves_its_batch_changes_no_other(model, questions, ends_often, flow):
+    texts = [question.text for question in questions]
+    alone, _ = write_answers(model, texts, flow, Decoding(max_new_tokens=25, batch_size=1))
+    assert not ends_often[1]
+    together, _ = write_answers(model, texts, flow, Decoding(max_new_tokens=25, batch_size=100))
+    assert together == alone
+    lengths = {answer.n_new for (answer,) in together}
+    assert len(lengths) > 2 and sum(ends_often[1]) > 2
+    assert all(a.finished == (a.tokens[-1] in ends_often[0]) for (a,) in together)
+    if flow is not None:
+        plain, _ = write_answers(model, texts, None, Decoding(max_new_tokens=25, batch_size=100))
+        assert plain != together
+
+
+@pytest.mark.parametrize("flow", FLOWS[:2], ids=["plain", "StepFlow"])
+def test_greedy_answers_are_those_of_transformers_own_generate(model, questions, flow):
+    """The oracle: `generate` of the model inside the bridge, one batch, padded on the left."""
+    texts, end = [question.text for question in questions], model.tokenizer.eos_token_id
+    answers, _ = write_answers(model, texts, flow, Decoding(max_new_tokens=20, batch_size=100))
+    prompts = [list(answer.tokens[: len(answer.tokens) - answer.n_new]) for (answer,) in answers]
+    longest = max(map(len, prompts))
+    batch = torch.tensor([[end] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    on = nullcontext() if flow is None else flow.generating(model)
+    with on:
+        whole = model.original_model.generate(
+            batch, attention_mask=mask, pad_token_id=end, max_new_tokens=20, do_sample=False
+        )
+    for (answer,), row in zip(answers, whole[:, longest:].tolist(), strict=True):
+        row = row[: row.index(end) + 1] if end in row else row
+        assert list(answer.tokens[-answer.n_new :]) == row
+
+
+def test_a_sample_depends_on_its_question_and_number_alone(model, questions, ends_often):
+    texts = [question.text for question in questions]
+    options = {"max_new_tokens": 12, "temperature": 1.0, "n_samples": 2, "seed": 3}
+    together, _ = write_answers(model, texts, None, Decoding(**options, batch_size=100))
+    few, _ = write_answers(model, texts, None, Decoding(**options, batch_size=3))
+    backwards, _ = write_answers(model, texts[::-1][:4], None, Decoding(**options, batch_tokens=1))
+    assert together == few and together[::-1][:4] == backwards
+    assert any(first.tokens != second.tokens for first, second in together)
+
+
+def test_tokens_are_drawn_from_the_nucleus_in_their_shares():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[[2, 0, 3, 1]].expand(4000, 4)
+    for top_p, expected in ((1.0, [0.15, 0.5, 0.05, 0.3]), (0.8, [0, 0.625, 0, 0.375]), (0.01, [0, 1, 0, 0])):
+        decoding = Decoding(temperature=1.0, top_p=top_p)
+        counts = _choose(logits, range(4000), 7, decoding).bincount(minlength=4) / 4000
+        assert torch.allclose(counts, torch.tensor(expected, dtype=torch.float32), atol=0.03), counts
+    cold = _choose(logits, range(4000), 7, Decoding(temperature=0.01))
+    assert set(cold.tolist()) == {1} == set(_choose(logits, range(4000), 7, Decoding()).tolist())
+
+
+def test_batches_are_filled_by_tokens_and_by_rows():
+    rows = [_Row(i, [0] * n, 0) for i, n in enumerate([30, 10, 10, 20, 100])]
+
+    def lengths(**options):
+        decoding = Decoding(max_new_tokens=10, **options)
+        return [[len(row.prompt) for row in batch] for batch in _batches(rows, decoding, True)]
+
+    assert lengths() == [[10, 10, 20, 30, 100]]
+    assert lengths(batch_size=2) == [[10, 10], [20, 30], [100]]
+    assert lengths(batch_tokens=90) == [[10, 10, 20], [30], [100]]  # 100 is too long for any, and goes alone
+    assert list(map(len, _batches(rows, Decoding(), False))) == [2, 1, 1, 1]
+
+
+def test_the_ends_of_a_turn_are_the_tokenizers_and_the_models(model, monkeypatch):
+    config = model.original_model.generation_config
+    for told, more in ((None, set()), (3, {3}), ([4, 5], {4, 5})):
+        monkeypatch.setattr(config, "eos_token_id", told)
+        assert end_tokens(model) == more | {model.tokenizer.eos_token_id}

@@ -1,20 +1,30 @@
 """The evaluation as a whole: what it asks, what it counts, and what its table says."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from stepflow_tl import StepFlow
+from stepflow_tl.errors import ProblemError
+from stepflow_tl.evaluation import (
+    Answer,
+    Decoding,
+    evaluate,
+    exact,
+    grid,
+    search,
+    standard_conditions,
+    steps,
+)
+
 
 def short(**options):
-    from stepflow_tl.evaluation import Decoding
-
     return Decoding(**{"max_new_tokens": 8, "batch_size": 5, **options})
 
 
 def test_every_condition_answers_every_question(model, questions):
-    from stepflow_tl.evaluation import evaluate
-
     told = []
     found = evaluate(model, questions, decoding=short(), progress=told.append)
     assert list(found.results) == [
@@ -35,9 +45,6 @@ def test_every_condition_answers_every_question(model, questions):
 
 
 def test_scores_differences_and_tables_follow_the_grader(model, questions):
-    from stepflow_tl import StepFlow
-    from stepflow_tl.evaluation import evaluate
-
     calls = []
 
     def grader(question, answer):
@@ -47,7 +54,7 @@ def test_scores_differences_and_tables_follow_the_grader(model, questions):
     found = evaluate(
         model,
         questions,
-        conditions={"plain": None, "bridge": StepFlow(alpha=0)},
+        conditions={"plain": None, "bridge": StepFlow(alpha=0.0)},
         decoding=short(),
         grader=grader,
     )
@@ -65,8 +72,6 @@ def test_scores_differences_and_tables_follow_the_grader(model, questions):
 
 
 def test_several_samples_score_their_mean(model, questions):
-    from stepflow_tl.evaluation import evaluate
-
     found = evaluate(
         model,
         questions[:4],
@@ -80,22 +85,17 @@ def test_several_samples_score_their_mean(model, questions):
 
 
 def test_nothing_to_ask_is_refused(model, questions):
-    from stepflow_tl.evaluation import evaluate, standard_conditions
-
     with pytest.raises(ValueError, match="no questions"):
         evaluate(model, [])
     with pytest.raises(ValueError, match="no conditions"):
         evaluate(model, questions, conditions={})
-    from stepflow_tl import StepFlow
 
     with pytest.raises(ValueError, match="both halves on"):
-        standard_conditions(StepFlow(alpha=0))
+        standard_conditions(StepFlow(alpha=0.0))
 
 
 def test_search_chooses_on_validation_and_reports_on_test_questions(model, questions):
-    from stepflow_tl.evaluation import grid, search
-
-    candidates = grid(tau_max=[0.1, 0.3], alpha=[0, 0.5])
+    candidates = grid(tau_max=[0.1, 0.3], alpha=[0.0, 0.5])
     assert [(c.tau_max, c.alpha) for c in candidates] == [(0.1, 0), (0.1, 0.5), (0.3, 0), (0.3, 0.5)]
     asked = []
 
@@ -118,8 +118,6 @@ def test_search_chooses_on_validation_and_reports_on_test_questions(model, quest
 
 
 def test_regrading_counts_the_same_answers_anew(model, questions):
-    from stepflow_tl.evaluation import evaluate
-
     found = evaluate(model, questions, conditions={"plain": None}, decoding=short())
     again = found.regraded(lambda question, answer: question.id.endswith("0"))
     assert again.accuracy("plain") == pytest.approx(1 / 9) and found.accuracy("plain") != again.accuracy(
@@ -130,12 +128,6 @@ def test_regrading_counts_the_same_answers_anew(model, questions):
 
 
 def test_the_grader_of_steps_wants_every_step_right(questions):
-    from dataclasses import replace
-
-    from stepflow_tl.errors import ProblemError
-    from stepflow_tl.evaluation import Answer
-    from stepflow_tl.evaluation.graders import exact, steps
-
     question = questions[0]
     right = Answer((), question.problem.thinking, f"\n\n{question.answer}", 1, True)
     assert steps(question, right) and exact(question, right)

@@ -1,34 +1,70 @@
 """`evaluate`: the same questions under several conditions, and what of the differences could be chance.
 
-1. Every condition answers every question with the same batches, seeds and decoding (`generation`).
-2. A grader says which answers are right; a question's score is the part of its answers that are.
-3. Each condition is compared with the plain model and with its control, question by question (`paired`);
-   p-values are corrected for the number of comparisons of each kind (Holm).
+1. The conditions are the plain model, StepFlow, each half of it, and a control of equal size for each. A
+   difference to the plain model says that something changed; only a difference to the control says that it
+   was the bridge's region or the momentum's direction that changed it.
+2. Every condition answers every question with the same batches, seeds and decoding (`generation`).
+3. A grader says which answers are right; a question's score is the share of its answers that are.
+4. Each condition is compared with the plain model and with its control, question by question
+   (`statistics.paired`); p-values are corrected for the number of comparisons of each kind (Holm).
 
-Cost: one generation of all answers a condition. Nothing of a condition stays on the model.
+Cost: all answers are generated once per condition. Nothing of a condition stays on the model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from stepflow_tl.evaluation.conditions import PLAIN, controls, standard_conditions
 from stepflow_tl.evaluation.generation import Answer, Decoding, write_answers
-from stepflow_tl.evaluation.graders import Grader, exact
-from stepflow_tl.evaluation.questions import Question
+from stepflow_tl.evaluation.graders import exact
+from stepflow_tl.evaluation.grading import Grade, Grader, Question, Verdict, graded, prepared
 from stepflow_tl.results.tables import probability, text_table
 from stepflow_tl.statistics.effects import corrected
 from stepflow_tl.statistics.paired import PairedDifference, paired_difference
 from stepflow_tl.stepflow.flow import StepFlow
 
+PLAIN = "plain"
+_CONTROL_OF = {"bridge": "bridge control", "momentum": "momentum control", "StepFlow": "StepFlow control"}
 #: In place of a difference and its interval, where every question has the same score under both conditions.
 _SAME = ("no answer", "differs", "")
+
+
+def standard_conditions(flow: StepFlow | None = None) -> dict[str, StepFlow | None]:
+    """The seven conditions around one StepFlow, the paper's by default.
+
+    Args:
+        flow: Strengths, bands and the rest, with both halves on.
+
+    Returns:
+        By name: None for the plain model, else what is put on it.
+
+    Raises:
+        ValueError: If a half of `flow` is off, or it is a control itself.
+    """
+    flow = StepFlow() if flow is None else flow
+    if not flow.tau_max or not flow.alpha or flow.placebo is not None:
+        raise ValueError(f"{flow!r}: expected both halves on and placebo=None; the halves are made from it")
+    return {
+        PLAIN: None,
+        "bridge": replace(flow, alpha=0.0),
+        "momentum": replace(flow, tau_max=0.0),
+        "StepFlow": flow,
+        "bridge control": replace(flow, alpha=0.0, placebo="bridge"),
+        "momentum control": replace(flow, tau_max=0.0, placebo="momentum"),
+        "StepFlow control": replace(flow, placebo="both"),
+    }
+
+
+def controls(names: Iterable[str]) -> dict[str, str]:
+    """The control of each of these conditions that has one among them."""
+    present = set(names)
+    return {name: control for name, control in _CONTROL_OF.items() if {name, control} <= present}
 
 
 @dataclass(frozen=True)
@@ -38,18 +74,23 @@ class ConditionResult:
     Attributes:
         flow: What was on the model; None for nothing.
         answers: `answers[question][sample]`.
-        right: Whether each is right, `right[question][sample]`.
+        verdicts: Whether each is right, and why not, `verdicts[question][sample]`.
         seconds: Time of generation.
     """
 
     flow: StepFlow | None
     answers: tuple[tuple[Answer, ...], ...]
-    right: tuple[tuple[bool, ...], ...]
+    verdicts: tuple[tuple[Verdict, ...], ...]
     seconds: float
 
     @property
+    def right(self) -> tuple[tuple[bool, ...], ...]:
+        """Whether each answer is right, `right[question][sample]`."""
+        return tuple(tuple(map(bool, samples)) for samples in self.verdicts)
+
+    @property
     def scores(self) -> Float[np.ndarray, " question"]:
-        """Part of right answers to each question."""
+        """Share of right answers to each question."""
         return np.array([np.mean(samples) for samples in self.right])
 
     @property
@@ -59,7 +100,7 @@ class ConditionResult:
 
     @property
     def unfinished(self) -> float:
-        """Part of the answers that the token limit cut off."""
+        """Share of the answers that the token limit cut off."""
         ended = [answer.finished for samples in self.answers for answer in samples]
         return 1 - sum(ended) / len(ended)
 
@@ -81,17 +122,25 @@ class Evaluation:
     seed: int = 0
 
     def accuracy(self, condition: str, difficulty: str | None = None) -> float:
-        """Part of right answers of `condition`, over all questions or those of one `difficulty`."""
+        """Share of right answers of `condition`, over all questions or those of one `difficulty`."""
         scores = self.results[condition].scores
-        chosen = [difficulty in (None, question.difficulty) for question in self.questions]
-        return float(scores[chosen].mean())
+        return float(scores[self._of(difficulty)].mean())
 
-    def regraded(self, grader: Grader) -> Evaluation:
-        """The same answers, counted by another `grader`."""
+    def regraded(self, grader: Grader | Grade | str, *, allow_code_execution: bool = False) -> Evaluation:
+        """The same answers, counted by another grader.
+
+        Args:
+            grader: As in `evaluate`.
+            allow_code_execution: As in `evaluate`.
+
+        Raises:
+            StepflowError: If the grader cannot work: see `grading.prepared`.
+        """
+        grade = prepared(grader, self.questions, allow_code_execution=allow_code_execution)
         return replace(
             self,
             results={
-                name: replace(result, right=graded(self.questions, result.answers, grader))
+                name: replace(result, verdicts=graded(self.questions, result.answers, grade))
                 for name, result in self.results.items()
             },
         )
@@ -101,8 +150,7 @@ class Evaluation:
 
         Its p-value is not corrected.
         """
-        chosen = [difficulty in (None, question.difficulty) for question in self.questions]
-        scores = [self.results[name].scores[chosen] for name in (condition, against)]
+        scores = [self.results[name].scores[self._of(difficulty)] for name in (condition, against)]
         return paired_difference(*scores, binary=self.decoding.n_samples == 1, seed=self.seed)
 
     @property
@@ -146,6 +194,10 @@ class Evaluation:
             differences=differences,
         )
         return json.dumps(found, indent=1)
+
+    def _of(self, difficulty: str | None) -> list[bool]:
+        """Which questions are of this difficulty; None chooses all."""
+        return [difficulty in (None, question.difficulty) for question in self.questions]
 
     def _others(self) -> list[str]:
         return [name for name in self.results if name != PLAIN]
@@ -208,7 +260,8 @@ def evaluate(
     *,
     conditions: Mapping[str, StepFlow | None] | None = None,
     decoding: Decoding | None = None,
-    grader: Grader = exact,
+    grader: Grader | Grade | str = exact,
+    allow_code_execution: bool = False,
     format: Any = "auto",
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -221,37 +274,31 @@ def evaluate(
         conditions: By name: None for the plain model, or the StepFlow to put on it. Default: the paper's
             StepFlow, its halves, a control of each, and the plain model.
         decoding: How to decode; greedy by default.
-        grader: Says whether an answer is right.
+        grader: Says whether an answer is right: a registered grader or its name, or any function
+            `(question, answer) -> bool`.
+        allow_code_execution: Lets the grader "code" execute what the model writes, in a sandbox.
         format: The reasoning format.
         seed: Of the resampling; `decoding` has the seed of the sampling.
-        progress: Told a line when a condition is done.
+        progress: Called with one line of text when a condition is done.
 
     Raises:
         ValueError: If there is no question or no condition.
         ModelError: If the model cannot be asked, or a condition does not fit it.
+        StepflowError: If the grader cannot work: see `grading.prepared`. Nothing is asked then.
     """
     if not questions:
         raise ValueError("no questions: expected at least one")
     conditions = standard_conditions() if conditions is None else conditions
     if not conditions:
         raise ValueError("no conditions: expected at least one, such as {'plain': None}")
+    grade = prepared(grader, questions, allow_code_execution=allow_code_execution)
     decoding = Decoding() if decoding is None else decoding
     results: dict[str, ConditionResult] = {}
     for name, flow in conditions.items():
         texts = [question.text for question in questions]
         answers, seconds = write_answers(model, texts, flow, decoding, format=format)
-        right = graded(questions, answers, grader)
-        results[name] = ConditionResult(flow, tuple(map(tuple, answers)), right, seconds)
+        verdicts = graded(questions, answers, grade)
+        results[name] = ConditionResult(flow, tuple(map(tuple, answers)), verdicts, seconds)
         if progress is not None:
             progress(f"{name}: {results[name].scores.mean():.4f} right, {seconds:.0f} s")
     return Evaluation(tuple(questions), decoding, results, seed)
-
-
-def graded(
-    questions: Sequence[Question], answers: Sequence[Sequence[Answer]], grader: Grader
-) -> tuple[tuple[bool, ...], ...]:
-    """Whether each answer to each question is right."""
-    return tuple(
-        tuple(bool(grader(question, answer)) for answer in samples)
-        for question, samples in zip(questions, answers, strict=True)
-    )

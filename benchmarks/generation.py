@@ -1,0 +1,121 @@
+"""Answers from batches whose rows leave when they have ended, against transformers' `generate`.
+
+    python benchmarks/generation.py                                  # 64 testbed questions, 32 rows
+    python benchmarks/generation.py --model DIR --questions Q.jsonl --limit 100 --dtype bfloat16 --stepflow
+
+1. Both write greedy answers to the same questions in the same batches, in turn, `--repeats` times after a
+   warm-up; the order changes from turn to turn. A time is the median over turns, the ratio the median of
+   turn-wise ratios.
+2. `generate` keeps every row until the last of its batch has ended. Tokens per second count what belongs to
+   the answers, not what is written after an end.
+3. Answers are compared token by token: they may differ only where rounding, which depends on the batch,
+   decides between two tokens. How many differ is reported.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from stepflow_tl import StepFlow
+from stepflow_tl.evaluation import Decoding, questions_of, read_questions
+from stepflow_tl.evaluation.generation import _batches, _name, _prompt, _Row, _write, end_tokens
+from stepflow_tl.models.loading import load_model
+from stepflow_tl.models.passes import model_device
+from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
+from stepflow_tl.trace.formats.chat_template import resolve_format
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="as for stepflow-tl evaluate; the testbed's by default")
+    parser.add_argument("--questions", type=Path, help="JSON lines; testbed questions by default")
+    parser.add_argument("--grader", default="exact", help="says which fields the questions have")
+    parser.add_argument("--limit", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=32, help="of a batch")
+    parser.add_argument("--max-new-tokens", type=int, default=320)
+    parser.add_argument("--stepflow", action="store_true", help="under the paper's StepFlow")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    if options.model is None:
+        model = load_testbed_model(options.device, dtype)
+    else:
+        model = load_model(options.model, device=options.device, dtype=dtype)
+    decoding = Decoding(max_new_tokens=options.max_new_tokens, batch_size=options.rows, batch_tokens=1 << 62)
+    entry = resolve_format(model.tokenizer, "auto")
+    prompts = [_prompt(model.tokenizer, entry, question.text) for question in _questions(options)]
+    rows = [_Row(index, prompt, _name(prompt, 0)) for index, prompt in enumerate(prompts)]
+    batches = list(_batches(rows, decoding, True))
+    flow, ends = StepFlow() if options.stepflow else None, end_tokens(model)
+
+    def run(write) -> tuple[list[list[int]], float]:
+        start, written = time.perf_counter(), []
+        for batch in batches:
+            with nullcontext() if flow is None else flow.generating(model) as followed, torch.no_grad():
+                written += write(model, batch, decoding, ends, followed)
+        return written, time.perf_counter() - start
+
+    ways, times = {"rows leave": _write, "generate": _generate}, {"rows leave": [], "generate": []}
+    answers = {name: run(way)[0] for name, way in ways.items()}  # warm-up
+    for turn in range(options.repeats):
+        for name in list(ways)[:: 1 if turn % 2 else -1]:
+            times[name].append(run(ways[name])[1])
+    n_tokens = sum(map(len, answers["rows leave"]))
+    ratios = [old / new for new, old in zip(times["rows leave"], times["generate"], strict=True)]
+    found = {
+        "answers": len(rows),
+        "tokens": n_tokens,
+        "longest": max(map(len, answers["rows leave"])),
+        "tokens_per_second": {name: n_tokens / statistics.median(spent) for name, spent in times.items()},
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "answers_that_differ": sum(a != b for a, b in zip(*answers.values(), strict=True)),
+        "device": str(model_device(model)),
+    }
+    print(json.dumps(found, indent=1))
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+def _questions(options):
+    if options.questions is not None:
+        return read_questions(options.questions, options.grader)[: options.limit]
+    lengths = [2 + 2 * (i % 8) for i in range(options.limit)]  # answers of very different lengths
+    return questions_of(make_problems(ProblemSpec(n_steps=n), 1, seed=i)[0] for i, n in enumerate(lengths))
+
+
+def _generate(model, batch, decoding, ends, followed):
+    """The same batch through transformers' own decoding."""
+    longest, device = max(len(row.prompt) for row in batch), model_device(model)
+    pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else min(ends)
+    padded = [[pad] * (longest - len(row.prompt)) + row.prompt for row in batch]
+    mask = [[0] * (longest - len(row.prompt)) + [1] * len(row.prompt) for row in batch]
+    out = model.original_model.generate(
+        torch.tensor(padded, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        eos_token_id=sorted(ends),
+        pad_token_id=pad,
+    )
+    written = []
+    for row in out[:, longest:].tolist():
+        end = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
+        written.append(row[: end + 1])
+    return written
+
+
+if __name__ == "__main__":
+    main()
