@@ -16,5 +16,4 @@ from stepflow_tl.diagnosis.layer_metrics import LAYER_METRICS as LAYER_METRICS
 from stepflow_tl.diagnosis.layer_metrics import Band as Band
 from stepflow_tl.diagnosis.layer_metrics import LayerMetric as LayerMetric
 from stepflow_tl.diagnosis.shares import row_shares as row_shares
-from stepflow_tl.diagnosis.shares import step_segments as step_segments
 from stepflow_tl.statistics.effects import Effect as Effect

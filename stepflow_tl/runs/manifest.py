@@ -31,10 +31,10 @@ from typing import Any
 from stepflow_tl.causal.agreement import MEASURES, TraceAgreement
 from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis
 from stepflow_tl.errors import ResultFileError
-from stepflow_tl.results.files import whole_numbers
 from stepflow_tl.results.journal import Journal, JournalKind, check_settings, read_journal
 from stepflow_tl.results.plain_data import check_numbers, count, number, text, text_or_none
 from stepflow_tl.runs.options import Shard
+from stepflow_tl.trace.steps import whole_numbers
 
 SCHEMA_VERSION = 1
 

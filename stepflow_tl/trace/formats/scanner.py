@@ -92,11 +92,7 @@ def _first_characters(entry: ReasoningFormat) -> frozenset[str]:
 
 
 class FormatScanner(Scanner):
-    """Finite-state machine over the markers of one `ReasoningFormat`.
-
-    Args:
-        entry: The format to follow.
-    """
+    """Finite-state machine over the markers of one `ReasoningFormat`."""
 
     def __init__(self, entry: ReasoningFormat) -> None:
         """Start before any turn."""
@@ -137,17 +133,19 @@ class FormatScanner(Scanner):
         released: list[Released] = []
         self._held += char
         while self._held:
-            if self._continues(self._held):
-                action = self._complete(self._held)
-                if action is not None:
-                    if action == _ANSWER_TEXT:
-                        self._apply(action)
+            missing = self._missing()
+            if missing:
+                complete = [action for rest, action in missing if not rest]
+                if complete and self.held:
+                    if complete[0] == _ANSWER_TEXT:
+                        self._apply(complete[0])
                         released += [Released(c, *self.place) for c in self.held]
                     else:
                         released += [Released(c, Segment.TEMPLATE, self._run) for c in self.held]
-                        self._apply(action)
+                        self._apply(complete[0])
                     self._spent = len(self._held)
-                    if not self._continues(self._held, longer=True):
+                    # Only longer forms of this marker may follow, all of them turn markers or fillers.
+                    if not any(rest for rest, _ in self._missing()):
                         self._held, self._spent = "", 0
                 break
             self._drop_first(released)
@@ -156,11 +154,7 @@ class FormatScanner(Scanner):
     def feed_fragment(self) -> list[Released]:
         """Learn that the next character is not ASCII; return the characters this releases."""
         released: list[Released] = []
-        while self._held and not any(
-            marker.startswith(self._held) and ord(marker[len(self._held)]) > 127
-            for marker, action in _actions(self.entry)
-            if len(marker) > len(self._held) and self._is_active(action)
-        ):
+        while self._held and not any(rest and ord(rest[0]) > 127 for rest, _ in self._missing()):
             self._drop_first(released)
         return released
 
@@ -180,19 +174,14 @@ class FormatScanner(Scanner):
             self._run_is_empty = self._at_start = False
         released.append(Released(char, self._segment, self._run))
 
-    def _continues(self, text: str, longer: bool = False) -> bool:
-        # After a shorter marker was applied only its longer forms may follow, all of them turn markers or
-        # fillers.
-        return any(
-            marker.startswith(text) and (not longer or len(marker) > len(text)) and self._is_active(action)
+    def _missing(self) -> list[tuple[str, int]]:
+        """What the held text lacks of each active marker that begins with it, and the marker's action."""
+        held = self._held
+        return [
+            (marker[len(held) :], action)
             for marker, action in _actions(self.entry)
-        )
-
-    def _complete(self, text: str) -> int | None:
-        for marker, action in _actions(self.entry):
-            if marker == text and len(text) > self._spent and self._is_active(action):
-                return action
-        return None
+            if marker.startswith(held) and self._is_active(action)
+        ]
 
     def _is_active(self, action: int) -> bool:
         if action == _CONTENT:
