@@ -4,8 +4,8 @@
     python benchmarks/chaos.py --engine ray --kills 10        # each time one of two replicas is killed
     python benchmarks/chaos.py --task answers --questions 200 # the same for `evaluate`, under two conditions
 
-1. `--traces` problems of the testbed become a file of JSON lines; with `--task answers`, `--questions` of them
-   are what is asked.
+1. `--traces` problems of the testbed become a file of JSON lines; with `--task answers`, these are what is
+   asked.
 2. One run goes through undisturbed.
 3. `local`: the run is started, killed with SIGKILL at a random moment, and started again, `--kills` times;
    then it may finish. The moment: one in ten while the model loads, one in ten while earlier results are
@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -49,7 +50,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.child:
         one_run = answer if arguments.task == "answers" else analyze
-        return one_run(*map(Path, arguments.child), arguments.engine)
+        return one_run(Path(arguments.child[0]), Path(arguments.child[1]), arguments.engine)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
@@ -95,13 +96,13 @@ def answer(questions: Path, out: Path, engine: str) -> int:
 
 
 class Says:
-    def begin(self, *facts):
+    def begin(self, *facts: Any, **named: Any):
         print("begin", flush=True)
 
     def note(self, message):
         print("note", message, flush=True)
 
-    def advance(self, *progress):
+    def advance(self, *progress: Any, **named: Any):
         pass
 
 
