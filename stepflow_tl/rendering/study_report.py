@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stepflow_tl.diagnosis import Comparison
 from stepflow_tl.diagnosis.layer_metrics import HEADLINE, headline_name
-from stepflow_tl.evaluation import Evaluation
+from stepflow_tl.evaluation.evaluation import PLAIN
 from stepflow_tl.rendering.depth_chart import Curve, DepthChart
 from stepflow_tl.rendering.document import (
     Block,
@@ -76,7 +76,7 @@ def study_blocks(findings: StudyFindings) -> list[Block]:
         Heading(1, findings.title),
         Heading(2, "In short"),
         Bullets(tuple(in_short(findings))),
-        *_answers(findings.evaluation),
+        *_answers(findings),
         *_right_against_wrong(findings),
         *_what_the_repair_did(findings),
         *_changed(findings),
@@ -84,11 +84,37 @@ def study_blocks(findings: StudyFindings) -> list[Block]:
     ]
 
 
-def _answers(evaluation: Evaluation) -> Iterator[Block]:
+def _answers(findings: StudyFindings) -> Iterator[Block]:
+    evaluation = findings.evaluation
     yield Heading(2, "Answers")
     for title, header, rows, notes in evaluation.tables():
         yield Heading(3, title)
         yield Table(tuple(header), tuple(map(tuple, rows)), tuple(notes))
+    if evaluation.difficulties:
+        yield Heading(3, f"{findings.repair} minus {PLAIN}, by difficulty")
+        yield _by_difficulty(findings)
+
+
+def _by_difficulty(findings: StudyFindings) -> Table:
+    evaluation, repair = findings.evaluation, findings.repair
+    rows = []
+    for level in evaluation.difficulties:
+        found = evaluation.difference(repair, PLAIN, level)
+        rows.append(
+            (
+                level,
+                str(found.n),
+                f"{evaluation.accuracy(PLAIN, level):.3f}",
+                f"{evaluation.accuracy(repair, level):.3f}",
+                f"{found.difference:+.3f}",
+                f"[{found.low:+.3f}, {found.high:+.3f}]" if found.differs else "no answer differs",
+                str(found.gained),
+                str(found.lost),
+                probability(found.p_value) if found.differs else "-",
+            )
+        )
+    header = ("difficulty", "questions", PLAIN, repair, "difference", "95 %", "gained", "lost", "p")
+    return Table(header, tuple(rows), ("Paired within each class; p-values are not corrected.",))
 
 
 def _right_against_wrong(findings: StudyFindings) -> Iterator[Block]:

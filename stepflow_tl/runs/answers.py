@@ -223,13 +223,11 @@ class _Driver:
         self._asked, self._batches, self._journal, self._watcher = asked, batches, journal, watcher
         self.in_memory: list[Answered] = []
         self._total = len(asked.conditions) * sum(map(len, batches))
-        every = (asked.id_of(name, row) for name in asked.conditions for batch in batches for row in batch)
-        self._n_left = self._total - (0 if journal is None else sum(each in journal for each in every))
         self._n_written = self._n_tokens = 0
 
     def run(self, engine: Engine, settings: AnswerSettings) -> Stop:
         """Write every answer that is not there; why it ended early, if it did."""
-        self._watcher.begin(self._total, self._total - self._n_left, settings, engine.replicas)
+        self._watcher.begin(self._total, self._n_done, settings, engine.replicas)
         n_given_up = 0
         try:
             for task, written in engine.results(self._tasks()):
@@ -251,10 +249,14 @@ class _Driver:
     def _tasks(self) -> Iterator[BatchTask]:
         for number, batch in enumerate(self._batches):
             for condition in self._asked.conditions:
-                if self._journal is None or not all(
-                    self._asked.id_of(condition, row) in self._journal for row in batch
-                ):
+                names = (self._asked.id_of(condition, row) for row in batch)
+                if self._journal is None or not all(name in self._journal for name in names):
                     yield BatchTask(condition, number)
+
+    @property
+    def _n_done(self) -> int:
+        """Answers that are there, whoever wrote them: a ledger of these settings holds no others."""
+        return len(self.in_memory if self._journal is None else self._journal)
 
     def _record(self, task: BatchTask, answers: Sequence[Answered]) -> None:
         if self._journal is None:
@@ -263,17 +265,15 @@ class _Driver:
         else:
             new = [answer for answer in answers if answer.id not in self._journal]
             self._journal.append_all([answer.to_json() for answer in new])
-        self._n_left -= len(new)
         self._n_written += len(answers)
         n_tokens = sum(each.answer.n_new for each in answers)
         self._n_tokens += n_tokens
-        left = self._n_left * self._n_tokens / self._n_written if self._n_written else 0.0
         if answers:
+            left = (self._total - self._n_done) * self._n_tokens / self._n_written
             self._watcher.advance(len(new), n_tokens, sum(each.seconds for each in answers), left)
 
     def _say_stopped(self, how: str, what_next: str) -> None:
-        done = self._total - self._n_left
-        self._watcher.note(f"{how}: {done} of {self._total} answers are written; {what_next}")
+        self._watcher.note(f"{how}: {self._n_done} of {self._total} answers are written; {what_next}")
 
 
 def _check(questions: Sequence[Question], conditions: Mapping[str, StepFlow | None]) -> None:

@@ -6,6 +6,7 @@ what stands in the report is what stands on the disk.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -285,9 +286,9 @@ def _contrast(name: str, group: list, other: list, **options: Any) -> Contrast:
 
 
 def _failures(runs: Mapping[str, DatasetReport | None]) -> Iterator[str]:
+    """The traces without a map, counted by reason."""
     for folder, run in runs.items():
-        if run is not None:
-            yield from (
-                f"{problem.id} has no map in {folder}/: {problem.reason}"
-                for problem in run.aggregate.problems
-            )
+        problems = () if run is None else run.aggregate.problems
+        for reason, count in Counter(problem.reason for problem in problems).most_common():
+            ids = [problem.id for problem in problems if problem.reason == reason]
+            yield f"{count} without a map in {folder}/, such as {ids[0]}: {reason}"

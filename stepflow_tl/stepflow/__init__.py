@@ -20,39 +20,26 @@ if TYPE_CHECKING:
     from stepflow_tl.stepflow.state import FlowState as FlowState
 
 _HOME_OF = {
-    "FlowHooks": "stepflow_tl.stepflow.flow",
-    "FlowReport": "stepflow_tl.stepflow.report",
-    "FlowRun": "stepflow_tl.stepflow.flow",
-    "FlowState": "stepflow_tl.stepflow.state",
-    "LayerReport": "stepflow_tl.stepflow.report",
-    "StepFlow": "stepflow_tl.stepflow.flow",
-    "bridge_hook": "stepflow_tl.stepflow.bridge",
-    "bridge_pattern_hook": "stepflow_tl.stepflow.bridge",
-    "capture_values_hook": "stepflow_tl.stepflow.momentum",
-    "momentum_hook": "stepflow_tl.stepflow.momentum",
+    "FlowHooks": "flow",
+    "FlowReport": "report",
+    "FlowRun": "flow",
+    "FlowState": "state",
+    "LayerReport": "report",
+    "StepFlow": "flow",
+    "bridge_hook": "bridge",
+    "bridge_pattern_hook": "bridge",
+    "capture_values_hook": "momentum",
+    "momentum_hook": "momentum",
 }
 
-__all__ = [
-    "FlowHooks",
-    "FlowReport",
-    "FlowRun",
-    "FlowState",
-    "LayerReport",
-    "StepFlow",
-    "bridge_hook",
-    "bridge_pattern_hook",
-    "capture_values_hook",
-    "momentum_hook",
-]
+__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(
-            f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}"
-        )
-    value = getattr(importlib.import_module(home), name)
+    if name not in _HOME_OF:
+        public = ", ".join(__all__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {public}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -479,3 +479,20 @@ def test_answers_are_chosen_grouped_and_paired_on_the_command_line(analyze, tiny
     found = analyze(tmp_path, "--where", "condition=plain", "--group-by", "right", "--pair-by", "question_id")
     assert found.code == 0 and "6 analysed" in found.out and "By right, paired by question_id" in found.out
     assert len(results(out)) == 6
+
+
+def test_matched_pairs_are_written_beside_the_raw_comparison(analyze, write_lines, make_record, out):
+    records = [{**record, "problem_id": None} for record in grouped_records(make_record)]
+    path = write_lines(*records)
+    found = analyze(path, "--group-by", "is_correct", "--match", "steps,tokens")
+    assert found.code == 0 and "matched on thinking steps (within 1) and tokens (within 10 %)" in found.out
+    written = json.loads((out / "comparison.json").read_text())
+    assert written["matching"] is None and written["matched"]["matching"]["n_pairs"] == 4
+    assert (out / "comparison.txt").read_text().count("matched pairs") == 2  # headline and full table
+    longer = [{**record, "thinking": "So.\n\n" * 9} if record["is_correct"] else record for record in records]
+    found = analyze(write_lines(*longer), "--group-by", "is_correct", "--match", "steps", "--overwrite")
+    assert (
+        found.code == 0
+        and "no matched comparison: matching on thinking steps (within 1) leaves 0" in found.out
+    )
+    assert json.loads((out / "comparison.json").read_text())["matched"] is None

@@ -49,7 +49,7 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "the following arguments are required: demo | analyze | evaluate | report"),
+        ([], "the following arguments are required: demo | analyze | evaluate | study | report"),
         (["analyse"], "invalid choice: 'analyse'"),
         (["analyze", "x.jsonl"], "the following arguments are required: --out"),
         (["analyze", "x", "--out", "y", "--layers", "0-"], "expected numbers and ranges such as 0-6,23-29"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from stepflow_tl import ReasoningTrace, StepFlow
-from stepflow_tl.evaluation import Decoding, generation, write_answers
+from stepflow_tl.errors import TraceError
+from stepflow_tl.evaluation import AnswerWriter, Decoding, Prompting, generation, write_answers
 from stepflow_tl.evaluation.generation import Row, _answer, _batches, _choose, end_tokens
 from stepflow_tl.models import cached_rows
 from stepflow_tl.testbed import ProblemSpec, make_problems
@@ -95,6 +96,35 @@ def test_written_tokens_are_cut_by_the_formats_markers(model):
     assert found["whole"].summary == found["no end"].summary == problem.answer
     assert not found["no end"].finished and found["no end"].n_new == found["whole"].n_new - 1
     assert (found["thinking only"].summary, found["nothing"].thinking) == ("", "")
+    # A token that only the model's embedding has: an answer that cannot be read, not the end of the run.
+    beyond = _answer(tokenizer, detect_format(tokenizer), prompt, [len(tokenizer)], end_tokens(model))
+    assert (beyond.thinking, beyond.summary, beyond.n_new) == ("", "", 1)
+
+
+def test_a_writer_plans_every_answer_once_and_writes_any_part_of_a_batch(model, questions):
+    decoding = Decoding(max_new_tokens=6, temperature=1.0, n_samples=2, batch_size=5)
+    texts = [question.text for question in questions]
+    writer = AnswerWriter(model, texts, decoding)
+    rows = [row for batch in writer.batches for row in batch]
+    places = [(row.question, row.sample) for row in rows]
+    assert sorted(places) == [(i, sample) for i in range(len(texts)) for sample in range(2)]
+    assert [len(batch) for batch in writer.batches] == [5, 5, 5, 3]
+    whole, seconds = writer.write(writer.batches[1], None)
+    part, _ = writer.write(writer.batches[1][1:3], None)
+    assert part == whole[1:3] and seconds > 0
+
+
+def test_the_words_around_a_question_are_the_users_and_the_systems(model):
+    prompting = Prompting(prompt="{question} {{x}} {0}")
+    assert prompting.turn("a {question}") == "a {question} {{x}} {0}"
+    for prompt in ("", "question", "{ question }"):
+        with pytest.raises(ValueError, match=r"expected a text with \{question\} in it"):
+            Prompting(prompt=prompt)
+    (row,), *_ = AnswerWriter(model, ["find a"], Decoding(), Prompting(prompt="A = 1\n{question}")).batches
+    (bare,), *_ = AnswerWriter(model, ["A = 1\nfind a"], Decoding()).batches
+    assert row.prompt == bare.prompt
+    with pytest.raises(TraceError, match="Unknown splitter 'chapter'"):
+        AnswerWriter(model, ["find a"], Decoding(), Prompting(splitter="chapter"))
 
 
 @pytest.mark.parametrize(

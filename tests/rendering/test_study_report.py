@@ -6,6 +6,7 @@ import pytest
 from rendered_pages import HOSTILE, elements_of
 from study_findings import CONTROL, PLAIN, REPAIR, make_comparison, make_evaluation, make_findings
 
+from stepflow_tl.rendering.document import Table
 from stepflow_tl.rendering.study_conclusions import Contrast, contrast_in_words, in_short, repair_in_words
 from stepflow_tl.rendering.study_report import study_blocks, write_study_report
 
@@ -131,6 +132,15 @@ def test_each_changed_question_shows_both_answers_and_their_pages(written):
     _, page, _ = written
     assert page.count("Gained: q") == len(HOSTILE)
     assert "pages/q20-StepFlow.html" in page and "plain, wrong: another number" in page
+
+
+def test_differences_are_paired_within_each_difficulty():
+    evaluation = make_evaluation(16, {PLAIN: some, REPAIR: lambda i: i % 2 == 0})
+    blocks = study_blocks(make_findings(evaluation))
+    (table,) = [each for each in blocks if isinstance(each, Table) and each.header[0] == "difficulty"]
+    even, odd = table.rows
+    assert even[:5] == ("even", "8", "0.500", "1.000", "+0.500") and even[6:8] == ("4", "0")
+    assert odd[4:] == ("+0.000", "no answer differs", "0", "0", "-")
 
 
 def test_equal_findings_give_equal_files(written, tmp_path):

@@ -193,6 +193,30 @@ def test_a_full_disk_leaves_whole_lines_only(room, written, monkeypatch):
     assert written.read_bytes().startswith(before)
 
 
+def test_entries_added_together_are_one_write_and_each_is_found(written, monkeypatch):
+    writes, write = [], os.write
+    monkeypatch.setattr(os, "write", lambda file, data: writes.append(data) or write(file, data))
+    journal, _ = open_journal(written)
+    with journal:
+        journal.append_all([entry("c", 3), entry("a", 4), entry("d", 5)])
+        journal.append_all([])
+        assert len(writes) == 2 and writes[0].count(b"\n") == 3 and writes[1] == b""
+        assert [journal.last(name) for name in "abcd"] == [4, 2, 3, 5]
+        assert "d" in journal and "e" not in journal
+        with pytest.raises(ValueError, match="needs a string id"):
+            journal.append_all([entry("e", 6), {"kind": "counted"}])
+    assert len(writes) == 2, "nothing of a list is written if one of it may not be"
+    # A kill in the middle of it leaves whole lines.
+    whole, together = written.read_bytes(), len(writes[0])
+    for left in range(together):
+        written.write_bytes(whole[: len(whole) - together + left])
+        journal, _ = open_journal(written)
+        with journal:
+            held = [journal.last(name) for name in "abcd"]
+        n_whole = writes[0][:left].count(b"\n")
+        assert held == [[1, 2, None, None], [1, 2, 3, None], [4, 2, 3, None]][n_whole]
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ResultFileError, match="cannot open .*nowhere"):
         open_journal(tmp_path / "nowhere" / "list.jsonl")

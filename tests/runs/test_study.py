@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stepflow_tl import StepFlow, StepSaliency, load_testbed_model
-from stepflow_tl.errors import DiskFullError, InputFileError
+from stepflow_tl.errors import DiskFullError, InputFileError, ModelError
 from stepflow_tl.evaluation import Decoding, Prompting, questions_of, standard_conditions
 from stepflow_tl.evaluation.generation import AnswerWriter
 from stepflow_tl.runs import StudyOptions, read_answers, study, study_run, worker
@@ -187,6 +187,22 @@ def test_more_maps_and_pages_add_to_what_is_there(whole, model, questions, copie
     fewer = study(model, questions, folder, options=OPTIONS, **ASKED)
     assert fewer.findings.contrasts[0].comparison.n_traces == (4, 4)
     assert found_in(folder) == found_in(whole.out)
+
+
+def test_traces_without_a_map_are_counted_and_left_out(whole, model, questions, copied, monkeypatch):
+    original, calls = worker.step_saliency, []
+
+    def fail_twice(*args, **options):
+        calls.append(1)
+        if len(calls) <= 2:
+            raise ModelError("this trace is too long")
+        return original(*args, **options)
+
+    monkeypatch.setattr(worker, "step_saliency", fail_twice)
+    found = study(model, questions, copied("answers.jsonl", "repaired"), options=OPTIONS, **ASKED)
+    assert any("without a map in maps/" in each and "too long" in each for each in found.findings.exclusions)
+    assert found.findings.n_flow_traces <= 7
+    assert found.findings.repaired.comparison.pairing.n_pairs == found.findings.n_flow_traces
 
 
 def test_the_shard_that_finishes_last_goes_on(whole, model, questions, tmp_path):
