@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import random
@@ -20,9 +21,35 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from unittest import mock
+
+import torch
+from run_folders import failed, make_run, result
+from tiny_gguf import write_tiny_gguf
+from tiny_models import build_tiny_tokenizer
+
+from stepflow_tl import ReasoningTrace, StepKnockout, StepSaliency, diagnose
+from stepflow_tl.causal.alignment import StepMatch
+from stepflow_tl.causal.patching_result import StepPatching
+from stepflow_tl.cli import main as cli
+from stepflow_tl.diagnosis import Diagnosis
+from stepflow_tl.errors import StepflowError
+from stepflow_tl.evaluation.questions import read_questions
+from stepflow_tl.models.gguf import GgufCheckpoint
+from stepflow_tl.results.result import read_head
+from stepflow_tl.runs.manifest import read_manifests
+from stepflow_tl.runs.outcomes import inside
+from stepflow_tl.runs.plan import FileNames
+from stepflow_tl.runs.records import Record, read_records
+from stepflow_tl.testbed.model import check_files
+from stepflow_tl.trace.formats.scanner import FormatScanner
+from stepflow_tl.trace.formats.table import get_format, known_formats
+from stepflow_tl.trace.splitting import MinimumLength
+from stepflow_tl.trace.splitting.splitters import resolve_splitter
+from stepflow_tl.trace.splitting.tracker import TokenTracker
+from stepflow_tl.trace.steps import WHITE_SPACE
 
 MODEL_TEXT = (
     "<|im_start|>user\nWhat is 2+3*4?<|im_end|>\n<|im_start|>assistant\n<think>\n3*4 is 12. That is "
@@ -59,8 +86,6 @@ class Target:
 @contextlib.contextmanager
 def own_errors() -> Iterator[None]:
     """Turns the package's own errors into `Refused`."""
-    from stepflow_tl.errors import StepflowError
-
     try:
         yield
     except StepflowError as error:
@@ -81,8 +106,6 @@ def scratch() -> Path:
 
 @functools.cache
 def tokenizer() -> Any:
-    from tiny_models import build_tiny_tokenizer
-
     return build_tiny_tokenizer()
 
 
@@ -101,9 +124,6 @@ def _file(data: bytes, name: str) -> Path:
 
 
 def run_scanner(data: bytes) -> None:
-    from stepflow_tl.trace.formats.scanner import FormatScanner
-    from stepflow_tl.trace.formats.table import get_format, known_formats
-
     names = known_formats()
     text = text_of(data[1:])
     scanner = FormatScanner(get_format(names[data[0] % len(names)] if data else "plain"))
@@ -114,10 +134,6 @@ def run_scanner(data: bytes) -> None:
 
 
 def run_splitters(data: bytes) -> None:
-    from stepflow_tl.trace.splitting import MinimumLength
-    from stepflow_tl.trace.splitting.splitters import resolve_splitter
-    from stepflow_tl.trace.steps import WHITE_SPACE
-
     text = text_of(data[1:])
     for name in ("paragraph", "line", "sentence", "whole"):
         splitter = resolve_splitter(name)
@@ -130,9 +146,6 @@ def run_splitters(data: bytes) -> None:
 
 def run_streaming(data: bytes) -> None:
     """The streaming tracker over pieces of any cut gives the trace's own labels."""
-    from stepflow_tl import ReasoningTrace
-    from stepflow_tl.trace.splitting.tracker import TokenTracker
-
     text, format_name = text_of(data[1:]), _format_name(data)
     with own_errors():
         trace = ReasoningTrace.from_text(tokenizer(), text, format=format_name, splitter="sentence")
@@ -144,8 +157,6 @@ def run_streaming(data: bytes) -> None:
 
 
 def run_from_text(data: bytes) -> None:
-    from stepflow_tl import ReasoningTrace
-
     with own_errors():
         trace = ReasoningTrace.from_text(tokenizer(), text_of(data[1:]), format=_format_name(data))
     assert "".join(piece.text for piece in trace.pieces) == trace.text
@@ -153,8 +164,6 @@ def run_from_text(data: bytes) -> None:
 
 
 def run_from_parts(data: bytes) -> None:
-    from stepflow_tl import ReasoningTrace
-
     parts = (text_of(data).split("\x1e") + ["", "", ""])[:3]
     with own_errors():
         trace = ReasoningTrace.from_parts(tokenizer(), *parts)
@@ -162,8 +171,6 @@ def run_from_parts(data: bytes) -> None:
 
 
 def run_from_tokens(data: bytes) -> None:
-    from stepflow_tl import ReasoningTrace
-
     ids = [int.from_bytes(data[i : i + 2], "little", signed=True) for i in range(0, len(data), 2)]
     with own_errors():
         trace = ReasoningTrace.from_tokens(tokenizer(), ids, format="plain")
@@ -171,15 +178,11 @@ def run_from_tokens(data: bytes) -> None:
 
 
 def _format_name(data: bytes) -> str:
-    from stepflow_tl.trace.formats.table import known_formats
-
     names = [*known_formats(), "auto"]
     return names[data[0] % len(names)] if data else "plain"
 
 
 def text_seeds() -> list[bytes]:
-    from stepflow_tl.trace.formats.table import known_formats
-
     names = known_formats()
     chosen = [
         ("chatml", MODEL_TEXT),
@@ -206,8 +209,6 @@ def token_seeds() -> list[bytes]:
 
 
 def run_trace_json(data: bytes) -> None:
-    from stepflow_tl import ReasoningTrace
-
     document = _json(data)
     with own_errors():
         trace = ReasoningTrace.from_json(document)
@@ -216,8 +217,6 @@ def run_trace_json(data: bytes) -> None:
 
 
 def run_diagnosis_json(data: bytes) -> None:
-    from stepflow_tl.diagnosis import Diagnosis
-
     document = _json(data)
     with own_errors():
         diagnosis = Diagnosis.from_json(document)
@@ -226,8 +225,6 @@ def run_diagnosis_json(data: bytes) -> None:
 
 
 def run_records(data: bytes) -> None:
-    from stepflow_tl.runs.records import Record, read_records
-
     path = _file(data, "records.jsonl")
     taken = refused = 0
     with own_errors():
@@ -243,8 +240,6 @@ def run_records(data: bytes) -> None:
 
 
 def run_questions(data: bytes) -> None:
-    from stepflow_tl.evaluation.questions import read_questions
-
     with own_errors():
         questions = read_questions(_file(data, "questions.jsonl"))
     for question in questions:
@@ -253,8 +248,6 @@ def run_questions(data: bytes) -> None:
 
 
 def run_manifest(data: bytes) -> None:
-    from stepflow_tl.runs.manifest import read_manifests
-
     folder = scratch() / "manifests"
     folder.mkdir(exist_ok=True)
     (folder / "manifest.jsonl").write_bytes(data)
@@ -276,11 +269,6 @@ def run_folder(data: bytes) -> None:
 
 
 def run_file_names(data: bytes) -> None:
-    from pathlib import PurePosixPath, PureWindowsPath
-
-    from stepflow_tl.runs.outcomes import inside
-    from stepflow_tl.runs.plan import FileNames
-
     names = FileNames()
     ids = text_of(data).split("\n")
     stems = {name: names.stem(name) for name in ids}
@@ -293,8 +281,6 @@ def run_file_names(data: bytes) -> None:
 
 
 def run_arguments(data: bytes) -> None:
-    from stepflow_tl.cli import main as cli
-
     arguments = [part.replace("\0", "") for part in text_of(data).split("\n")]
     with (
         _without_commands() as ran,
@@ -329,17 +315,11 @@ def _json(data: bytes) -> Any:
 
 
 def trace_json_seeds() -> list[bytes]:
-    from stepflow_tl import ReasoningTrace
-
     trace = ReasoningTrace.from_text(tokenizer(), MODEL_TEXT)
     return [json.dumps(trace.to_json()).encode()]
 
 
 def diagnosis_seeds() -> list[bytes]:
-    from run_folders import result
-
-    from stepflow_tl import diagnose
-
     return [json.dumps(diagnose(result(0)).to_json()).encode()]
 
 
@@ -361,8 +341,6 @@ def question_seeds() -> list[bytes]:
 
 @functools.cache
 def _folder_with_results() -> Path:
-    from run_folders import make_run
-
     folder = scratch() / "run"
     folder.mkdir()
     make_run(folder, 4)
@@ -370,8 +348,6 @@ def _folder_with_results() -> Path:
 
 
 def manifest_seeds() -> list[bytes]:
-    from run_folders import failed
-
     with_failure = (_seed_manifest() + json.dumps(failed("x")) + "\n").encode()
     return [_seed_manifest().encode(), with_failure]
 
@@ -401,14 +377,10 @@ def argument_seeds() -> list[bytes]:
 
 
 def run_saliency_file(data: bytes) -> None:
-    from stepflow_tl.saliency.files import read_facts
-
-    from stepflow_tl import StepSaliency, diagnose
-
     path = _file(data, "map.safetensors")
     with own_errors():
         saliency = StepSaliency.load(path)
-    assert read_facts(path).layers == saliency.layers
+    assert read_head(path, StepSaliency).layers == saliency.layers
     assert StepSaliency.load(saliency.save(scratch() / "again")).trace == saliency.trace
     with own_errors():
         diagnosis = diagnose(saliency)
@@ -416,8 +388,6 @@ def run_saliency_file(data: bytes) -> None:
 
 
 def run_knockout_file(data: bytes) -> None:
-    from stepflow_tl import StepKnockout
-
     with own_errors():
         knockout = StepKnockout.load(_file(data, "knockout.safetensors"))
     StepKnockout.load(knockout.save(scratch() / "again"))
@@ -425,8 +395,6 @@ def run_knockout_file(data: bytes) -> None:
 
 
 def run_patching_file(data: bytes) -> None:
-    from stepflow_tl.causal.patching_result import StepPatching
-
     with own_errors():
         patching = StepPatching.load(_file(data, "patching.safetensors"))
     StepPatching.load(patching.save(scratch() / "again"))
@@ -434,17 +402,10 @@ def run_patching_file(data: bytes) -> None:
 
 
 def saliency_seeds() -> list[bytes]:
-    from run_folders import result
-
     return [result(0).save(scratch() / "seed").read_bytes()]
 
 
 def knockout_seeds() -> list[bytes]:
-    import torch
-    from run_folders import result
-
-    from stepflow_tl import StepKnockout
-
     saliency = result(0)
     measured = torch.ones(7, 7, dtype=torch.bool).tril(-1)
     knockout = StepKnockout(
@@ -462,12 +423,6 @@ def knockout_seeds() -> list[bytes]:
 
 
 def patching_seeds() -> list[bytes]:
-    import torch
-    from run_folders import result
-
-    from stepflow_tl.causal.alignment import StepMatch
-    from stepflow_tl.causal.patching_result import StepPatching
-
     saliency = result(0)
     patching = StepPatching(
         effects=torch.rand(2, 7, dtype=torch.float64),
@@ -489,10 +444,6 @@ def patching_seeds() -> list[bytes]:
 
 
 def run_gguf(data: bytes) -> None:
-    import torch
-
-    from stepflow_tl.models.gguf import GgufCheckpoint
-
     with own_errors():
         checkpoint = GgufCheckpoint.open(_file(data, "model.gguf"))
         checkpoint.check_shapes(checkpoint.config())
@@ -503,8 +454,6 @@ def run_gguf(data: bytes) -> None:
 
 @functools.cache
 def _gguf() -> bytes:
-    from tiny_gguf import write_tiny_gguf
-
     return write_tiny_gguf(scratch() / "seed.gguf").read_bytes()
 
 
@@ -516,8 +465,6 @@ _TESTBED_FILES = ("model.safetensors", "config.json", "tokenizer.json", "card.md
 
 
 def run_checksums(data: bytes) -> None:
-    from stepflow_tl.testbed.model import check_files
-
     folder = scratch() / "testbed"
     folder.mkdir(exist_ok=True)
     for name in _TESTBED_FILES:
@@ -528,8 +475,6 @@ def run_checksums(data: bytes) -> None:
 
 
 def checksum_seeds() -> list[bytes]:
-    import hashlib
-
     return [json.dumps(dict.fromkeys(_TESTBED_FILES, hashlib.sha256(b"card").hexdigest())).encode()]
 
 

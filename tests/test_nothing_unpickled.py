@@ -4,11 +4,15 @@ import pickle
 import re
 from pathlib import Path
 
+import pandas  # noqa: F401  # imported before the refusal, which its first import would meet
 import pytest
 import torch
 from fuzz_targets import TARGETS
+from tiny_gguf import write_tiny_gguf
 
 import stepflow_tl
+from stepflow_tl.models.gguf import GgufCheckpoint
+from stepflow_tl.testbed.model import read_weights
 
 PACKAGE = Path(stepflow_tl.__file__).parent
 # Whatever runs code that a file brings along.
@@ -53,14 +57,8 @@ def no_unpickling(monkeypatch):
 
 
 def test_everything_that_can_be_read_is_read_without_unpickling(no_unpickling, tmp_path):
-    import torch as _torch
-    from tiny_gguf import write_tiny_gguf
-
-    from stepflow_tl.models.gguf import GgufCheckpoint
-    from stepflow_tl.testbed.model import read_weights
-
     for target in TARGETS:
         for data in target.seeds():
             target.run(data)
-    GgufCheckpoint.open(write_tiny_gguf(tmp_path / "m.gguf")).model(_torch.float32)
+    GgufCheckpoint.open(write_tiny_gguf(tmp_path / "m.gguf")).model(torch.float32)
     read_weights()

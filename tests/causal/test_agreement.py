@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from stepflow_tl import step_knockout, step_saliency
 from stepflow_tl.causal.agreement import score_maps, summarise_agreement, trace_agreement
@@ -20,8 +21,6 @@ def agreement(*args, **options):
 
 
 def test_spearman_is_scipys_on_the_measured_pairs(lower):
-    from scipy.stats import spearmanr
-
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 8, 8)).round(1)  # ties
     lower[5, 2] = False

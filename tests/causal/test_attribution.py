@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import pearsonr, spearmanr
 from tiny_models import FLOAT64_KINDS, TINY_MODEL_KINDS, build_tiny_model
 
 from stepflow_tl.causal import attribution_patching, effect_agreement, step_patching
@@ -142,8 +143,6 @@ def test_a_metric_without_a_gradient_is_refused(tiny_model, right_trace, wrong_t
 
 
 def test_agreement_counts_what_is_not_zero_by_construction(tiny_model, right_trace, wrong_trace):
-    from scipy.stats import pearsonr, spearmanr
-
     measured, predicted = both(tiny_model(), right_trace, wrong_trace, component="v", layers=[0, 1])
     found = effect_agreement(measured, predicted)
     first, second = measured.effects[:, 1:].flatten(), predicted.effects[:, 1:].flatten()

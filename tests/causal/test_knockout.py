@@ -3,6 +3,7 @@
 import pytest
 import torch
 from causal.knockout_oracle import all_effects, effect, predictions
+from tiny_architectures import build_bridge, build_hf_model
 from tiny_models import TINY_MODEL_KINDS, TL_GENERATION, build_tiny_model, count_hooks
 
 from stepflow_tl import StepFlow, errors
@@ -191,8 +192,6 @@ def test_a_step_that_ends_the_trace_is_measured_on_what_it_predicts(tiny_tokeniz
 
 
 def test_low_precision_gives_zero_where_nothing_is_cut(tiny_trace):
-    from tiny_architectures import build_bridge
-
     model = build_bridge("mistral", dtype=torch.bfloat16)
     found = knockout(model, tiny_trace)
     assert not found.effects[4, :2].any() and found.effects.abs().max() > 0.1
@@ -316,8 +315,6 @@ def test_bad_input_is_refused_in_words(options, error, said, bridges, tiny_trace
 
 
 def test_other_things_than_transformerlens_models_are_refused(tiny_trace):
-    from tiny_architectures import build_hf_model
-
     with pytest.raises(ModelError, match="expected a TransformerLens model"):
         knockout(build_hf_model("llama"), tiny_trace)
 

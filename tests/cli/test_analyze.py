@@ -1,14 +1,19 @@
 """`stepflow-tl analyze` in process on a tiny random model: what is written, kept, refused and said."""
 
 import csv
+import gc
 import json
 import math
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from answer_files import answer, write_answers
+from safetensors.torch import save_file
 
 from stepflow_tl.diagnosis import LAYER_METRICS, diagnose
+from stepflow_tl.models import loading as models
 from stepflow_tl.runs import worker as command
 from stepflow_tl.runs.plan import hashed_stem
 from stepflow_tl.saliency import StepSaliency, step_saliency
@@ -263,8 +268,6 @@ def test_a_folder_holds_one_analysis(options, said, analyze, write_lines, make_r
 
 
 def test_tensors_of_someone_else_are_left_alone(analyze, write_lines, make_record, out):
-    from safetensors.torch import save_file
-
     out.mkdir()
     save_file({"weight": torch.ones(3)}, out / "model.safetensors")
     before = (out / "model.safetensors").read_bytes()
@@ -396,10 +399,6 @@ def test_what_no_trace_could_survive_stops_the_run_before_it_starts(
 
 
 def test_a_model_without_hook_points_stops_the_run(run_cli, write_lines, make_record, tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    from stepflow_tl.models import loading as models
-
     config = SimpleNamespace(n_layers=2, model_name="bare")
     bare = SimpleNamespace(tokenizer=object(), hook_dict={}, hooks=None, blocks=[], cfg=config)
     monkeypatch.setattr(models, "load_model", lambda name, device, dtype: bare)
@@ -425,9 +424,6 @@ def test_an_empty_file_and_a_folder_that_is_a_file_are_refused(analyze, write_li
 
 def test_memory_holds_numbers_only(analyze, write_lines, make_record, monkeypatch):
     """No step map outlives its trace: at most one is alive whenever the next is made."""
-    import gc
-    import weakref
-
     alive = weakref.WeakSet()
     most = []
 

@@ -4,7 +4,10 @@ import re
 
 import pytest
 
+from stepflow_tl import rendering
 from stepflow_tl.cli.demo import bundled_question, bundled_record
+from stepflow_tl.errors import MissingExtraError
+from stepflow_tl.models import loading as models
 from stepflow_tl.saliency import StepSaliency
 from stepflow_tl.trace import ReasoningTrace, Segment
 
@@ -14,8 +17,6 @@ FILES = ("txt", "safetensors", "maps.png", "profile.png", "html", "report.html")
 @pytest.fixture
 def tiny_default_model(monkeypatch, tiny_model, tiny_tokenizer):
     """`load_default_model` returns a tiny model whose context holds the written trace, a token a byte."""
-    from stepflow_tl.models import loading as models
-
     model = tiny_model(n_ctx=2560, d_head=4, d_mlp=16, d_vocab=len(tiny_tokenizer))
     monkeypatch.setattr(models, "load_default_model", lambda: model)
     return model
@@ -49,9 +50,6 @@ def test_the_generated_trace_is_read_from_the_tokens_the_model_produced(
 def test_without_matplotlib_the_demo_says_so_and_does_the_rest(
     run_cli, tiny_default_model, tmp_path, monkeypatch
 ):
-    from stepflow_tl import rendering
-    from stepflow_tl.errors import MissingExtraError
-
     def refuse(saliency, **options):
         raise MissingExtraError("Drawing needs matplotlib: pip install 'stepflow-tl[plots]'")
 
@@ -80,8 +78,6 @@ def test_the_bundled_trace_has_a_dozen_steps_and_its_arithmetic_is_right():
 
 @pytest.mark.slow
 def test_the_real_demo_runs_offline(run_cli, default_model, monkeypatch, tmp_path):
-    from stepflow_tl.models import loading as models
-
     monkeypatch.setattr(models, "load_default_model", lambda: default_model)
     found = run_cli("demo", "--out", tmp_path, "--thinking-budget", "24", "--answer-budget", "8")
     assert found.code == 0

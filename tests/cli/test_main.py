@@ -8,6 +8,8 @@ import pytest
 import stepflow_tl
 from stepflow_tl.cli import arguments as command
 from stepflow_tl.errors import ModelError
+from stepflow_tl.models import loading as models
+from stepflow_tl.models.loading import DEFAULT_MODEL
 from stepflow_tl.runs.options import parse_numbers
 
 
@@ -80,16 +82,12 @@ def test_layers_are_read_as_numbers_and_ranges():
 
 
 def test_the_default_model_is_the_embedded_one():
-    from stepflow_tl.models.loading import DEFAULT_MODEL
-
     assert command.DEFAULT_MODEL == DEFAULT_MODEL
 
 
 def test_an_error_of_the_package_is_one_line_and_code_2(
     run_cli, write_lines, make_record, tmp_path, monkeypatch
 ):
-    from stepflow_tl.models import loading as models
-
     def refuse(name, device, dtype):
         raise ModelError(f"no model {name!r}: name another")
 
@@ -102,8 +100,6 @@ def test_an_error_of_the_package_is_one_line_and_code_2(
 def test_ctrl_c_before_the_first_trace_ends_with_130(
     run_cli, write_lines, make_record, tmp_path, monkeypatch
 ):
-    from stepflow_tl.models import loading as models
-
     def interrupt(name, device, dtype):
         raise KeyboardInterrupt
 

@@ -3,16 +3,24 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import torch
 from run_folders import done, failed, result, write_manifest
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_gguf import write_tiny_gguf
+
+from stepflow_tl import ReasoningTrace, StepSaliency, summarize
+from stepflow_tl.diagnosis import Diagnosis
+from stepflow_tl.errors import InputFileError, ModelError, ResultFileError, TraceError
+from stepflow_tl.evaluation.questions import read_questions
+from stepflow_tl.models.gguf import GgufCheckpoint
+from stepflow_tl.results.result import read_head
 
 
 @pytest.mark.parametrize("parts", [("\ud800", "a", "b"), ("q", "\udfff", ""), ("q", "a", "b\udc80")])
 def test_half_a_character_in_a_part_is_a_trace_error(tiny_tokenizer, parts):
-    from stepflow_tl import ReasoningTrace
-    from stepflow_tl.errors import TraceError
-
     with pytest.raises(TraceError, match="holds half a character"):
         ReasoningTrace.from_parts(tiny_tokenizer, *parts)
     with pytest.raises(TraceError, match="holds half a character"):
@@ -33,18 +41,12 @@ def test_half_a_character_in_a_part_is_a_trace_error(tiny_tokenizer, parts):
     ],
 )
 def test_json_of_the_wrong_kinds_is_no_trace(change, reason):
-    from stepflow_tl import ReasoningTrace
-    from stepflow_tl.errors import TraceError
-
     with pytest.raises(TraceError, match=reason):
         ReasoningTrace.from_json({**result(0).trace.to_json(), **change})
 
 
 @pytest.mark.parametrize("data", [[], "x", None, 3])
 def test_json_that_is_no_object_is_no_diagnosis(data):
-    from stepflow_tl.diagnosis import Diagnosis
-    from stepflow_tl.errors import ResultFileError
-
     from_json = getattr(Diagnosis.from_json, "__wrapped__", Diagnosis.from_json)
     with pytest.raises(ResultFileError, match="not a diagnosis but a"):
         from_json(data) if from_json is Diagnosis.from_json else from_json(Diagnosis, data)
@@ -58,9 +60,6 @@ def test_json_that_is_no_object_is_no_diagnosis(data):
     ],
 )
 def test_a_question_that_python_cannot_read_or_write_is_an_input_error(tmp_path, line, reason):
-    from stepflow_tl.errors import InputFileError
-    from stepflow_tl.evaluation.questions import read_questions
-
     path = tmp_path / "questions.jsonl"
     path.write_text(line)
     with pytest.raises(InputFileError, match=f"line 1: {reason}"):
@@ -71,13 +70,6 @@ def test_a_question_that_python_cannot_read_or_write_is_an_input_error(tmp_path,
     "layers", [[math.inf, 0, 1, 2], [1e300, 0, 1, 2], [0.5, 1, 2, 3], ["0", 1, 2, 3], "0123"]
 )
 def test_layers_that_are_no_whole_numbers_are_damage(tmp_path, layers):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    from stepflow_tl import StepSaliency
-    from stepflow_tl.errors import ResultFileError
-    from stepflow_tl.results.result import read_head
-
     path = result(0).save(tmp_path / "map")
     with safe_open(path, framework="pt") as file:
         document = {**json.loads(file.metadata()[StepSaliency.schema.name]), "layers": layers}
@@ -93,9 +85,6 @@ def test_layers_that_are_no_whole_numbers_are_damage(tmp_path, layers):
 
 
 def test_a_manifest_without_settings_or_header_is_refused(tmp_path):
-    from stepflow_tl import summarize
-    from stepflow_tl.errors import ResultFileError
-
     line = done(tmp_path, "a", result(0))
     write_manifest(tmp_path, line, header={"schema": 1, "kind": "header", "settings": []})
     with pytest.raises(ResultFileError, match="settings is a list, expected an object"):
@@ -106,8 +95,6 @@ def test_a_manifest_without_settings_or_header_is_refused(tmp_path):
 
 
 def test_counts_beyond_32_bits_are_written(tmp_path):
-    from stepflow_tl import summarize
-
     write_manifest(tmp_path, done(tmp_path, "a", result(0), n_summary=2**40), failed("b"))
     assert summarize(tmp_path, out=tmp_path / "t.parquet").n_traces == 1
 
@@ -118,10 +105,6 @@ def gguf(tmp_path):
 
 
 def test_the_whole_tiny_gguf_loads(gguf):
-    import torch
-
-    from stepflow_tl.models.gguf import GgufCheckpoint
-
     checkpoint = GgufCheckpoint.open(gguf)
     model = checkpoint.model(torch.float32)
     tokens = torch.tensor([checkpoint.tokenizer()("ab c 12").input_ids])
@@ -141,11 +124,6 @@ def test_the_whole_tiny_gguf_loads(gguf):
     ],
 )  # fmt: skip
 def test_gguf_metadata_that_does_not_fit_is_a_model_error_early(gguf, old, new, monkeypatch):
-    import torch
-
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.models.gguf import GgufCheckpoint
-
     data = gguf.read_bytes()
     assert data.count(old) == 1
     gguf.write_bytes(data.replace(old, new))
@@ -160,9 +138,6 @@ def test_gguf_metadata_that_does_not_fit_is_a_model_error_early(gguf, old, new, 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", None])
 def test_a_gguf_file_that_is_empty_or_missing_is_a_model_error(tmp_path, content):
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.models.gguf import GgufCheckpoint
-
     path = tmp_path / "m.gguf"
     if content is not None:
         path.write_bytes(content)
@@ -173,9 +148,6 @@ def test_a_gguf_file_that_is_empty_or_missing_is_a_model_error(tmp_path, content
 def test_gguf_arrays_nested_without_end_are_a_model_error(tmp_path):
     import struct
 
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.models.gguf import GgufCheckpoint
-
     nested = struct.pack("<IQ", 9, 1) * 5000
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<I", 9)
     (tmp_path / "m.gguf").write_bytes(head + nested)
@@ -184,12 +156,6 @@ def test_gguf_arrays_nested_without_end_are_a_model_error(tmp_path):
 
 
 def test_gguf_weights_that_are_not_finite_are_refused(gguf):
-    import numpy as np
-    import torch
-
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.models.gguf import GgufCheckpoint
-
     data = gguf.read_bytes()
     ones = np.ones(32, dtype=np.float32).tobytes()
     assert ones in data

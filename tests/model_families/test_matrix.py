@@ -11,9 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from float64 import float64_everywhere
 from tiny_architectures import ARCHITECTURES, build_bridge
 from tiny_models import TL_GENERATION
+
+from stepflow_tl import StepFlow, step_knockout, step_saliency
+from stepflow_tl.errors import ModelError
+from stepflow_tl.trace.formats import known_formats
 
 pytestmark = [
     pytest.mark.skipif(
@@ -90,7 +95,6 @@ def test_the_table_says_what_is_found(name, page):
 def test_the_page_has_a_row_a_family_and_names_the_versions(page):
     rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert sorted(rows) == sorted(ARCHITECTURES)
-    from stepflow_tl.trace.formats import known_formats
 
     named = {name for family in ARCHITECTURES.values() for name in family.formats}
     assert named <= set(known_formats())
@@ -101,9 +105,6 @@ def test_the_page_has_a_row_a_family_and_names_the_versions(page):
 @pytest.mark.parametrize("name", ["mamba", "qwen3_next"])
 def test_a_model_without_patterns_is_refused_before_any_hook_is_attached(name, tiny_tokenizer, monkeypatch):
     from transformer_lens.hook_points import HookPoint
-
-    from stepflow_tl import StepFlow, step_knockout, step_saliency
-    from stepflow_tl.errors import ModelError
 
     model, trace = build_bridge(name), script.made_trace()
     monkeypatch.setattr(HookPoint, "add_hook", lambda *a, **k: pytest.fail("a hook was attached"))
@@ -123,10 +124,6 @@ def test_a_model_without_patterns_is_refused_before_any_hook_is_attached(name, t
 @pytest.mark.parametrize("backend", ["hooks", "layerwise"])
 def test_attention_layers_of_a_hybrid_give_what_autograd_gives(backend):
     """The oracle: patterns retained by hand, one ordinary backward pass."""
-    import torch
-
-    from stepflow_tl import step_saliency
-
     model, trace = build_bridge("qwen3_next"), script.made_trace()
     with float64_everywhere():
         found = step_saliency(model, trace, backend=backend, objective="response", layers=[3, 1])

@@ -12,6 +12,11 @@ import torch
 from tiny_architectures import build_bridge, tiny_tokenizer
 from tiny_models import TL_GENERATION, build_tiny_model
 
+import stepflow_tl
+from stepflow_tl import StepFlow, StepKnockout, StepSaliency, step_knockout, step_saliency
+from stepflow_tl.causal import StepPatching, step_patching
+from stepflow_tl.trace import ReasoningTrace
+
 KINDS = ("bridge", "hooked") if TL_GENERATION < 4 else ("bridge",)
 SALIENCY = [("hooks", {}), ("layerwise", {}), ("fused", {}), ("fused", {"checkpoint": True})]
 
@@ -25,8 +30,6 @@ def fresh(kind="bridge"):
 
 @pytest.fixture(scope="module")
 def traces():
-    from stepflow_tl.trace import ReasoningTrace
-
     def make(thinking, summary):
         ids = ReasoningTrace.from_parts(tiny_tokenizer(), "Is 7 odd?", thinking, summary).tokens
         return ReasoningTrace.from_tokens(tiny_tokenizer(), ids)
@@ -45,8 +48,6 @@ def same_bits(one, other):
 @pytest.mark.parametrize("objective", ["per_token", "response"])
 @pytest.mark.parametrize(("backend", "options"), SALIENCY)
 def test_saliency(backend, options, objective, traces):
-    from stepflow_tl import step_saliency
-
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -63,8 +64,6 @@ def test_saliency(backend, options, objective, traces):
 @pytest.mark.parametrize("method", ["cached", "full"])
 @pytest.mark.parametrize("measure", ["nll", "kl"])
 def test_knockout(method, measure, traces):
-    from stepflow_tl import step_knockout
-
     options = dict(method=method, measure=measure, pairs=[("T2", "Q"), ("T2", "T1"), ("S1", "T3")])
     one, other = (step_knockout(fresh(), traces[0], **options) for _ in "ab")
     same_bits(one.effects, other.effects)
@@ -73,8 +72,6 @@ def test_knockout(method, measure, traces):
 
 @pytest.mark.parametrize("placebo_seed", [None, 3])
 def test_patching(placebo_seed, traces):
-    from stepflow_tl.causal import step_patching
-
     options = dict(metric="summary", layers=[1], steps=["T1", "T2"], placebo_seed=placebo_seed)
     one, other = (step_patching(fresh(), *traces, **options) for _ in "ab")
     same_bits(one.effects, other.effects)
@@ -82,8 +79,6 @@ def test_patching(placebo_seed, traces):
 
 def test_a_placebo_of_another_seed_differs(traces):
     """The guard of the test above: the seed is used."""
-    from stepflow_tl.causal import step_patching
-
     options = dict(metric="summary", layers=[1], steps=["T1"])
     one, other = (step_patching(fresh(), *traces, placebo_seed=seed, **options) for seed in (3, 4))
     assert not torch.equal(one.effects, other.effects)
@@ -91,8 +86,6 @@ def test_a_placebo_of_another_seed_differs(traces):
 
 @pytest.mark.parametrize("placebo", [None, "both"])
 def test_maps_under_stepflow(placebo, traces):
-    from stepflow_tl import StepFlow, step_saliency
-
     def run():
         flow = StepFlow(tau_max=0.3, alpha=0.5, placebo=placebo, seed=5)
         return step_saliency(fresh(), traces[0], stepflow=flow)
@@ -104,10 +97,6 @@ def test_maps_under_stepflow(placebo, traces):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_provenance_of_stored_results_names_what_made_them(kind, traces, tmp_path):
-    import stepflow_tl
-    from stepflow_tl import StepKnockout, StepSaliency, step_knockout, step_saliency
-    from stepflow_tl.causal import StepPatching, step_patching
-
     model = fresh(kind)
     made = {
         StepSaliency: step_saliency(model, traces[0]),

@@ -8,6 +8,7 @@ import torch
 from tiny_gguf import write_tiny_gguf
 from tiny_models import build_tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from stepflow_tl.errors import MissingExtraError, ModelError, StepflowError
 from stepflow_tl.models.facts import is_bridge, model_facts
@@ -91,8 +92,6 @@ def test_the_default_model_answers_a_question(default_model):
 
 @pytest.mark.slow
 def test_loading_is_silent_takes_the_dtype_and_restores_the_progress_bar_setting(default_model, capfd):
-    from transformers.utils import logging as transformers_logging
-
     transformers_logging.enable_progress_bar()
     model = load_model(DEFAULT_MODEL, dtype=torch.bfloat16)
     captured = capfd.readouterr()

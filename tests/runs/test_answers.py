@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from dying import die_at, in_a_child
+from tiny_models import build_tiny_model
 
 from stepflow_tl import StepFlow, evaluate, evaluation
 from stepflow_tl.errors import (
@@ -515,8 +516,6 @@ def test_without_ray_the_command_is_named(model, questions, monkeypatch):
 
 def load_tiny():
     """The tiny model, as a function that another process can call."""
-    from tiny_models import build_tiny_model
-
     torch.set_num_threads(1)
     return build_tiny_model("qwen2", dtype=torch.float32)
 

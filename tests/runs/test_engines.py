@@ -8,6 +8,8 @@ import sys
 from functools import partial
 
 import pytest
+import torch
+from tiny_models import build_tiny_model
 
 from stepflow_tl.errors import MissingExtraError, ModelError
 from stepflow_tl.runs import analyze_dataset, engines, worker
@@ -17,9 +19,6 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='
 
 def load_tiny(threads=1):
     """The tiny model, as a function that another process can call."""
-    import torch
-    from tiny_models import build_tiny_model
-
     torch.set_num_threads(threads)
     return build_tiny_model()
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from stepflow_tl.runs.memory import (
     with_less_and_less,
 )
 from stepflow_tl.saliency import step_saliency
+from stepflow_tl.trace import ReasoningTrace
 
 GPU = RuntimeError("CUDA out of memory. Tried to allocate 20 GiB\nmore")
 
@@ -73,8 +75,6 @@ def test_a_knockout_is_cut_into_smaller_batches():
 
 
 def test_what_failed_is_let_go_before_the_next_try():
-    import weakref
-
     held = []
 
     def compute(**options):
@@ -98,8 +98,6 @@ def test_memory_errors_of_python_and_torch_are_told_from_others():
 
 def test_the_rungs_are_arguments_that_step_saliency_takes(tiny_model, make_record):
     """On a model that fused serves, every rung gives the same map, and its provenance says which it was."""
-    from stepflow_tl.trace import ReasoningTrace
-
     model = tiny_model("llama")
     fields = make_record()
     trace = ReasoningTrace.from_parts(

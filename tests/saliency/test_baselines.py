@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny_models import TINY_MODEL_KINDS, build_tiny_model
 
+from stepflow_tl.saliency.baselines import BASELINES, baseline_maps
+
 
 def captured(model, trace):
     """Patterns with their gradients, and each head's output weights times values, by layer."""
@@ -44,8 +46,6 @@ def pooled(trace, tokens):
 
 @pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
 def test_every_baseline_is_what_it_says(kind, tiny_trace, tiny_tokenizer):
-    from stepflow_tl.saliency.baselines import BASELINES, baseline_maps
-
     model = build_tiny_model(kind, tokenizer=tiny_tokenizer)
     found = baseline_maps(model, tiny_trace)
     patterns, values = captured(model, tiny_trace)
@@ -75,8 +75,6 @@ def test_every_baseline_is_what_it_says(kind, tiny_trace, tiny_tokenizer):
 
 
 def test_nothing_stays_attached(tiny_trace, tiny_tokenizer, hooks_untouched):
-    from stepflow_tl.saliency.baselines import baseline_maps
-
     model = build_tiny_model(tokenizer=tiny_tokenizer)
     with hooks_untouched(model):
         baseline_maps(model, tiny_trace)

@@ -4,21 +4,20 @@ import pytest
 import torch
 from saliency_oracles import nll, patterns_and_logits, pool_by_loops, separate_backward_passes
 
+from stepflow_tl import step_saliency
+from stepflow_tl.trace import ReasoningTrace
+
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def short_trace(default_model):
-    from stepflow_tl.trace import ReasoningTrace
-
     question = "What is 2 + 3?\n\n"
     text = question + "2 + 3 = 5.\n\nIt is 5."
     return ReasoningTrace.from_text(default_model.tokenizer, text, format="plain", question=question)
 
 
 def test_per_token_equals_separate_backward_passes_on_smollm2(default_model, short_trace):
-    from stepflow_tl import step_saliency
-
     found = step_saliency(default_model, short_trace)
     oracle = separate_backward_passes(default_model, short_trace.tokens)
     expected = pool_by_loops(oracle, short_trace.step_ids)[..., :-1]
@@ -28,8 +27,6 @@ def test_per_token_equals_separate_backward_passes_on_smollm2(default_model, sho
 
 
 def test_a_mean_loss_equals_retained_gradients_and_inflates_the_shallow_layers(default_model, short_trace):
-    from stepflow_tl import step_saliency
-
     n_losses = len(short_trace) - 1
     found = step_saliency(default_model, short_trace, objective=(1, len(short_trace)))
     patterns, logits = patterns_and_logits(default_model, short_trace.tokens)

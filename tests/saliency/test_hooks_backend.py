@@ -5,6 +5,10 @@ import torch
 from saliency_oracles import nll, patterns_and_logits, pool_by_loops, separate_backward_passes
 from tiny_models import TINY_MODEL_KINDS, build_tiny_model, count_hooks
 
+from stepflow_tl.errors import GradientError
+from stepflow_tl.saliency.hooks_backend import hooks_backend
+from stepflow_tl.saliency.objectives import Objective
+
 N_TOKENS = 14
 # The native source keeps its rotation tables in float32, so a rotated product equals the unrotated one to
 # 1e-8 only; softmax and norms of the transformers models run in float32 whatever the weights.
@@ -21,20 +25,14 @@ def token_ids(seed: int = 0) -> torch.Tensor:
 
 
 def run_backend(model, tokens, ids, objective):
-    from stepflow_tl.saliency.hooks_backend import hooks_backend
-
     return hooks_backend(model, tokens, ids, objective, tuple(range(model.cfg.n_layers)))
 
 
 def per_token(tokens):
-    from stepflow_tl.saliency.objectives import Objective
-
     return Objective("per_token", torch.arange(1, len(tokens)), per_token=True)
 
 
 def mean_nll(targets):
-    from stepflow_tl.saliency.objectives import Objective
-
     return Objective("mean", torch.tensor(targets))
 
 
@@ -112,8 +110,6 @@ def test_no_hook_is_left_after_an_exception_inside(where):
 
 
 def test_nan_in_a_gradient_is_an_error_that_names_the_layer():
-    from stepflow_tl.errors import GradientError
-
     model, tokens = build_tiny_model(), token_ids()
 
     def poison(residual, hook):
@@ -155,8 +151,6 @@ def test_per_token_stays_exact_under_hooks_that_edit_scores_pattern_values_and_z
 
 
 def test_a_residual_stream_cut_above_is_an_error():
-    from stepflow_tl.errors import GradientError
-
     model, tokens = build_tiny_model(), token_ids()
     cut = [("blocks.2.hook_resid_post", lambda residual, hook: residual.detach() + 0)]
     with model.hooks(fwd_hooks=cut):

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
+from stepflow_tl.errors import ObjectiveError
+from stepflow_tl.saliency import LogitDifference
+from stepflow_tl.saliency.objectives import resolve_objective
+from stepflow_tl.trace import ReasoningTrace, Segment
+
 
 def resolve(objective, trace):
-    from stepflow_tl.saliency.objectives import resolve_objective
-
     return resolve_objective(objective, trace)
 
 
 def test_segment_objectives_take_exactly_the_tokens_of_their_segments(tiny_trace):
-    from stepflow_tl.trace import Segment
-
     segments = tiny_trace.segment_ids
     thinking, summary = segments == Segment.THINKING, segments == Segment.SUMMARY
     assert thinking.any() and summary.any()
@@ -54,8 +55,6 @@ def test_half_precision_logits_are_measured_in_float32(tiny_trace):
 
 
 def test_a_logit_difference_reads_one_position(tiny_trace):
-    from stepflow_tl.saliency import LogitDifference
-
     logits = torch.randn(1, len(tiny_trace), 264, requires_grad=True)
     objective = resolve(LogitDifference(position=5, token=7, other_token=9), tiny_trace)
     assert objective.name == "logit_difference(5: 7 - 9)"
@@ -85,16 +84,11 @@ def test_a_callable_gets_logits_and_tokens_and_keeps_its_name(tiny_trace):
     ],
 )
 def test_an_objective_that_means_nothing_is_named(tiny_trace, objective, message):
-    from stepflow_tl.errors import ObjectiveError
-
     with pytest.raises(ObjectiveError, match=message):
         resolve(objective, tiny_trace)
 
 
 def test_a_response_objective_without_response_says_what_is_there(tiny_tokenizer):
-    from stepflow_tl.errors import ObjectiveError
-    from stepflow_tl.trace import ReasoningTrace
-
     unfinished = ReasoningTrace.from_parts(tiny_tokenizer, "Is 7 odd?", "Let me see.")
     with pytest.raises(
         ObjectiveError, match=r"'summary' touches no token: the trace has no summary token.*thinking"
@@ -111,17 +105,12 @@ def test_a_response_objective_without_response_says_what_is_there(tiny_tokenizer
     ],
 )
 def test_a_callable_must_return_a_differentiable_scalar(tiny_trace, function, message):
-    from stepflow_tl.errors import ObjectiveError
-
     logits = torch.randn(1, len(tiny_trace), 264, requires_grad=True)
     with pytest.raises(ObjectiveError, match=message):
         resolve(function, tiny_trace).loss(logits, tiny_trace.tokens[None])
 
 
 def test_a_step_of_another_trace_is_refused(tiny_trace, tiny_tokenizer):
-    from stepflow_tl.errors import ObjectiveError
-    from stepflow_tl.trace import ReasoningTrace
-
     other = ReasoningTrace.from_parts(tiny_tokenizer, "Is 9 odd, or not?", "Yes it is, I think.")
     with pytest.raises(ObjectiveError, match="'T1' is not a step of this trace"):
         resolve(other.steps[1], tiny_trace)

@@ -1,6 +1,7 @@
 """Decoding with a cache, without one, in chunks, in batches: the same logits as one pass over the finished
 text."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,8 +112,6 @@ def test_a_cache_that_was_cut_back_is_followed(flow_model, make_trace, run_cache
 
 
 def test_going_back_inside_a_cache_replays_the_labels(tokenizers, make_trace):
-    import numpy as np
-
     for tags in ("plain", "added"):
         tokenizer, trace = tokenizers[tags], make_trace(tags=tags)
         stream = TokenStream(lambda tokenizer=tokenizer: TokenTracker(tokenizer))

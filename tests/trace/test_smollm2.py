@@ -5,6 +5,8 @@ import importlib.util
 
 import pytest
 
+from stepflow_tl.models.gguf import GgufCheckpoint
+from stepflow_tl.models.loading import _default_model_path
 from stepflow_tl.trace import ReasoningTrace, Segment
 from stepflow_tl.trace.steps import WHITE_SPACE
 
@@ -18,9 +20,6 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from stepflow_tl.models.gguf import GgufCheckpoint
-    from stepflow_tl.models.loading import _default_model_path
-
     return GgufCheckpoint.open(_default_model_path()).tokenizer()
 
 

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from tiny_architectures import ATTENTION_VARIETIES, N_LAYERS, build_bridge, build_hf_model
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 from stepflow_tl.errors import GradientError, ObjectiveError
 from stepflow_tl.saliency.fused import run
@@ -80,9 +82,6 @@ class Eager:
 @pytest.fixture
 def eager(monkeypatch):
     """Registers `Eager`; call the fixture with a model to switch it over."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     attention = Eager()
 
     def boolean_mask(**kwargs):
