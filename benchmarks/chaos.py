@@ -33,6 +33,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -49,7 +50,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.child:
         one_run = answer if arguments.task == "answers" else analyze
-        return one_run(*map(Path, arguments.child), arguments.engine)
+        return one_run(Path(arguments.child[0]), Path(arguments.child[1]), arguments.engine)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
@@ -84,7 +85,7 @@ def answer(questions: Path, out: Path, engine: str) -> int:
         questions,
         out,
         conditions={"plain": None, "StepFlow": StepFlow(tau_max=0.3, alpha=0.3)},
-        decoding=Decoding(max_new_tokens=100, batch_size=8),
+        decoding=Decoding(max_new_tokens=100, batch_size=LINES_AT_ONCE),
         engine=engine,
         replicas=2 if engine == "ray" else None,
         watcher=Says(),
@@ -95,13 +96,13 @@ def answer(questions: Path, out: Path, engine: str) -> int:
 
 
 class Says:
-    def begin(self, *facts):
+    def begin(self, *facts: Any, **named: Any):
         print("begin", flush=True)
 
     def note(self, message):
         print("note", message, flush=True)
 
-    def advance(self, *progress):
+    def advance(self, *progress: Any, **named: Any):
         pass
 
 
@@ -144,9 +145,11 @@ def kill_runs(
         if kind < 0.1:
             time.sleep(rng.uniform(0, loading))
         else:
-            further = 0 if kind < 0.2 else rng.randint(1, max(1, 2 * n_traces // kills))
             wait_for(run, "begin")
             begin = n_lines(out)
+            mean = max(0, n_traces - begin) // (kills - killed)
+            at_once = LINES_AT_ONCE if (out / "answers.jsonl").exists() else 0
+            further = 0 if kind < 0.2 else rng.randint(1, max(1, 2 * mean - at_once))
             while run.poll() is None and n_lines(out) < begin + further:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 2 * working / n_traces))
@@ -288,6 +291,7 @@ def compare_answers(calm: Path, wild: Path, n_answers: int) -> list[str]:
     return faults
 
 
+LINES_AT_ONCE = 8  # a batch of answers
 ANSWER_FILES = {"answers.jsonl", "evaluation.json", "evaluation.txt"}
 
 
