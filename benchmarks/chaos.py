@@ -85,7 +85,7 @@ def answer(questions: Path, out: Path, engine: str) -> int:
         questions,
         out,
         conditions={"plain": None, "StepFlow": StepFlow(tau_max=0.3, alpha=0.3)},
-        decoding=Decoding(max_new_tokens=100, batch_size=8),
+        decoding=Decoding(max_new_tokens=100, batch_size=LINES_AT_ONCE),
         engine=engine,
         replicas=2 if engine == "ray" else None,
         watcher=Says(),
@@ -145,9 +145,10 @@ def kill_runs(
         if kind < 0.1:
             time.sleep(rng.uniform(0, loading))
         else:
-            further = 0 if kind < 0.2 else rng.randint(1, max(1, 2 * n_traces // kills))
             wait_for(run, "begin")
             begin = n_lines(out)
+            mean = max(0, n_traces - begin) // (kills - killed)
+            further = 0 if kind < 0.2 else rng.randint(1, max(1, 2 * mean - LINES_AT_ONCE))
             while run.poll() is None and n_lines(out) < begin + further:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 2 * working / n_traces))
@@ -289,6 +290,7 @@ def compare_answers(calm: Path, wild: Path, n_answers: int) -> list[str]:
     return faults
 
 
+LINES_AT_ONCE = 8  # a batch of answers
 ANSWER_FILES = {"answers.jsonl", "evaluation.json", "evaluation.txt"}
 
 
