@@ -3,11 +3,11 @@ controls.
 
     python benchmarks/stepflow_gsm8k.py DATA.jsonl [--traces 100] [--json out.json]
 
-DATA has one record a line with `question`, `thinking` (one step a line) and `summary`. For each trace the map
-of `objective="per_token"` is taken on the default model under each condition; `lock_in` is averaged over the
-shallow band and `thinking_share` over the deep band. The table has means, and paired differences to the plain
-model and to the placebo with 95 % bootstrap intervals (BCa) over traces. Nothing here reads whether a
-solution is correct.
+DATA has one record per line with `question`, `thinking` (one step per line) and `summary`. For each trace
+the map of `objective="per_token"` is taken on the default model under each condition; `lock_in` is averaged
+over the shallow band and `thinking_share` over the deep band. The table has means, and paired differences
+to the plain model and to the placebo with 95 % bootstrap intervals (BCa) over traces. Nothing here reads
+whether a solution is correct.
 """
 
 import argparse

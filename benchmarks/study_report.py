@@ -33,7 +33,7 @@ def accuracy(found, strict, sampled):
         fenced(found.table()),
         "Every thinking step and the answer must be right:",
         fenced(strict.table()),
-        f"Sampled at temperature 1, {sampled.decoding.n_samples} answers a problem, by the answer alone:",
+        f"Sampled at temperature 1, {sampled.decoding.n_samples} answers per problem, by the answer alone:",
         fenced(sampled.table()),
     ]
 

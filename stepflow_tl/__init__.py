@@ -58,28 +58,7 @@ _HOME_OF = {
     "summarize": "stepflow_tl.runs",
 }
 
-__all__ = [
-    "ReasoningTrace",
-    "Segment",
-    "Step",
-    "StepFlow",
-    "StepKnockout",
-    "StepSaliency",
-    "analyze_dataset",
-    "bridge_hook",
-    "compare",
-    "diagnose",
-    "evaluate",
-    "load_default_model",
-    "load_model",
-    "load_testbed_model",
-    "momentum_hook",
-    "report",
-    "show",
-    "step_knockout",
-    "step_saliency",
-    "summarize",
-]
+__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:

@@ -191,7 +191,7 @@ def _draw_weights(model: Any) -> None:
     for name, parameter in model.named_parameters():
         leaf = name.split(".")[-1]
         noise = torch.randn(parameter.shape, dtype=torch.float64)
-        # "bias", and b_K or _b_K in HookedTransformer, which have one row a head.
+        # "bias", and b_K or _b_K in HookedTransformer, which have one row per head.
         if leaf.startswith(("b", "_b")):
             value = 0.1 * noise
         elif parameter.ndim == 1:

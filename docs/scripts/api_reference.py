@@ -108,7 +108,8 @@ def public_names(package: str) -> dict[str, str]:
         if (node.module or "").startswith("stepflow_tl")
     }
     listed = next((names for names in map(_listed_names, tree.body) if names is not None), None)
-    names = listed if listed is not None else [name for name, (_, asname) in homes.items() if asname == name]
+    public = [name for name, (_, asname) in homes.items() if asname == name and not name.startswith("__")]
+    names = public if listed is None else listed
     return {name: homes[name][0] for name in sorted(names, key=str.lower)}
 
 
@@ -369,7 +370,9 @@ def _list_items(body: str) -> list[str]:
 
 
 def _listed_names(node: ast.stmt) -> list[str] | None:
-    return list(ast.literal_eval(node.value)) if "__all__" in _assigned_names(node) else None  # pyright: ignore
+    if "__all__" not in _assigned_names(node) or not isinstance(node.value, ast.List):  # pyright: ignore
+        return None  # one that is computed lists what a lazy face imports for type checkers
+    return list(ast.literal_eval(node.value))  # pyright: ignore
 
 
 def _assigned_names(node: ast.stmt) -> list[str]:

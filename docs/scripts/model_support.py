@@ -189,8 +189,8 @@ INTRODUCTION = """
 Which model families work, behind a `TransformerBridge`. Each row is measured, not declared: a tiny random
 model of the family (four layers, grouped queries, windows where it has them) goes through every analysis,
 and every number is held against a slower path in float64: backends against the `hooks` backend (1e-8),
-`per_token` rows against one backward pass a token (1e-8), decoding from a KV cache under StepFlow against one
-pass (1e-6), knockout from a shared prefix against whole passes (1e-6).
+`per_token` rows against one backward pass per token (1e-8), decoding from a KV cache under StepFlow against
+one pass (1e-6), knockout from a shared prefix against whole passes (1e-6).
 
 - **works**: everything. **in part**: what the row says; the reasons are below the table.
 - **attention layers only**: a hybrid. `step_saliency(model, trace, objective="response", layers=[...])`,

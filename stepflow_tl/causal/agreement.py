@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,14 +73,7 @@ class TraceAgreement:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TraceAgreement:
-        """Read `to_json`'s data.
-
-        Args:
-            data: A manifest's, for example.
-
-        Raises:
-            ResultFileError: If it is inconsistent.
-        """
+        """Read `to_json`'s data; a ResultFileError if it is inconsistent."""
         try:
             values = {
                 (row["scores"][0], row["scores"][1]): {
@@ -131,7 +125,6 @@ def saliency_and_effects(
 
     Raises:
         ComparisonError: If the two results are of different traces.
-        ValueError: If `pooling` is unknown.
     """
     if saliency.trace != knockout.trace:
         raise ComparisonError("saliency and knockout are of different traces: compare results of one trace")
@@ -141,12 +134,7 @@ def saliency_and_effects(
 def trace_agreement(
     maps: Mapping[str, StepMap], measured: Bool[np.ndarray, "query_step key_step"], *, k: int = 3
 ) -> TraceAgreement:
-    """Compare each two maps on the pairs with key before query that were measured.
-
-    Args:
-        maps: Scores by name, larger for what matters more.
-        measured: Which pairs count.
-        k: Length of the lists compared.
+    """Compare each two maps, larger for what matters more, on the measured pairs with key before query.
 
     Raises:
         ComparisonError: If there are fewer than two maps, k is below 1, or no pair is left.
@@ -160,13 +148,14 @@ def trace_agreement(
     rows = [np.flatnonzero(row) for row in pairs]
     crowded = [(query, keys) for query, keys in enumerate(rows) if len(keys) > k]
     ranked = [(query, keys) for query, keys in enumerate(rows) if len(keys) >= _FEWEST_RANKED]
-    values = {}
-    for (name, a), (other, b) in itertools.combinations(maps.items(), 2):
-        values[name, other] = {
+    values = {
+        (name, other): {
             "spearman": spearman(a[pairs], b[pairs]),
             "row_spearman": _mean([spearman(a[query, keys], b[query, keys]) for query, keys in ranked]),
             "top_k": _mean([_overlap(a[query, keys], b[query, keys], k) for query, keys in crowded]),
         }
+        for (name, a), (other, b) in itertools.combinations(maps.items(), 2)
+    }
     chance = _mean([k / len(keys) for _, keys in crowded])
     return TraceAgreement(values, k, chance, int(pairs.sum()))
 
@@ -199,18 +188,16 @@ class AgreementSummary:
         header = ["scores", *(title for name in MEASURES for title in (titles[name], "traces"))]
         body = []
         for (name, other), cells in self.rows.items():
-            row = [f"{name} ~ {other}"]
-            for measure in MEASURES:
-                mean, low, high, n = cells[measure]
+            body.append([f"{name} ~ {other}"])
+            for mean, low, high, n in (cells[measure] for measure in MEASURES):
                 ends = f" [{number(low)}, {number(high)}]" if not np.isnan(low) else ""
-                row += [f"{number(mean)}{ends}", str(n)]
-            body.append(row)
-        footer = [
+                body[-1] += [f"{number(mean)}{ends}", str(n)]
+        footer = (
             f"Means over traces [{self.confidence:.0%} BCa interval]; {self.n_pairs} pairs of steps. A "
-            f"random order has top-{self.k} overlap {number(self.top_k_chance)}.",
-        ]
+            f"random order has top-{self.k} overlap {number(self.top_k_chance)}."
+        )
         title = f"Agreement over {self.n_traces} {'trace' if self.n_traces == 1 else 'traces'}"
-        return text_table(title, header, body, footer)
+        return text_table(title, header, body, [footer])
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; a value that does not exist is null."""
@@ -233,12 +220,6 @@ def summarise_agreement(
 ) -> AgreementSummary:
     """Means over traces with bootstrap intervals.
 
-    Args:
-        traces: Agreement of each trace, of the same maps and k.
-        confidence: Of the intervals.
-        n_bootstrap: Resamples.
-        seed: Of the resamples.
-
     Raises:
         ComparisonError: If there is no trace, or maps or k differ.
     """
@@ -246,24 +227,19 @@ def summarise_agreement(
         raise ComparisonError(
             f"{len(traces)} traces cannot be summarised: expected one or more with the same maps and k"
         )
-    rng = np.random.default_rng(seed)
-    rows = {}
-    for pair in traces[0].values:
-        rows[pair] = {}
-        for measure in MEASURES:
-            column = np.array([trace.values[pair][measure] for trace in traces])
-            column = column[~np.isnan(column)][:, None]
-            low = high = np.array([np.nan])
-            if len(column) > 1:
-                low, high = bca_interval(
-                    [(1, column)], confidence=confidence, n_bootstrap=n_bootstrap, rng=rng
-                )
-            mean = float(column.mean()) if len(column) else float("nan")
-            rows[pair][measure] = (mean, float(low[0]), float(high[0]), len(column))
-    chance = _mean([trace.top_k_chance for trace in traces])
-    return AgreementSummary(
-        rows, len(traces), sum(t.n_pairs for t in traces), traces[0].k, chance, confidence
+    interval = partial(
+        bca_interval, confidence=confidence, n_bootstrap=n_bootstrap, rng=np.random.default_rng(seed)
     )
+    rows = {pair: {} for pair in traces[0].values}
+    for pair, measure in itertools.product(rows, MEASURES):
+        column = np.array([trace.values[pair][measure] for trace in traces])
+        column = column[~np.isnan(column)][:, None]
+        ends = interval([(1, column)]) if len(column) > 1 else ([np.nan], [np.nan])
+        mean = float(column.mean()) if len(column) else float("nan")
+        rows[pair][measure] = (mean, float(ends[0][0]), float(ends[1][0]), len(column))
+    chance = _mean([trace.top_k_chance for trace in traces])
+    n_pairs = sum(trace.n_pairs for trace in traces)
+    return AgreementSummary(rows, len(traces), n_pairs, traces[0].k, chance, confidence)
 
 
 def _array(values: Any) -> StepMap:

@@ -52,11 +52,7 @@ def shared_labels(first: ReasoningTrace, second: ReasoningTrace) -> tuple[str, .
 
 
 def checked_alignment(alignment: Alignment | str) -> Alignment:
-    """The alignment of this name.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The alignment of this name; a ValueError if there is none."""
     if alignment not in get_args(Alignment):
         raise ValueError(f"unknown alignment {alignment!r}: expected one of {', '.join(get_args(Alignment))}")
     return alignment  # pyright: ignore[reportReturnType]
@@ -164,20 +160,6 @@ def metric_on_clean_trace(
     return None
 
 
-def step_difference(
-    activation: Float[Tensor, " pos *feature"],
-    clean: Float[Tensor, " clean_pos *feature"],
-    match: StepMatch,
-    alignment: Alignment,
-) -> Float[Tensor, " step_pos *feature"]:
-    """How far each token of the corrupted step is from where patching puts it."""
-    here = activation[slice(*match.corrupted.token_span)]
-    there = clean[slice(*match.clean.token_span)]
-    if alignment == "tokens":
-        return there - here
-    return (there.mean(0, keepdim=True) - here.mean(0, keepdim=True)).expand_as(here)
-
-
 def patched_step(
     activation: Float[Tensor, " pos *feature"],
     clean: Float[Tensor, " clean_pos *feature"],
@@ -187,25 +169,18 @@ def patched_step(
     placebo_seed: int | None = None,
     layer: int = 0,
 ) -> Float[Tensor, " step_pos *feature"]:
-    """The new activations of the corrupted step.
+    """The new activations of the corrupted step, from those of both runs at one hook point.
 
-    Args:
-        activation: Activations of the corrupted run.
-        clean: Activations of the clean run at the same hook point.
-        match: The two steps.
-        alignment: How their tokens meet, see the module.
-        placebo_seed: If given, each vector moves just as far, in a random direction.
-        layer: Keeps the random directions of layers apart.
+    With a `placebo_seed` each vector moves just as far in a random direction, another one in each layer.
     """
-    here = activation[slice(*match.corrupted.token_span)]
-    if placebo_seed is not None:
-        moved = here + step_difference(activation, clean, match, alignment)
-        return norm_matched_activations(
-            here, moved, seed=placebo_seed, layer=layer, position=match.corrupted.token_start
-        )
-    if alignment == "tokens":  # written as it is: adding a difference would round
-        return clean[slice(*match.clean.token_span)]
-    return here + step_difference(activation, clean, match, alignment)
+    here, there = activation[slice(*match.corrupted.token_span)], clean[slice(*match.clean.token_span)]
+    if alignment == "tokens" and placebo_seed is None:
+        return there  # as it is: adding a difference would round
+    moved = here + (there - here if alignment == "tokens" else there.mean(0) - here.mean(0))
+    if placebo_seed is None:
+        return moved
+    position = match.corrupted.token_start
+    return norm_matched_activations(here, moved, seed=placebo_seed, layer=layer, position=position)
 
 
 def step_patch_setter(

@@ -18,68 +18,27 @@ the backward pass of each layer's attention. Memory: that of the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.causal.alignment import Alignment, patched_step
-from stepflow_tl.causal.patching import PatchingPlan, check_fired, plan_patching, record_clean
+from stepflow_tl.causal.alignment import patched_step
+from stepflow_tl.causal.patching_plan import PatchingPlan, check_fired, record_clean
 from stepflow_tl.causal.patching_result import StepPatching
 from stepflow_tl.errors import ComparisonError, GradientError
 from stepflow_tl.models.hook_names import component_hook
 from stepflow_tl.models.passes import frozen
-from stepflow_tl.saliency.objectives import ObjectiveLike
-from stepflow_tl.stepflow.flow import FwdHooks, StepFlow
-from stepflow_tl.trace import ReasoningTrace
 
 
-def attribution_patching(
-    model: Any,
-    clean_trace: ReasoningTrace,
-    corrupted_trace: ReasoningTrace,
-    *,
-    metric: ObjectiveLike,
-    component: str = "resid_pre",
-    alignment: Alignment | str = "tokens",
-    layers: Sequence[int] | None = None,
-    steps: Sequence[str] | None = None,
-    receiving_step: str | None = None,
-    sources: Mapping[str, str] | None = None,
-    clean_metric: ObjectiveLike | None = None,
-    placebo_seed: int | None = None,
-    stepflow: StepFlow | None = None,
-    fwd_hooks: FwdHooks = (),
-) -> StepPatching:
-    """First-order prediction of `step_patching`: the same arguments, result and errors.
-
-    Raises:
-        GradientError: If the metric does not depend on a layer's component.
-        ObjectiveError: Also if a callable metric has no gradient.
-
-    Cost: two forward passes and one backward pass.
-    """
-    plan = plan_patching(
-        model,
-        clean_trace,
-        corrupted_trace,
-        metric=metric,
-        component=component,
-        alignment=alignment,
-        layers=layers,
-        steps=steps,
-        receiving_step=receiving_step,
-        sources=sources,
-        clean_metric=clean_metric,
-        placebo_seed=placebo_seed,
-        stepflow=stepflow,
-        fwd_hooks=fwd_hooks,
-    )
-    with frozen(model), torch.inference_mode(False):
+def predicted_effects(
+    plan: PatchingPlan,
+) -> tuple[Float[Tensor, "layer step"], float, float | None]:
+    """The effects, and the metric of the corrupted and of the clean run; `step_patching` names the errors."""
+    with frozen(plan.model), torch.inference_mode(False):
         with torch.no_grad():
             clean, clean_value = record_clean(plan)
         with torch.enable_grad():
@@ -92,7 +51,7 @@ def attribution_patching(
                 here, clean[layer], match, plan.alignment, placebo_seed=plan.placebo_seed, layer=layer
             )
             effects[row, column] = (gradients[layer][step] * (there - here[step])).double().sum().cpu()
-    return plan.result("attribution", effects, corrupted_value, clean_value)
+    return effects, corrupted_value, clean_value
 
 
 @dataclass(frozen=True)
@@ -152,8 +111,7 @@ def effect_agreement(measured: StepPatching, predicted: StepPatching) -> EffectA
     )
 
 
-@dataclass
-class _Leaf:
+class _Leaf(NamedTuple):
     """An activation of one layer and the zeros that were added to it."""
 
     activation: Tensor
@@ -164,19 +122,13 @@ def _gradients(plan: PatchingPlan) -> tuple[dict[int, Tensor], dict[int, Tensor]
     """Activations of the corrupted run, the metric's gradients there by layer, and the metric."""
     at_component: dict[int, list[_Leaf]] = {layer: [] for layer in plan.layers}
     at_z: dict[int, list[_Leaf]] = {layer: [] for layer in plan.layers}
-    last = [(plan.hook(layer), partial(_add_leaf, into=at_component[layer])) for layer in plan.layers]
+    taps = [(plan.hook(layer), at_component[layer]) for layer in plan.layers]
     if plan.receiving is not None:
-        z_names = [component_hook(plan.model, "z", layer) for layer in plan.layers]
-        last += [
-            (name, partial(_add_leaf, into=at_z[layer]))
-            for name, layer in zip(z_names, plan.layers, strict=True)
-        ]
-    logits = plan.logits(plan.corrupted_trace, last)
+        taps += [(component_hook(plan.model, "z", layer), at_z[layer]) for layer in plan.layers]
+    logits = plan.logits(plan.corrupted_trace, [(name, partial(_add_leaf, into=tap)) for name, tap in taps])
+    for name, tap in taps:
+        check_fired(name, len(tap))
     tapped = at_component if plan.receiving is None else at_z
-    for layer in plan.layers:
-        check_fired(plan.hook(layer), len(at_component[layer]))
-        if plan.receiving is not None:
-            check_fired(component_hook(plan.model, "z", layer), len(at_z[layer]))
     value = plan.metric.loss(logits, plan.batch(plan.corrupted_trace))
     leaves = [tapped[layer][0].leaf for layer in plan.layers]
     gradients = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=plan.receiving is not None)
@@ -190,20 +142,13 @@ def _gradients(plan: PatchingPlan) -> tuple[dict[int, Tensor], dict[int, Tensor]
     found = dict(zip(plan.layers, gradients, strict=True))
     if plan.receiving is not None:
         rows = slice(*plan.receiving.token_span)
-        found = {
-            layer: _through_attention(at_z[layer][0], at_component[layer][0], found[layer], rows)
-            for layer in plan.layers
-        }
+        for layer, gradient in found.items():  # at z, of these rows only, taken back to the component
+            received = torch.zeros_like(gradient)
+            received[:, rows] = gradient[:, rows]
+            ends = at_z[layer][0].activation, at_component[layer][0].leaf
+            (found[layer],) = torch.autograd.grad(*ends, received, retain_graph=True)
     activations = {layer: at_component[layer][0].activation[0].detach() for layer in plan.layers}
     return activations, {layer: g[0].detach() for layer, g in found.items()}, float(value.detach())
-
-
-def _through_attention(z: _Leaf, component: _Leaf, gradient: Tensor, rows: slice) -> Tensor:
-    """The gradient at z, of some rows only, taken back to the component of the same layer."""
-    received = torch.zeros_like(gradient)
-    received[:, rows] = gradient[:, rows]
-    (back,) = torch.autograd.grad(z.activation, component.leaf, received, retain_graph=True)
-    return back
 
 
 def _add_leaf(

@@ -15,7 +15,7 @@ pairs that are in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -46,14 +46,9 @@ def random_step_pairs(
         TraceError: If a label is not in the trace.
         AlignmentError: If a key step comes after its query step.
     """
-    tested = _causal_pairs(trace, pairs)
-    placebos = {}
-    for query, key in tested.values():
-        candidates = [step for step in trace.steps[: query.index] if (query.label, step.label) not in tested]
-        if candidates:
-            drawn = candidates[_draw(len(candidates), seed, _RANDOM, query.index, key.index)]
-            placebos[query.label, key.label] = (query.label, drawn.label)
-    return placebos
+    return _draw_pairs(
+        trace, pairs, lambda query, key: ((query, step) for step in trace.steps[: query.index]), seed, _RANDOM
+    )
 
 
 def position_matched_pairs(
@@ -65,19 +60,13 @@ def position_matched_pairs(
 
     Arguments, result and errors as in `random_step_pairs`.
     """
-    tested = _causal_pairs(trace, pairs)
-    placebos = {}
-    for query, key in tested.values():
+
+    def same_lag(query: Step, key: Step) -> Iterable[tuple[Step, Step]]:
         lag = query.index - key.index
-        candidates = [
-            (step.label, trace.steps[step.index - lag].label)
-            for step in trace.steps_in(query.segment)
-            if step.index >= lag and (step.label, trace.steps[step.index - lag].label) not in tested
-        ]
-        if candidates:
-            drawn = candidates[_draw(len(candidates), seed, _POSITION, query.index, key.index)]
-            placebos[query.label, key.label] = drawn
-    return placebos
+        readers = (step for step in trace.steps_in(query.segment) if step.index >= lag)
+        return ((step, trace.steps[step.index - lag]) for step in readers)
+
+    return _draw_pairs(trace, pairs, same_lag, seed, _POSITION)
 
 
 def random_sources(trace: ReasoningTrace, steps: Sequence[str], *, seed: int) -> dict[str, str]:
@@ -91,12 +80,7 @@ def random_sources(trace: ReasoningTrace, steps: Sequence[str], *, seed: int) ->
     Raises:
         TraceError: If a label is not in the trace.
     """
-    sources = {}
-    for step in map(trace.step, steps):
-        candidates = [other for other in trace.steps_in(step.segment) if other != step]
-        if candidates:
-            sources[step.label] = candidates[_draw(len(candidates), seed, _RANDOM, step.index)].label
-    return sources
+    return _draw_sources(trace, steps, lambda distance: distance > 0, seed, _RANDOM)
 
 
 def position_matched_sources(trace: ReasoningTrace, steps: Sequence[str], *, seed: int) -> dict[str, str]:
@@ -104,12 +88,7 @@ def position_matched_sources(trace: ReasoningTrace, steps: Sequence[str], *, see
 
     Arguments, result and errors as in `random_sources`; the seed chooses where both neighbours exist.
     """
-    sources = {}
-    for step in map(trace.step, steps):
-        near = [other for other in trace.steps_in(step.segment) if abs(other.index - step.index) == 1]
-        if near:
-            sources[step.label] = near[_draw(len(near), seed, _POSITION, step.index)].label
-    return sources
+    return _draw_sources(trace, steps, lambda distance: distance == 1, seed, _POSITION)
 
 
 def norm_matched_activations(
@@ -129,16 +108,37 @@ def norm_matched_activations(
         base: Activations without the intervention.
         moved: Activations with it.
         seed: The control's seed.
-        layer: Mixed into the seed.
-        position: Mixed into the seed; the index of the first token.
+        layer: Mixed into the seed, as is `position`.
+        position: Index of the first token.
     """
     displacement = (moved - base).reshape(-1, base.shape[-1])
     return base + random_direction_like(displacement, seed, layer, 0, position).reshape(base.shape)
 
 
-def _causal_pairs(trace: ReasoningTrace, pairs: Iterable[StepPair]) -> dict[StepPair, tuple[Step, Step]]:
-    return {pair: causal_pair(trace, pair) for pair in pairs}
+def _draw_pairs(
+    trace: ReasoningTrace,
+    pairs: Iterable[StepPair],
+    candidates: Callable[[Step, Step], Iterable[tuple[Step, Step]]],
+    seed: int,
+    kind: int,
+) -> dict[StepPair, StepPair]:
+    tested = {pair: causal_pair(trace, pair) for pair in pairs}
+    placebos = {}
+    for query, key in tested.values():
+        labels = ((reader.label, source.label) for reader, source in candidates(query, key))
+        untested = [pair for pair in labels if pair not in tested]
+        if untested:
+            drawn = mixed_seed(seed, kind, query.index, key.index) % len(untested)
+            placebos[query.label, key.label] = untested[drawn]
+    return placebos
 
 
-def _draw(n_candidates: int, *seed_parts: int) -> int:
-    return mixed_seed(*seed_parts) % n_candidates
+def _draw_sources(
+    trace: ReasoningTrace, steps: Sequence[str], fits: Callable[[int], bool], seed: int, kind: int
+) -> dict[str, str]:
+    sources = {}
+    for step in map(trace.step, steps):
+        others = [other for other in trace.steps_in(step.segment) if fits(abs(other.index - step.index))]
+        if others:
+            sources[step.label] = others[mixed_seed(seed, kind, step.index) % len(others)].label
+    return sources

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stepflow_tl.errors import AlignmentError, KnockoutError, ModelError
-from stepflow_tl.models.facts import check_heads
+from stepflow_tl.models.facts import check_heads, head_mask
 from stepflow_tl.models.hook_names import refuse_delegated, resolve_hooks
 from stepflow_tl.models.passes import NamedHook
 from stepflow_tl.saliency.objectives import token_nll
@@ -98,8 +98,8 @@ def cut_mask(
         queries: Half-open span of the cut rows, counted from the first query of the pass.
         keys: Half-open span of cut keys for each batch row, counted from the trace's first token; None cuts
             nothing in that row.
-        n_queries: Queries of the pass.
-        n_keys: Keys of the pass; its queries are the last of them.
+        n_queries: Queries of the pass, the last of its keys.
+        n_keys: Keys of the pass.
     """
     mask = torch.zeros(len(keys), 1, n_queries, n_keys, dtype=torch.bool)
     for row, span in enumerate(keys):
@@ -124,10 +124,9 @@ class EdgeCut:
             ModelError: If a head does not exist or a layer's attention cannot be edited.
         """
         self.mask: Tensor | None = None
-        self._heads, heads = None, check_heads(model, heads)
-        if heads is not None:
-            self._heads = torch.zeros(1, int(model.cfg.n_heads), 1, 1, dtype=torch.bool)
-            self._heads[0, list(heads)] = True
+        heads = check_heads(model, heads)
+        every = int(model.cfg.n_heads)
+        self._heads = None if heads is None else head_mask(heads, every, torch.device("cpu"))[None, ..., None]
         self._fired: dict[int, int] = dict.fromkeys(layers, 0)
         self.hooks: list[NamedHook] = []
         for hooks in resolve_hooks(model, layers).layers:
@@ -138,11 +137,7 @@ class EdgeCut:
             self.hooks.append((name, partial(function, layer=layer)))
 
     def check_fired(self) -> None:
-        """Demand that every hook ran once since the last check; a filter that matches nothing is silent.
-
-        Raises:
-            ModelError: If not; the message names the layers.
-        """
+        """Demand that every hook ran once since the last check; a filter that matches nothing is silent."""
         wrong = [layer for layer, count in self._fired.items() if count != 1]
         counts = sorted({self._fired[layer] for layer in wrong})
         self._fired = dict.fromkeys(self._fired, 0)
@@ -181,10 +176,7 @@ class EdgeCut:
         self._fired[layer] += 1
         if self.mask is None:
             return None
-        expected, found = (
-            (self.mask.shape[0], *self.mask.shape[2:]),
-            (attention.shape[0], *attention.shape[2:]),
-        )
+        expected, found = ((t.shape[0], *t.shape[2:]) for t in (self.mask, attention))
         if expected != found:
             raise ModelError(
                 f"{hook.name} has (batch, queries, keys) {found}, expected {expected}: this layer's keys are "
@@ -234,11 +226,7 @@ class Effect:
     """A measure of the difference that a cut makes, with its name; its values are checked."""
 
     def __init__(self, measure: Measure) -> None:
-        """Resolve a name or take a callable.
-
-        Raises:
-            KnockoutError: If it is neither.
-        """
+        """Resolve a name or take a callable; a KnockoutError if it is neither."""
         known = {"nll": nll_change, "kl": kl_divergence}
         if isinstance(measure, str) and measure in known:
             self.name, self._function = str(measure), known[measure]
@@ -251,25 +239,18 @@ class Effect:
             )
 
     def __call__(self, logits: Tensor, clean: Tensor, tokens: Tensor) -> float:
-        """The effect.
-
-        Raises:
-            KnockoutError: If a callable does not give one finite number.
-        """
+        """The effect; a KnockoutError if a callable does not give one finite number."""
         value = self._function(logits, clean, tokens)
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise KnockoutError(
-                f"measure {self.name!r} returned {_kind(value)}: expected one number"
-            ) from error
+            kind = type(value).__name__
+            if isinstance(value, Tensor):
+                kind = f"a tensor of shape {tuple(value.shape)}"
+            raise KnockoutError(f"measure {self.name!r} returned {kind}: expected one number") from error
         if not math.isfinite(number):
             raise KnockoutError(
                 f"measure {self.name!r} gave {number}: the logits hold NaN or infinite values. Run the model "
                 "in float32, and check its weights and any attached hook."
             )
         return number
-
-
-def _kind(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

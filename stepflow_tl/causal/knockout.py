@@ -39,7 +39,6 @@ from stepflow_tl.models.facts import ModelFacts, check_fit, check_heads, check_l
 from stepflow_tl.models.hook_names import hook_counts, resolve_hooks
 from stepflow_tl.models.passes import NamedHook, attached, frozen, model_device, whole_pass
 from stepflow_tl.models.prefix_cache import PrefixCacheRefusal, fill_prefix
-from stepflow_tl.results.provenance import Provenance, package_versions
 from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective, token_nll
 from stepflow_tl.stepflow.flow import FwdHooks, StepFlow, standing_hooks, standing_notes
 from stepflow_tl.trace import ReasoningTrace, Step
@@ -69,10 +68,8 @@ def step_knockout(
 ) -> StepKnockout:
     """Cut each pair of steps and measure the effect.
 
-    Row i, column j of the result: what becomes of step i's predictions when its tokens cannot attend to those
-    of step j. Row t of the logits predicts token t + 1, so step i's predictions are its own tokens but the
-    first, and the first token after it (row i of a saliency map is about the same rows). TEMPLATE tokens are
-    never cut.
+    Row i, column j of the result: what becomes of step i's predictions (its own tokens but the first, and the
+    first token after it) when its tokens cannot attend to those of step j. TEMPLATE tokens are never cut.
 
     Args:
         model: A TransformerLens model: TransformerBridge or HookedTransformer. Hooks that are attached stay
@@ -142,31 +139,21 @@ def step_knockout(
         heads=chosen_heads,
         measure=effect.name,
         onto=onto_name,
-        provenance=Provenance(
-            model_name=facts.name,
-            objective=effect.name if onto_name is None else f"{effect.name} onto {onto_name}",
-            backend=used,
-            dtype=str(facts.dtype),
-            device=str(facts.device),
-            versions=package_versions(),
-            notes=notes | standing_notes(stepflow, fwd_hooks),
+        provenance=facts.provenance(
+            effect.name if onto_name is None else f"{effect.name} onto {onto_name}",
+            used,
+            notes | standing_notes(stepflow, fwd_hooks),
         ),
     )
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """What is run and read for one query step.
-
-    Attributes:
-        query: The query step.
-        keys: Key steps, one per pair.
-        rows: Rows of logits that are read, as positions in the trace; the first is not before the step.
-    """
+    """What is run and read for one query step: a pair per key step, all read on the same rows of logits."""
 
     query: Step
     keys: list[int]
-    rows: Int[Tensor, " row"]
+    rows: Int[Tensor, " row"]  # positions in the trace; the first is not before the step
 
     @property
     def end(self) -> int:

@@ -8,13 +8,12 @@ pairs those are, the trace and the provenance. Rows and columns are the trace's 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from stepflow_tl.results.files import Schema, TensorSpec, whole_numbers
+from stepflow_tl.results.files import Schema
 from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.results.result import TracedResult
 from stepflow_tl.saliency.pooling import Pooling, normalise
@@ -39,7 +38,7 @@ class StepKnockout(TracedResult):
         provenance: Model, measure, method ("cached" or "full"), versions.
     """
 
-    schema: ClassVar = Schema("stepflow_tl.StepKnockout", 1, "a step-knockout result", "StepKnockout.save")
+    schema: ClassVar = Schema("stepflow_tl.StepKnockout", 1, "a step-knockout result")
 
     effects: Float[Tensor, "query_step key_step"]
     measured: Bool[Tensor, "query_step key_step"]
@@ -52,23 +51,14 @@ class StepKnockout(TracedResult):
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        """Refuse shapes, layers or values that cannot be a knockout map."""
-        n_steps = len(self.trace.steps)
-        for name in ("effects", "measured"):
-            shape = tuple(getattr(self, name).shape)
-            if shape != (n_steps, n_steps):
-                raise ValueError(f"{name} has shape {shape}, but the trace has {n_steps} steps")
-        if self.measured.dtype != torch.bool or not self.effects.is_floating_point():
-            raise ValueError(f"effects is {self.effects.dtype} and measured {self.measured.dtype}")
-        if not torch.isfinite(self.effects).all():
-            raise ValueError("effects must be finite")
+        """Refuse what cannot be a knockout map."""
+        super().__post_init__()
         if self.measured.triu(1).any():
             raise ValueError("measured names a pair whose key step comes after its query step")
         if self.effects[~self.measured].any():
             raise ValueError("effects must be 0 where nothing was measured")
         if not self.layers:
             raise ValueError("layers () must be distinct and at least one")
-        self._check_layers()
 
     def pooled(self, pooling: Pooling = "sum") -> Float[Tensor, "query_step key_step"]:
         """The effects as sums, or divided by token pairs as a saliency map is.
@@ -81,30 +71,6 @@ class StepKnockout(TracedResult):
             ValueError: If `pooling` is unknown.
         """
         return normalise(self.effects, self.step_lengths, pooling)
-
-    def _facts(self) -> dict[str, Any]:
-        heads = None if self.heads is None else list(self.heads)
-        return {"heads": heads, "measure": self.measure, "onto": self.onto}
-
-    @classmethod
-    def _specs(cls, document: dict[str, Any]) -> dict[str, TensorSpec]:
-        n_steps = len(document["trace"]["steps"])
-        return {
-            "effects": TensorSpec("float", (n_steps, n_steps)),
-            "measured": TensorSpec("bool", (n_steps, n_steps)),
-        }
-
-    @classmethod
-    def _fields(cls, document: dict[str, Any]) -> dict[str, Any]:
-        heads, onto, measure = document["heads"], document["onto"], document["measure"]
-        if not isinstance(measure, str) or not (onto is None or isinstance(onto, str)):
-            raise TypeError(f"measure {measure!r} and onto {onto!r}: expected names")
-        return {
-            **super()._fields(document),
-            "heads": None if heads is None else whole_numbers(heads),
-            "measure": measure,
-            "onto": onto,
-        }
 
     def _table(self, n: int) -> tuple[str, list[str], list[list[str]], list[str]]:
         """Measured pairs by the size of the effect."""

@@ -74,13 +74,8 @@ class LinearityCheck:
     def table(self) -> str:
         """One line per pair: slopes and relative error."""
         lines = ["query  key    predicted     measured      error"]
-        for (query, key), predicted, measured, error in zip(
-            self.pairs,
-            self.predicted.tolist(),
-            self.measured.tolist(),
-            self.relative_error.tolist(),
-            strict=True,
-        ):
+        columns = (column.tolist() for column in (self.predicted, self.measured, self.relative_error))
+        for (query, key), predicted, measured, error in zip(self.pairs, *columns, strict=True):
             lines.append(f"{query:<6} {key:<6} {predicted:+.5e}  {measured:+.5e}  {error:.2%}")
         return "\n".join(lines)
 
@@ -126,8 +121,8 @@ def linearity_check(
         raise ValueError(f"eps is {eps}: expected a dose between 0 and 0.5, both excluded")
     chosen_layers = check_layers(model_facts(model), layers)
     chosen_heads = check_heads(model, heads)
-    chosen = [(i.label, j.label) for i in trace.steps for j in trace.steps[: i.index + 1]]
-    chosen = tuple(chosen if pairs == "all" else [(query, key) for query, key in pairs])
+    every = ((i.label, j.label) for i in trace.steps for j in trace.steps[: i.index + 1])
+    chosen = tuple(every if pairs == "all" else ((query, key) for query, key in pairs))
     if not chosen:
         raise AlignmentError("pairs is empty: expected at least one (query step, key step)")
     edges = [causal_pair(trace, pair) for pair in chosen]
@@ -146,18 +141,11 @@ def linearity_check(
         by_head = by_head if chosen_heads is None else by_head[:, list(chosen_heads)]
         predicted.append(-float(by_head.double().sum()))
         dosing = partial(dose_hook, edge=(query, key), heads=chosen_heads)
-        loss_at = partial(
-            _dosed_loss, model, trace, resolve_objective(loss, trace), patterns, dosing, standing
-        )
+        resolved = resolve_objective(loss, trace)
+        loss_at = partial(_dosed_loss, model, trace, resolved, patterns, dosing, standing)
         measured.append(_slope_at_zero(loss_at, eps))
-    return LinearityCheck(
-        pairs=chosen,
-        predicted=torch.tensor(predicted, dtype=torch.float64),
-        measured=torch.tensor(measured, dtype=torch.float64),
-        eps=eps,
-        layers=chosen_layers,
-        heads=chosen_heads,
-    )
+    slopes = torch.tensor([predicted, measured], dtype=torch.float64)
+    return LinearityCheck(chosen, slopes[0], slopes[1], eps, chosen_layers, chosen_heads)
 
 
 def dose_hook(

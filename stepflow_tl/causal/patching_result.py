@@ -6,31 +6,19 @@ the patch minus the metric without. A positive effect means that the patch raise
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.causal.alignment import Alignment, StepMatch
-from stepflow_tl.results.files import Schema, TensorSpec, whole_numbers
+from stepflow_tl.results.files import Schema
 from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.results.result import StoredResult
 from stepflow_tl.results.tables import number, shortened
-from stepflow_tl.trace.steps import Segment, Step
 
-_STEP_NUMBERS = ("index", "token_start", "token_end", "char_start", "char_end")
-# Facts that are stored as they are, and their types.
-_PLAIN = {
-    "method": str,
-    "component": str,
-    "alignment": str,
-    "receiving_step": (str, type(None)),
-    "corrupted_value": (int, float),
-    "clean_value": (int, float, type(None)),
-}
+_SIDES = ("clean", "corrupted")  # of a `StepMatch`, which a file holds as a list of the two
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,8 @@ class StepPatching(StoredResult):
         provenance: Model, metric (as `objective`), method (as `backend`), versions.
     """
 
-    schema: ClassVar = Schema("stepflow_tl.StepPatching", 1, "a step-patching result", "StepPatching.save")
+    schema: ClassVar = Schema("stepflow_tl.StepPatching", 1, "a step-patching result")
+    axes: ClassVar = {"layer": "layers", "step": "matches"}
 
     effects: Float[Tensor, "layer step"]
     method: Literal["patching", "attribution"]
@@ -64,19 +53,6 @@ class StepPatching(StoredResult):
     corrupted_value: float
     clean_value: float | None
     provenance: Provenance
-
-    def __post_init__(self) -> None:
-        """Refuse effects without a layer or step, or that are not finite."""
-        expected = (len(self.layers), len(self.matches))
-        if tuple(self.effects.shape) != expected:
-            raise ValueError(f"effects has shape {tuple(self.effects.shape)}, expected {expected}")
-        self._check_layers()
-        if not torch.isfinite(self.effects).all():
-            layer, step = (~torch.isfinite(self.effects)).nonzero()[0].tolist()
-            raise ValueError(
-                f"the effect of layer {self.layers[layer]}, step {self.labels[step]} is not finite: run the "
-                "model in float32, and check the metric and any attached hook for NaN"
-            )
 
     @property
     def labels(self) -> list[str]:
@@ -102,23 +78,14 @@ class StepPatching(StoredResult):
             )
         return self.effects / distance
 
-    def _facts(self) -> dict[str, Any]:
-        matches = [[_plain(match.clean), _plain(match.corrupted)] for match in self.matches]
-        return {**{name: getattr(self, name) for name in _PLAIN}, "matches": matches}
+    def _document(self) -> dict[str, Any]:
+        document = super()._document()
+        return {**document, "matches": [[match[side] for side in _SIDES] for match in document["matches"]]}
 
     @classmethod
-    def _specs(cls, document: dict[str, Any]) -> dict[str, TensorSpec]:
-        return {"effects": TensorSpec("float", (len(document["layers"]), len(document["matches"])))}
-
-    @classmethod
-    def _fields(cls, document: dict[str, Any]) -> dict[str, Any]:
-        plain = {name: _value(document, name) for name in _PLAIN}
-        if plain["method"] not in ("patching", "attribution") or plain["alignment"] not in get_args(
-            Alignment
-        ):
-            raise ValueError(f"method {plain['method']!r} and alignment {plain['alignment']!r}: unknown")
-        matches = (StepMatch(_step(clean), _step(corrupted)) for clean, corrupted in document["matches"])
-        return {**plain, "matches": tuple(matches)}
+    def _build(cls, document: dict[str, Any], tensors: dict[str, Tensor]) -> StepPatching:
+        matches = [dict(zip(_SIDES, match, strict=True)) for match in document["matches"]]
+        return super()._build({**document, "matches": matches}, tensors)
 
     def _table(self, n: int) -> tuple[str, list[str], list[list[str]], list[str]]:
         """Layers and steps by the size of the effect."""
@@ -144,24 +111,3 @@ class StepPatching(StoredResult):
             f"layers x {len(self.matches)} steps, alignment={self.alignment!r}, "
             f"metric={self.provenance.objective!r}, model={self.provenance.model_name!r})"
         )
-
-
-def _plain(step: Step) -> dict[str, Any]:
-    return {**asdict(step), "segment": int(step.segment)}
-
-
-def _step(data: dict[str, Any]) -> Step:
-    """The step; what a later minor version says beside it is passed over."""
-    numbers = dict(zip(_STEP_NUMBERS, whole_numbers([data[name] for name in _STEP_NUMBERS]), strict=True))
-    if not isinstance(data["label"], str) or not isinstance(data["text"], str):
-        raise TypeError("a step's label and text must be strings")
-    return Step(segment=Segment(data["segment"]), label=data["label"], text=data["text"], **numbers)
-
-
-def _value(document: dict[str, Any], name: str) -> Any:
-    value = document[name]
-    if not isinstance(value, _PLAIN[name]) or isinstance(value, bool):
-        raise TypeError(f"{name} is a {type(value).__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}")
-    return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from stepflow_tl import runs
 from stepflow_tl.cli.arguments import DEFAULT_MODEL, LAYOUT, add_options, add_weights, options_of
 from stepflow_tl.cli.console import Progress, say
+from stepflow_tl.runs.flow_options import FlowOptions
 from stepflow_tl.runs.options import RunOptions
 
 _EPILOG = """\
@@ -25,7 +27,10 @@ Face `datasets` saved on disk (Parquet and data sets need the extra "datasets"),
   question, thinking, summary
               the parts of the trace (summary may be missing)
   text        or, in place of the parts, the full transcript with its markers
-  any other   left alone, unless --group-by or --pair-by names it
+  tokens      or its token ids, which come before all others
+  any other   left alone, unless --where, --group-by or --pair-by names it
+or the answers that `evaluate --out DIR` wrote: DIR, or one of its answers*.jsonl. They are read from their
+tokens; fields: id, question_id, sample, condition, difficulty, right, finished, new_tokens and others.
 
 example line:
   {"id": "q1", "question": "2+2*3?", "thinking": "2*3 = 6.\\n\\n2+6 = 8.", "summary": "8", "is_correct": true}
@@ -33,6 +38,11 @@ example line:
 output, in the folder --out: one .safetensors per trace (StepSaliency.load reads it), manifest.jsonl (what is
 done, what failed and why), summary.csv, and with --group-by comparison.txt and comparison.json. With --causal
 also knockout/ with one .safetensors per trace (StepKnockout.load reads it), agreement.csv and agreement.json.
+
+A model's own right answers against its own wrong ones, then of the same questions, then under StepFlow:
+  stepflow-tl analyze answers --out maps --where condition=plain --group-by right
+  stepflow-tl analyze answers --out maps --where condition=plain --group-by right --pair-by question_id
+  stepflow-tl analyze answers --out repaired --where condition=plain --group-by right --stepflow
 
 A run that was killed goes on where it was when the same command is given again. Several runs may share
 a folder:
@@ -59,15 +69,24 @@ def add_analyze(commands: argparse._SubParsersAction) -> None:
         help=f"{DEFAULT_MODEL} (the embedded model, the default), a Hugging Face name, or a model folder",
     )
     add_options(command, RunOptions)
+    flow = command.add_argument_group("StepFlow")
+    flow.add_argument("--stepflow", action="store_true", help=RunOptions.helps().get("stepflow"))
+    add_options(flow, FlowOptions)
     add_weights(command)
     add("--device-map", metavar="MAP", help="auto spreads a model larger than one GPU over all")
     command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    options = options_of(arguments, RunOptions)
-    if options.group_by is None and (options.pair_by is not None or options.unpaired):
-        print("stepflow-tl: error: --pair-by and --unpaired go with --group-by FIELD", file=sys.stderr)
+    options, flow = options_of(arguments, RunOptions), options_of(arguments, FlowOptions)
+    if arguments.stepflow:
+        options = replace(options, stepflow=flow.flow())
+    elif flow != FlowOptions():
+        print("stepflow-tl: error: the options of StepFlow go with --stepflow", file=sys.stderr)
+        return 2
+    needs_groups = options.pair_by is not None or options.unpaired or options.match_on is not None
+    if options.group_by is None and needs_groups:
+        print("stepflow-tl: error: --pair-by, --unpaired and --match go with --group-by", file=sys.stderr)
         return 2
     place = arguments.device, arguments.dtype, arguments.device_map
     watcher = _Terminal(arguments.traces, arguments.out, options)

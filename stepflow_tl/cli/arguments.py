@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from stepflow_tl.runs.options import OptionSet, positive
 
 DEFAULT_MODEL = "smollm2"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 LAYOUT = argparse.RawDescriptionHelpFormatter  # keeps the examples as they are written
 
 Options = TypeVar("Options", bound=OptionSet)
@@ -40,12 +41,12 @@ def device_name(text: str) -> str:
 
 
 def add_options(
-    parser: argparse.ArgumentParser, kind: type[OptionSet], *, without: Collection[str] = ()
+    parser: argparse._ActionsContainer, kind: type[OptionSet], *, without: Collection[str] = ()
 ) -> None:
     """Add every field of an options class as an argument, with its help, its default and its way of reading.
 
     Args:
-        parser: The command's parser.
+        parser: The command's parser, or a group of its arguments.
         kind: Such as `RunOptions`.
         without: Fields that the command decides for itself.
     """
@@ -71,12 +72,15 @@ def options_of(
 ) -> Options:
     """The options that `add_options` read, `without` the same fields."""
     given = vars(arguments)
-    names = {each.name: each.metadata.get("name", each.name) for each in fields(kind)}
+    names = {
+        each.name: each.metadata.get("name", each.name)
+        for each in fields(kind)
+        if not each.metadata.get("hidden")
+    }
     return kind(**{own: given[name] for own, name in names.items() if name in given and own not in without})
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Where a model's weights go, and in which precision."""
-    dtypes = ("float32", "float64", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="(float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
     parser.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda, cuda:1, mps")

@@ -88,6 +88,27 @@ class Progress:
         return [f"{speed:.0f} tokens/s", f"{each:.1f} s per {self._unit}", f"about {_clock(left)} left"]
 
 
+class Watcher:
+    """Who watches a run: messages and progress, the bar begun when the run says how much there is."""
+
+    def __init__(self) -> None:
+        """Nothing has begun."""
+        self.progress: Progress | None = None
+
+    def note(self, message: str) -> None:
+        """A message, above the bar if there is one."""
+        if self.progress is None:
+            say(message)
+        else:
+            self.progress.note(message)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.progress is not None:
+            self.progress.close()
+            self.progress = None
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from stepflow_tl import runs
 from stepflow_tl.cli.arguments import LAYOUT, add_options, add_weights, options_of
-from stepflow_tl.cli.console import Progress, say
+from stepflow_tl.cli.console import Progress, Watcher, say
 from stepflow_tl.errors import InputFileError
 from stepflow_tl.runs.answer_options import AnswerOptions
 from stepflow_tl.runs.flow_options import FlowOptions
@@ -77,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise InputFileError(f"--out {file}: there is no folder {file.parent}")
     place = arguments.device, arguments.dtype, arguments.device_map
     name = arguments.model or (TESTBED if arguments.questions == TESTBED else None)
-    watcher = _Terminal()
+    watcher = AnswersWatcher()
     try:
         found = runs.evaluate(
             partial(load, name, *place), questions, None if file else out, watcher=watcher, **asked
@@ -196,29 +196,18 @@ def load(name: str | None, device: str, dtype: str, device_map: str | None) -> A
     return models.load_model(name or models.DEFAULT_MODEL, device=where, dtype=kind, **place)
 
 
-class _Terminal:
-    """Progress of the run on stderr."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
+class AnswersWatcher(Watcher):
+    """Progress of the answers on stderr."""
 
     def begin(self, total: int, done: int, settings: Any, replicas: int) -> None:
+        """The model is loaded."""
         there = f", {done} of them there already" if done else ""
         where = "" if replicas == 1 else f", {replicas} replicas"
         conditions = f"{len(settings.conditions)} conditions"
         say(f"{total} answers under {conditions}{there}, model {settings.model_name}{where}")
-        self._progress = Progress(total, replicas, unit="answer", done=done)
-
-    def note(self, message: str) -> None:
-        if self._progress is None:
-            say(message)
-        else:
-            self._progress.note(message)
+        self.progress = Progress(total, replicas, unit="answer", done=done)
 
     def advance(self, n_answers: int, n_tokens: int, seconds: float, tokens_left: float) -> None:
-        assert self._progress is not None
-        self._progress.advance(n_tokens, seconds, tokens_left, n=n_answers)
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.close()
+        """A batch is on the disk."""
+        assert self.progress is not None
+        self.progress.advance(n_tokens, seconds, tokens_left, n=n_answers)

@@ -14,6 +14,7 @@ from stepflow_tl.cli.analyze import add_analyze
 from stepflow_tl.cli.arguments import LAYOUT, whole_number
 from stepflow_tl.cli.evaluate import add_evaluate
 from stepflow_tl.cli.report import add_report
+from stepflow_tl.cli.study import add_study
 from stepflow_tl.cli.summarize import add_summarize
 from stepflow_tl.errors import StepflowError
 from stepflow_tl.version import __version__
@@ -25,6 +26,7 @@ examples:
   stepflow-tl analyze traces.jsonl --out results
   stepflow-tl analyze traces.jsonl --model Qwen/Qwen3-0.6B --out results --group-by is_correct
   stepflow-tl evaluate questions.jsonl --model Qwen/Qwen3-0.6B --grader maths --out answers
+  stepflow-tl study questions.jsonl --model model.gguf --grader maths --out study
   stepflow-tl report results/q1.safetensors
   stepflow-tl summarize results --group-by is_correct
 """
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed the help, the version or what is wrong
         return int(stop.code or 0)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return arguments.run(arguments)
     except StepflowError as error:
@@ -60,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"stepflow-tl {__version__}")
     commands = parser.add_subparsers(
-        title="commands", metavar="demo | analyze | evaluate | report | summarize", required=True
+        title="commands", metavar="demo | analyze | evaluate | study | report | summarize", required=True
     )
-    for add in (add_demo, add_analyze, add_evaluate, add_report, add_summarize):
+    for add in (add_demo, add_analyze, add_evaluate, add_study, add_report, add_summarize):
         add(commands)
     return parser
 

@@ -62,11 +62,10 @@ def choose_bands(
         ComparisonError: If a group has fewer than two traces, traces were not made alike, or layers are
             missing.
     """
-    groups = [
-        diagnoses(maps, name, window=0, recent=1, pooling="mean")
-        for maps, name in ((correct, "correct"), (wrong, "wrong"))
-    ]
-    check_comparable(groups, ("correct", "wrong"))
+    names = ("correct", "wrong")
+    pairs = zip((correct, wrong), names, strict=True)
+    groups = [diagnoses(maps, name, window=0, recent=1, pooling="mean") for maps, name in pairs]
+    check_comparable(groups, names)
     n_layers = groups[0][0].n_layers
     if min(map(len, groups)) < 2:
         raise ComparisonError("choosing bands needs at least 2 traces in each group")

@@ -8,6 +8,13 @@
    Its p-values are corrected over the six. context_reach is 1 - lock_in, so for Holm the family is one test
    larger than it need be: the correction errs on the safe side.
 
+5. With `match_on`, traces of the two groups that are alike in their number of thinking steps, of tokens, or
+   both are paired too (`statistics.matching`) and compared as pairs. A difference that is one of length alone
+   is gone there, but for what one step, or a tenth of the tokens, makes: that can point one way, most where
+   traces have few steps, and the imbalance after matching says how far. Match on both. With `pair_by` as
+   well, only traces of one problem are matched, and then averaged within it. The comparison of all traces
+   stays the main one; the matched pairs are its `matched`.
+
 The difference is first group minus other group. Without `pair_by`, traces count as independent: if several
 traces answer the same problem, pair by problem, or the intervals are too narrow. A share on one step falls as
 a trace gets more steps, whatever the model does, so the table states both groups' mean number of thinking
@@ -19,16 +26,18 @@ steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from stepflow_tl.diagnosis.comparison_result import Comparison, PairMatching
 from stepflow_tl.diagnosis.diagnosis import Diagnosis
 from stepflow_tl.diagnosis.groups import (
     LabelledTrace,
-    Pairing,
     check_comparable,
     column_names,
     diagnoses,
@@ -38,157 +47,32 @@ from stepflow_tl.diagnosis.groups import (
 )
 from stepflow_tl.diagnosis.layer_metrics import HEADLINE, LAYER_METRICS
 from stepflow_tl.errors import ComparisonError
-from stepflow_tl.results.tables import dataframe, html_table, nan_to_none, number, probability, text_table
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.statistics.effects import Correction, Effect, Resampling, column_effects, corrected
+from stepflow_tl.statistics.matching import match_groups
 
-_SHOWN = ("mean", "other_mean", "difference", "low", "high", "effect_size")
+Covariate = Literal["steps", "tokens"]
+PairIds = tuple[Sequence[Hashable], Sequence[Hashable]]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two groups of traces, metric by metric.
+class _Measure(NamedTuple):
+    """What matched traces are alike in: its name, the caliper in words and in its own unit, and its value."""
 
-    Attributes:
-        names: Names of the two groups; differences are first minus second.
-        n_traces: Traces given in each group.
-        headline: Effects on the band means and the decay slope, p-values corrected over these.
-        by_layer: Effects of every metric at every layer, p-values corrected over the layers of a metric.
-        pairing: What pairing by problem left, or None for independent groups.
-        thinking_steps: Mean number of thinking steps per trace, in each group.
-        resampling: Confidence level, numbers of resamples, seed.
-        correction: Method behind `p_corrected`.
-        model_name: Model that was analysed.
-        objective: Objective that was differentiated.
-    """
+    name: str
+    words: str
+    caliper: float
+    value: Callable[[Diagnosis], float]
 
-    names: tuple[str, str]
-    n_traces: tuple[int, int]
-    headline: tuple[Effect, ...]
-    by_layer: tuple[Effect, ...]
-    pairing: Pairing | None
-    thinking_steps: tuple[float, float]
-    resampling: Resampling
-    correction: Correction
-    model_name: str
-    objective: str
 
-    def of(self, metric: str) -> tuple[Effect, ...]:
-        """Effects of one `metric`, layer by layer; for "decay_slope", its one effect.
-
-        Raises:
-            ComparisonError: If there is no such metric.
-        """
-        found = tuple(effect for effect in self.by_layer if effect.metric == metric)
-        found = found or tuple(effect for effect in self.headline if effect.metric == metric)
-        if not found:
-            known = ", ".join((*LAYER_METRICS, "decay_slope"))
-            raise ComparisonError(f"no metric {metric!r} in this comparison: expected one of {known}")
-        return found
-
-    def significant(self, metric: str, level: float = 0.05) -> tuple[Effect, ...]:
-        """Effects of one `metric` whose corrected p-value is at most `level`.
-
-        Raises:
-            ComparisonError: If there is no such metric.
-        """
-        return tuple(effect for effect in self.of(metric) if effect.p_corrected <= level)
-
-    def to_dataframe(self, rows: Literal["layers", "headline"] = "layers") -> Any:
-        """A pandas data frame: one row per metric and layer, or per headline number; columns as `Effect`.
-
-        Raises:
-            ValueError: If `rows` is neither.
-        """
-        if rows not in ("layers", "headline"):
-            raise ValueError(f"unknown rows {rows!r}: expected 'layers' or 'headline'")
-        effects = self.by_layer if rows == "layers" else self.headline
-        columns = [field.name for field in fields(Effect)]
-        empty = "band" if rows == "layers" else "layer"
-        return dataframe({name: [getattr(e, name) for e in effects] for name in columns if name != empty})
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; NaN is written as None, so that any JSON reader takes it."""
-        data = asdict(self)
-        for family in ("headline", "by_layer"):
-            data[family] = [
-                {key: nan_to_none(value) if isinstance(value, float) else value for key, value in row.items()}
-                for row in data[family]
-            ]
-        return data
-
-    def table(self, metric: str | None = None) -> str:
-        """The headline as text, or one `metric` over the layers.
-
-        Raises:
-            ComparisonError: If there is no such metric.
-        """
-        return text_table(*self._table(self.headline if metric is None else self.of(metric)))
-
-    def full_table(self) -> str:
-        """Every metric at every layer, as text: long."""
-        return text_table(*self._table(self.by_layer))
-
-    def __str__(self) -> str:
-        """The headline table."""
-        return self.table()
-
-    def __repr__(self) -> str:
-        """One line: which groups, how many traces."""
-        (name, other_name), (n, other_n) = self.names, self.n_traces
-        how = f"paired over {self.pairing.n_pairs} problems" if self.pairing else "independent"
-        groups = f"{name!r} ({n} traces) - {other_name!r} ({other_n} traces)"
-        return f"Comparison({groups}, {how}, model={self.model_name!r})"
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table(self.headline))
-
-    def _table(self, effects: Sequence[Effect]) -> tuple[str, list[str], list[list[str]], list[str]]:
-        name, other_name = self.names
-        percent = f"{100 * self.resampling.confidence:g}%"
-        size = "d_z" if self.pairing else "Hedges g"
-        header = ["where", "metric", "n", name, other_name, "difference"]
-        header += [f"{percent} low", f"{percent} high", size, "p", "corrected p"]
-        rows = [
-            [
-                effect.band or ("" if effect.layer is None else f"layer {effect.layer}"),
-                effect.metric,
-                str(effect.n) if effect.n == effect.other_n else f"{effect.n}, {effect.other_n}",
-                *(number(getattr(effect, field)) for field in _SHOWN),
-                probability(effect.p_value),
-                probability(effect.p_corrected),
-            ]
-            for effect in effects
-        ]
-        title = (
-            f"{name} ({self.n_traces[0]} traces) minus {other_name} ({self.n_traces[1]} traces): "
-            f"{self.model_name}, objective {self.objective}"
-        )
-        return title, header, rows, self._footer(effects)
-
-    def _footer(self, effects: Sequence[Effect]) -> list[str]:
-        if self.pairing:
-            p = self.pairing
-            how = f"paired over {p.n_pairs} problems ({p.n_dropped} without a partner left out"
-            lines = [f"{how}, {p.n_averaged} averaged over several traces); p from sign flips"]
-        else:
-            lines = ["independent groups; p from permuted labels"]
-        family = (
-            "the headline numbers" if any(effect.layer is None for effect in effects) else "a metric's layers"
-        )
-        r = self.resampling
-        lines.append(
-            f"{r.n_bootstrap} bootstrap resamples (BCa), {r.n_permutations} permutations, seed {r.seed}; "
-            f"p corrected over {family}: {self.correction}"
-        )
-        steps = ", ".join(
-            f"{name} {mean:.2f}" for name, mean in zip(self.names, self.thinking_steps, strict=True)
-        )
-        lines.append(f"thinking steps per trace: {steps}; shares depend on the number of steps")
-        if any(math.isnan(effect.p_value) for effect in effects):
-            lines.append("-  fewer than 2 traces with a value in a group")
-        return lines
+_MEASURES: Mapping[str, _Measure] = MappingProxyType(
+    {
+        "steps": _Measure("thinking steps", "within 1", 1.0, lambda found: found.n_thinking),
+        "tokens": _Measure(
+            "tokens", "within 10 %", math.log(1.1), lambda found: math.log(found.n_tokens or 0)
+        ),
+    }
+)
 
 
 def compare(
@@ -196,7 +80,8 @@ def compare(
     other_group: Iterable[StepSaliency | Diagnosis],
     *,
     names: tuple[str, str] = ("correct", "wrong"),
-    pair_by: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
+    pair_by: PairIds | None = None,
+    match_on: Sequence[Covariate | str] | None = None,
     window: int = 0,
     recent: int = 1,
     pooling: Pooling = "mean",
@@ -215,6 +100,8 @@ def compare(
         pair_by: A problem id for every trace, for each group. Traces of one problem are averaged within their
             group, then problems in both groups are compared pair by pair. Without it the groups are
             independent.
+        match_on: "steps" (thinking steps, within 1), "tokens" (of the whole trace, within 10 %), or both: the
+            traces that have a partner alike in these are compared as pairs too, in the result's `matched`.
         window: As in `diagnose`, for maps.
         recent: As in `diagnose`, for maps.
         pooling: As in `diagnose`, for maps.
@@ -226,12 +113,13 @@ def compare(
 
     Raises:
         ComparisonError: If a group has fewer than two traces, traces differ in model, objective, layers or
-            metric settings, or pairing by `pair_by` leaves fewer than two problems.
-        ValueError: If a level, a count or the correction is out of range.
+            metric settings, pairing by `pair_by` leaves fewer than two problems, or matching fewer than two
+            pairs; or a diagnosis to match on tokens does not say how many it has.
+        ValueError: If a level, a count, the correction or `match_on` is out of range.
 
     Cost: about two seconds for 199 + 199 diagnoses of 30 layers on one core.
     """
-    _check_arguments(confidence, n_bootstrap, n_permutations, correction)
+    _check_arguments(confidence, n_bootstrap, n_permutations, correction, match_on)
     groups = [
         diagnoses(maps, name, window=window, recent=recent, pooling=pooling)
         for maps, name in zip((group, other_group), names, strict=True)
@@ -242,36 +130,118 @@ def compare(
             raise ComparisonError(
                 f"group {name!r} has 1 trace: a spread, and so a comparison, needs at least 2"
             )
+    design = _Design(names, Resampling(confidence, n_bootstrap, n_permutations, seed), correction)
+    found = _compared(groups, pair_by, design)
+    return found if match_on is None else replace(found, matched=_matched(groups, pair_by, match_on, design))
+
+
+class _Design(NamedTuple):
+    """What two groups are called, and how they are tested."""
+
+    names: tuple[str, str]
+    resampling: Resampling
+    correction: Correction
+
+
+def _compared(
+    groups: Sequence[Sequence[Diagnosis]],
+    pair_by: PairIds | None,
+    design: _Design,
+    matching: PairMatching | None = None,
+) -> Comparison:
+    """The comparison of two groups; with a `matching`, their traces belong together one by one."""
     x, y = matrix(groups[0]), matrix(groups[1])
     pairing = None
     if pair_by is not None:
-        x, y, pairing = pair((x, y), pair_by, names)
+        x, y, pairing = pair((x, y), pair_by, design.names)
         if pairing.n_pairs < 2:
             raise ComparisonError(
                 f"pair_by leaves 1 problem that both groups hold ({pairing.n_dropped} have no partner): "
                 "a paired comparison needs at least 2"
             )
-    resampling = Resampling(confidence, n_bootstrap, n_permutations, seed)
     first = groups[0][0]
-    headline, by_layer = _families(
-        column_effects(x, y, paired=pairing is not None, resampling=resampling), first.layers, correction
-    )
+    is_paired = pairing is not None or matching is not None
+    statistics = column_effects(x, y, paired=is_paired, resampling=design.resampling)
+    headline, by_layer = _families(statistics, first.layers, design.correction)
     return Comparison(
-        names=names,
+        names=design.names,
         n_traces=(len(groups[0]), len(groups[1])),
         headline=headline,
         by_layer=by_layer,
         pairing=pairing,
         thinking_steps=(_mean_thinking_steps(groups[0]), _mean_thinking_steps(groups[1])),
-        resampling=resampling,
-        correction=correction,
+        resampling=design.resampling,
+        correction=design.correction,
         model_name=first.model_name,
         objective=first.objective,
+        matching=matching,
     )
 
 
+def _matched(
+    groups: Sequence[Sequence[Diagnosis]], pair_by: PairIds | None, match_on: Sequence[str], design: _Design
+) -> Comparison:
+    """The comparison of the traces that have a partner alike in length, pair by pair.
+
+    Raises:
+        ComparisonError: If a diagnosis lacks what is matched on, or less than two pairs or problems are left.
+    """
+    measures = [_MEASURES[name] for name in match_on]
+    for traces, name in zip(groups, design.names, strict=True):
+        lacking = sum(found.n_tokens is None for found in traces) if "tokens" in match_on else 0
+        if lacking:
+            raise ComparisonError(
+                f"{lacking} of the {len(traces)} traces of group {name!r} do not say how many tokens they "
+                "have (an older version stored them): diagnose their maps again, or match on steps alone"
+            )
+    problems = pair_by or ([None] * len(groups[0]), [None] * len(groups[1]))
+    sides = [_by_value(traces, own) for traces, own in zip(groups, problems, strict=True)]
+    first, other = (
+        np.array([[each.value(trace) for each in measures] for trace, _ in side], dtype=np.float64)
+        for side in sides
+    )
+    found = match_groups(
+        first,
+        other,
+        [each.caliper for each in measures],
+        strata=([problem for _, problem in sides[0]], [problem for _, problem in sides[1]]),
+    )
+    alike = [f"{each.name} ({each.words})" for each in measures]
+    if len(found.pairs) < 2:
+        raise ComparisonError(
+            f"matching on {' and '.join(alike)} leaves {len(found.pairs)} pairs of {len(groups[0])} "
+            f"{design.names[0]} and {len(groups[1])} {design.names[1]} traces: a comparison needs at least 2"
+        )
+    chosen = [[side[pair[place]] for pair in found.pairs] for place, side in enumerate(sides)]
+    return _compared(
+        [[trace for trace, _ in side] for side in chosen],
+        pair_by and ([problem for _, problem in chosen[0]], [problem for _, problem in chosen[1]]),
+        design,
+        PairMatching(
+            covariates=tuple(each.name for each in measures),
+            calipers=tuple(each.words for each in measures),
+            n_pairs=len(found.pairs),
+            n_dropped=found.n_dropped,
+            imbalance_before=found.imbalance_before,
+            imbalance=found.imbalance,
+        ),
+    )
+
+
+def _by_value(traces: Sequence[Diagnosis], problems: Sequence[Hashable]) -> list[tuple[Diagnosis, Hashable]]:
+    """Traces with their problems, sorted by their numbers: no order must choose between equal pairs."""
+    counts = np.array([[found.n_thinking, found.n_tokens or 0] for found in traces], dtype=np.float64)
+    order = np.lexsort(np.concatenate([counts, matrix(traces)], axis=1).T[::-1])
+    return [(traces[i], problems[i]) for i in order]
+
+
 def compare_groups(
-    outcomes: Sequence[LabelledTrace], group_by: str, pair_by: str | None, **options: Any
+    outcomes: Sequence[LabelledTrace],
+    group_by: str,
+    pair_by: str | None,
+    *,
+    match_on: Sequence[Covariate | str] | None = None,
+    **options: Any,
 ) -> tuple[Comparison, list[str]]:
     """The comparison of true against false, and what was left out, in words.
 
@@ -279,6 +249,7 @@ def compare_groups(
         outcomes: All traces of the run.
         group_by: Name of the grouping field: "is_correct" gives the groups "correct" and "not correct".
         pair_by: Name of the pairing field whose values the outcomes hold, or None for independent groups.
+        match_on: As in `compare`; where no matched pairs can be compared, what was left out says why.
         **options: Of `compare`: confidence, numbers of resamples, seed.
 
     Raises:
@@ -302,7 +273,13 @@ def compare_groups(
     pairs = None
     if pair_by is not None:
         pairs = ([outcome.pair for outcome in sides[0]], [outcome.pair for outcome in sides[1]])
-    return compare(*groups, names=(name, f"not {name}"), pair_by=pairs, **options), notes
+    ask = partial(compare, *groups, names=(name, f"not {name}"), pair_by=pairs, **options)
+    if match_on is None:
+        return ask(), notes
+    try:
+        return ask(match_on=match_on), notes
+    except ComparisonError as error:
+        return ask(), [*notes, f"no matched comparison: {error}"]
 
 
 def _families(
@@ -327,7 +304,13 @@ def _mean_thinking_steps(traces: Sequence[Diagnosis]) -> float:
     return float(np.mean([diagnosis.n_thinking for diagnosis in traces]))
 
 
-def _check_arguments(confidence: float, n_bootstrap: int, n_permutations: int, correction: str) -> None:
+def _check_arguments(
+    confidence: float,
+    n_bootstrap: int,
+    n_permutations: int,
+    correction: str,
+    match_on: Sequence[str] | None,
+) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}: expected a level between 0 and 1, such as 0.95")
     if n_bootstrap < 1 or n_permutations < 1:
@@ -338,3 +321,6 @@ def _check_arguments(confidence: float, n_bootstrap: int, n_permutations: int, c
         raise ValueError(
             f"unknown correction {correction!r}: expected one of {', '.join(get_args(Correction))}"
         )
+    known = get_args(Covariate)
+    if match_on is not None and (isinstance(match_on, str) or not match_on or {*match_on} - {*known}):
+        raise ValueError(f"match_on is {match_on!r}: expected some of {', '.join(map(repr, known))}")

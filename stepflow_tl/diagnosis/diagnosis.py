@@ -41,6 +41,7 @@ _SETTINGS = (
     "n_question",
     "n_thinking",
     "n_summary",
+    "n_tokens",
 )
 
 
@@ -64,6 +65,7 @@ class Diagnosis:
         n_question: Question steps.
         n_thinking: Thinking steps.
         n_summary: Summary steps.
+        n_tokens: Tokens of the whole trace; None in a diagnosis stored before it said so.
         reasons: Why a metric is NaN, by metric.
     """
 
@@ -80,6 +82,7 @@ class Diagnosis:
     n_question: int
     n_thinking: int
     n_summary: int
+    n_tokens: int | None
     reasons: Mapping[str, str]
 
     def __init__(
@@ -98,6 +101,7 @@ class Diagnosis:
         n_question: int,
         n_thinking: int,
         n_summary: int,
+        n_tokens: int | None = None,
         reasons: Mapping[str, str],
         **columns: Float[Tensor, " layer"],
     ) -> None:
@@ -138,8 +142,7 @@ class Diagnosis:
         Raises:
             ValueError: If `band` is neither "shallow" nor "deep".
         """
-        inside = self._inside(band)
-        values = torch.stack(list(self.metrics.values()))[:, inside]
+        values = torch.stack(list(self.metrics.values()))[:, self._inside(band)]
         return dict(zip(self.metrics, values.nanmean(dim=1).tolist(), strict=True))
 
     @property
@@ -163,10 +166,7 @@ class Diagnosis:
             "version": _VERSION,
             "layers": list(self.layers),
             "n_layers": self.n_layers,
-            **{
-                name: [nan_to_none(value) for value in column.tolist()]
-                for name, column in self.metrics.items()
-            },
+            **{name: list(map(nan_to_none, column.tolist())) for name, column in self.metrics.items()},
             "rows_without_mass": self.rows_without_mass.tolist(),
             "decay_slope": nan_to_none(self.decay_slope),
             **{name: getattr(self, name) for name in _SETTINGS},
@@ -189,14 +189,17 @@ class Diagnosis:
             )
         try:
             return cls(
-                layers=tuple(int(layer) for layer in data["layers"]),
+                layers=tuple(map(int, data["layers"])),
                 n_layers=int(data["n_layers"]),
-                metrics={name: _column(data[name]) for name in LAYER_METRICS if name in data},
-                rows_without_mass=torch.tensor(
-                    [int(count) for count in data["rows_without_mass"]], dtype=torch.int64
-                ),
+                metrics={
+                    name: torch.tensor(list(map(none_to_nan, data[name])), dtype=torch.float64)
+                    for name in LAYER_METRICS
+                    if name in data
+                },
+                rows_without_mass=torch.tensor(list(map(int, data["rows_without_mass"])), dtype=torch.int64),
                 decay_slope=none_to_nan(data["decay_slope"]),
-                **{name: data[name] for name in _SETTINGS},
+                **{name: data[name] for name in _SETTINGS if name != "n_tokens"},
+                n_tokens=None if data.get("n_tokens") is None else int(data["n_tokens"]),
                 reasons={**dict.fromkeys(set(LAYER_METRICS) - set(data), _NEWER), **data["reasons"]},
             )
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -223,28 +226,20 @@ class Diagnosis:
         return [i for i, layer in enumerate(self.layers) if layer in layers]
 
     def _table(self) -> tuple[str, list[str], list[list[str]], list[str]]:
-        shallow, deep = self._inside("shallow"), self._inside("deep")
-        rows = [
-            [
-                " ".join(name for name, inside in (("shallow", shallow), ("deep", deep)) if i in inside),
-                str(layer),
-                *(number(float(column[i])) for column in self.metrics.values()),
-            ]
-            for i, layer in enumerate(self.layers)
-        ]
+        bands = {band: self._inside(band) for band in get_args(Band)}
+        rows = []
+        for i, layer in enumerate(self.layers):
+            band = " ".join(name for name, inside in bands.items() if i in inside)
+            rows.append([band, str(layer), *(number(float(column[i])) for column in self.metrics.values())])
         title = (
             f"{self.model_name}, objective {self.objective}: {self.n_question} question, "
             f"{self.n_thinking} thinking, {self.n_summary} summary steps"
         )
         slope = f"decay_slope {number(self.decay_slope)} (thinking_share per layer, deep half)"
         footer = [f"{slope}; window {self.window}, recent {self.recent}, pooling {self.pooling}"]
-        if int(self.rows_without_mass.sum()):
-            counts = ", ".join(
-                f"layer {layer}: {int(count)}"
-                for layer, count in zip(self.layers, self.rows_without_mass, strict=True)
-                if count
-            )
-            footer.append(f"rows without mass, left out of the means: {counts}")
+        pairs = zip(self.layers, self.rows_without_mass.tolist(), strict=True)
+        if empty := ", ".join(f"layer {layer}: {count}" for layer, count in pairs if count):
+            footer.append(f"rows without mass, left out of the means: {empty}")
         # Metrics that lack a value for the same reason share a line.
         for reason in dict.fromkeys(self.reasons.values()):
             names = ", ".join(name for name, why in self.reasons.items() if why == reason)
@@ -298,6 +293,7 @@ def diagnose(
         n_question=n_question,
         n_thinking=n_thinking,
         n_summary=n_summary,
+        n_tokens=len(saliency.trace),
         reasons=_reasons(metrics, slope, rows),
     )
 
@@ -307,15 +303,10 @@ def _reasons(metrics: Mapping[str, Tensor], slope: float, rows: MapShares) -> di
     reasons = {}
     for name, column in metrics.items():
         pairs = zip(rows.saliency.layers, column.tolist(), strict=True)
-        empty = [layer for layer, value in pairs if math.isnan(value)]
-        if empty:
+        if empty := [layer for layer, value in pairs if math.isnan(value)]:
             missing = LAYER_METRICS[name].missing(rows)
             reasons[name] = missing or f"no mass to take a share of in layers {empty}"
     if math.isnan(slope):
         missing = LAYER_METRICS["thinking_share"].missing(rows)
         reasons["decay_slope"] = missing or "needs 2 stored layers of the deep half with a thinking_share"
     return reasons
-
-
-def _column(values: list[float | None]) -> Float[Tensor, " layer"]:
-    return torch.tensor([none_to_nan(value) for value in values], dtype=torch.float64)

@@ -15,16 +15,7 @@ from torch import Tensor
 
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
-from stepflow_tl.trace import ReasoningTrace, Segment
-
-
-def step_segments(trace: ReasoningTrace) -> Int[Tensor, " step"]:
-    """Segment of each step, in step order.
-
-    Args:
-        trace: The trace.
-    """
-    return torch.tensor([int(step.segment) for step in trace.steps], dtype=torch.int64)
+from stepflow_tl.trace import Segment
 
 
 def row_shares(
@@ -86,7 +77,8 @@ class MapShares:
             ValueError: If `pooling` is unknown.
         """
         shares = row_shares(saliency, pooling, per_head=per_head)
-        return cls(saliency, shares, step_segments(saliency.trace), window, recent)
+        segments = torch.tensor([int(step.segment) for step in saliency.trace.steps], dtype=torch.int64)
+        return cls(saliency, shares, segments, window, recent)
 
     @property
     def per_head(self) -> bool:

@@ -35,6 +35,8 @@ PLAIN = "plain"
 _CONTROL_OF = {"bridge": "bridge control", "momentum": "momentum control", "StepFlow": "StepFlow control"}
 #: In place of a difference and its interval, where every question has the same score under both conditions.
 _SAME = ("no answer", "differs", "")
+Table = tuple[str, list[str], list[list[str]], list[str]]
+"""Title, header, rows and notes, as `results.tables.text_table` takes them."""
 
 
 def standard_conditions(flow: StepFlow | None = None) -> dict[str, StepFlow | None]:
@@ -170,12 +172,16 @@ class Evaluation:
         if not self.questions:
             return f"{missing} under every condition: there is nothing to compare"
         parts = [f"{missing} under every condition, and left out"] if self.n_missing else []
+        return "\n\n".join([*parts, *(text_table(*table) for table in self.tables())])
+
+    def tables(self) -> list[Table]:
+        """The same, each table as title, header, rows and notes; at least one question must count."""
+        tables: list[Table] = []
         if PLAIN in self.results and self._others():
-            parts.append(self._differences(PLAIN, dict.fromkeys(self._others(), PLAIN)))
+            tables.append(self._differences(PLAIN, dict.fromkeys(self._others(), PLAIN)))
         if matched := controls(self.results):
-            parts.append(self._differences("its control", matched))
-        parts.append(self._by_difficulty())
-        return "\n\n".join(parts)
+            tables.append(self._differences("its control", matched))
+        return [*tables, self._by_difficulty()]
 
     def to_json(self) -> str:
         """Scores, tokens and seconds by condition and question, and the differences, as JSON."""
@@ -213,7 +219,7 @@ class Evaluation:
     def _others(self) -> list[str]:
         return [name for name in self.results if name != PLAIN]
 
-    def _differences(self, title: str, pairs: Mapping[str, str]) -> str:
+    def _differences(self, title: str, pairs: Mapping[str, str]) -> Table:
         found = {name: self.difference(name, other) for name, other in pairs.items()}
         p_values = corrected(np.array([d.p_value for d in found.values()]), "holm")
         header = [
@@ -245,9 +251,9 @@ class Evaluation:
         ]
         if title == PLAIN:
             notes.insert(0, f"plain: {self.accuracy(PLAIN):.4f} right")
-        return text_table(f"Right answers, and the difference to {title}", header, rows, notes)
+        return f"Right answers, and the difference to {title}", header, rows, notes
 
-    def _by_difficulty(self) -> str:
+    def _by_difficulty(self) -> Table:
         header = ["condition", *self.difficulties, "all", "tokens", "tokens/s", "cut off", "seconds"]
         rows = [
             [
@@ -263,7 +269,7 @@ class Evaluation:
         ]
         counts = [sum(q.difficulty == difficulty for q in self.questions) for difficulty in self.difficulties]
         notes = [f"questions: {', '.join(map(str, counts))}"] if counts else []
-        return text_table("Right answers by difficulty", header, rows, notes)
+        return "Right answers by difficulty", header, rows, notes
 
 
 def evaluate(

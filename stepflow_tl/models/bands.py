@@ -6,36 +6,24 @@ quarter). The quotient is rounded down, so a band never reaches past its quarter
 layer in both.
 
 The deep half, over which the decay slope is fitted, starts at `n_layers // 2`: with an odd number of layers
-it takes the middle one.
+it takes the middle one. A model without a layer is refused with a ValueError.
 """
 
 from __future__ import annotations
 
 
 def shallow_band(n_layers: int) -> range:
-    """Layers of the bottom quarter.
-
-    Raises:
-        ValueError: If the model has no layer.
-    """
+    """Layers of the bottom quarter."""
     return range(_band_size(n_layers))
 
 
 def deep_band(n_layers: int) -> range:
-    """Layers of the top quarter.
-
-    Raises:
-        ValueError: If the model has no layer.
-    """
+    """Layers of the top quarter."""
     return range(n_layers - _band_size(n_layers), n_layers)
 
 
 def deep_half(n_layers: int) -> range:
-    """Layers of the upper half.
-
-    Raises:
-        ValueError: If the model has no layer.
-    """
+    """Layers of the upper half."""
     _band_size(n_layers)
     return range(n_layers // 2, n_layers)
 

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.results.provenance import Provenance, package_versions
 from stepflow_tl.trace import ReasoningTrace
 
 
@@ -41,6 +42,11 @@ class ModelFacts:
     n_ctx: int
     dtype: torch.dtype
     device: torch.device
+
+    def provenance(self, objective: str, backend: str, notes: Mapping[str, str]) -> Provenance:
+        """What a result on this model states of its making."""
+        dtype, device = str(self.dtype), str(self.device)
+        return Provenance(self.name, objective, backend, dtype, device, package_versions(), notes)
 
 
 def is_transformerlens(model: Any) -> bool:
@@ -128,12 +134,7 @@ def check_layers(facts: ModelFacts, layers: Sequence[int] | None) -> tuple[int, 
     Raises:
         ModelError: If a layer does not exist or is named twice, or there is none.
     """
-    chosen = tuple(range(facts.n_layers)) if layers is None else tuple(int(layer) for layer in layers)
-    outside = [layer for layer in chosen if not 0 <= layer < facts.n_layers]
-    if outside or not chosen or len(set(chosen)) != len(chosen):
-        problem = f"{outside} are outside it" if outside else "they must be distinct and at least one"
-        raise ModelError(f"layers={list(chosen)}: the model has layers 0..{facts.n_layers - 1}; {problem}")
-    return chosen
+    return _checked("layers", range(facts.n_layers) if layers is None else layers, facts.n_layers)
 
 
 def check_heads(model: Any, heads: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -142,13 +143,16 @@ def check_heads(model: Any, heads: Sequence[int] | None) -> tuple[int, ...] | No
     Raises:
         ModelError: If a head does not exist or is named twice, or there is none.
     """
-    if heads is None:
-        return None
-    n_heads, chosen = int(model.cfg.n_heads), tuple(int(head) for head in heads)
-    outside = [head for head in chosen if not 0 <= head < n_heads]
+    return None if heads is None else _checked("heads", heads, int(model.cfg.n_heads))
+
+
+def _checked(kind: str, chosen: Sequence[int], n: int) -> tuple[int, ...]:
+    chosen = tuple(int(number) for number in chosen)
+    outside = [number for number in chosen if not 0 <= number < n]
     if outside or not chosen or len(set(chosen)) != len(chosen):
         problem = f"{outside} are outside it" if outside else "they must be distinct and at least one"
-        raise ModelError(f"heads={list(chosen)}: the model has query heads 0..{n_heads - 1}; {problem}")
+        name = "query heads" if kind == "heads" else kind
+        raise ModelError(f"{kind}={list(chosen)}: the model has {name} 0..{n - 1}; {problem}")
     return chosen
 
 
@@ -167,12 +171,7 @@ def head_mask(heads: Sequence[int], n_heads: int, device: torch.device) -> Bool[
 
 
 def expand_heads(tensor: Tensor, n_heads: int, *, dim: int) -> Tensor:
-    """Give each query head its KV head's vector (GQA: consecutive query heads share one).
-
-    Args:
-        tensor: Anything with an axis of KV heads.
-        n_heads: Number of query heads.
-        dim: That axis.
+    """Give each query head its KV head's vector along axis `dim` (GQA: consecutive query heads share one).
 
     Raises:
         ModelError: If the query heads cannot share the KV heads evenly.
@@ -220,27 +219,19 @@ def attention_sinks(model: Any, layer: int) -> Float[Tensor, " head"] | None:
 
 def score_function(model: Any, layer: int) -> Callable[[Tensor], Tensor]:
     """The map from `q . k` to the pre-softmax score: scale and soft-cap, read off the attention module."""
-    scale, cap = _score_scale(model, layer), _score_cap(model, layer)
-    if cap is None:
-        return lambda products: products * scale
-    return lambda products: cap * torch.tanh(products * scale / cap)
-
-
-def _score_scale(model: Any, layer: int) -> float:
     component, attention = model.blocks[layer].attn, original_attention(model, layer)
     if getattr(attention, "scaling", None) is not None:
-        return float(attention.scaling)
-    if computes_pattern_inside(attention):
-        return 1 / float(attention.scale)
-    if getattr(component, "attn_scale", None) is not None:
-        return 1 / float(component.attn_scale)
-    return float(model.cfg.d_head) ** -0.5
-
-
-def _score_cap(model: Any, layer: int) -> float | None:
-    cap = getattr(original_attention(model, layer), "attn_logit_softcapping", None)
-    if cap is not None:
-        return float(cap)
-    # TransformerLens writes "no cap" as -1 (3.9) or leaves the entry out.
-    configured = float(getattr(model.cfg, "attn_scores_soft_cap", -1.0) or -1.0)
-    return configured if configured > 0 else None
+        scale = float(attention.scaling)
+    elif computes_pattern_inside(attention):
+        scale = 1 / float(attention.scale)
+    elif getattr(component, "attn_scale", None) is not None:
+        scale = 1 / float(component.attn_scale)
+    else:
+        scale = float(model.cfg.d_head) ** -0.5
+    cap = getattr(attention, "attn_logit_softcapping", None)
+    if cap is None:  # TransformerLens writes "no cap" as -1 (3.9) or leaves the entry out
+        configured = float(getattr(model.cfg, "attn_scores_soft_cap", -1.0) or -1.0)
+        cap = configured if configured > 0 else None
+    if cap is None:
+        return lambda products: products * scale
+    return lambda products: float(cap) * torch.tanh(products * scale / float(cap))

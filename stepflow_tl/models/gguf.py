@@ -76,43 +76,41 @@ class GgufCheckpoint(GgufFile):
             ModelError: If the architecture is not read here, the metadata lacks a value or has one of the
                 wrong kind, or it asks for what the architecture's transformers class does not compute.
         """
-        with read_from(self.path):
-            return self._config()
-
-    def _config(self) -> Any:
         import transformers
 
-        facts = self.facts
-        for key in _NOT_COMPUTED:
-            if facts.get(key):
+        with read_from(self.path):
+            facts = self.facts
+            for key in _NOT_COMPUTED:
+                if facts.get(key):
+                    raise ModelError(
+                        f"{self.path} has {self.architecture}.{key} = {facts[key]}, which is not computed "
+                        "here; the numbers would be wrong. Load the model from its original folder or hub "
+                        "name."
+                    )
+            n_heads, hidden_size = facts["attention.head_count"], facts["embedding_length"]
+            head_dim = facts.get("attention.key_length", hidden_size // n_heads)
+            if facts.get("rope.dimension_count", head_dim) != head_dim:
                 raise ModelError(
-                    f"{self.path} has {self.architecture}.{key} = {facts[key]}, which is not computed here; "
-                    "the numbers would be wrong. Load the model from its original folder or hub name."
+                    f"{self.path} rotates {facts['rope.dimension_count']} of the {head_dim} dimensions of a "
+                    "head; only models that rotate all of them are read."
                 )
-        n_heads, hidden_size = facts["attention.head_count"], facts["embedding_length"]
-        head_dim = facts.get("attention.key_length", hidden_size // n_heads)
-        if facts.get("rope.dimension_count", head_dim) != head_dim:
-            raise ModelError(
-                f"{self.path} rotates {facts['rope.dimension_count']} of the {head_dim} dimensions of a "
-                "head; only models that rotate all of them are read."
+            ggml = "tokenizer.ggml."
+            return getattr(transformers, f"{self._family()}Config")(
+                vocab_size=facts.get("vocab_size", len(self.metadata.get(f"{ggml}tokens", ()))),
+                hidden_size=hidden_size,
+                intermediate_size=facts["feed_forward_length"],
+                num_hidden_layers=facts["block_count"],
+                num_attention_heads=n_heads,
+                num_key_value_heads=facts.get("attention.head_count_kv", n_heads),
+                head_dim=head_dim,
+                max_position_embeddings=facts["context_length"],
+                rms_norm_eps=facts["attention.layer_norm_rms_epsilon"],
+                rope_parameters=self._rope(facts),
+                bos_token_id=self.metadata.get(f"{ggml}bos_token_id"),
+                eos_token_id=self.metadata[f"{ggml}eos_token_id"],
+                pad_token_id=self.metadata.get(f"{ggml}padding_token_id"),
+                tie_word_embeddings=self._entry(_HEAD) is None,
             )
-        ggml = "tokenizer.ggml."
-        return getattr(transformers, f"{self._family()}Config")(
-            vocab_size=facts.get("vocab_size", len(self.metadata.get(f"{ggml}tokens", ()))),
-            hidden_size=hidden_size,
-            intermediate_size=facts["feed_forward_length"],
-            num_hidden_layers=facts["block_count"],
-            num_attention_heads=n_heads,
-            num_key_value_heads=facts.get("attention.head_count_kv", n_heads),
-            head_dim=head_dim,
-            max_position_embeddings=facts["context_length"],
-            rms_norm_eps=facts["attention.layer_norm_rms_epsilon"],
-            rope_parameters=self._rope(facts),
-            bos_token_id=self.metadata.get(f"{ggml}bos_token_id"),
-            eos_token_id=self.metadata[f"{ggml}eos_token_id"],
-            pad_token_id=self.metadata.get(f"{ggml}padding_token_id"),
-            tie_word_embeddings=self._entry(_HEAD) is None,
-        )
 
     def _rope(self, facts: dict[str, Any]) -> dict[str, Any]:
         rope = {"rope_type": "default", "rope_theta": facts.get("rope.freq_base", 10_000.0)}
@@ -206,39 +204,34 @@ class GgufCheckpoint(GgufFile):
         return model
 
     def check_shapes(self, config: Any) -> None:
-        """Compare every tensor's shape with what the configuration asks for; nothing is allocated.
-
-        Args:
-            config: As `config` returns it.
+        """Compare every tensor's shape with what `config` asks for; nothing is allocated.
 
         Raises:
             ModelError: If one differs, is missing, or is foreign.
         """
         with read_from(self.path):
-            self._check_shapes(config)
-
-    def _check_shapes(self, config: Any) -> None:
-        matches = (re.match(r"blk\.(\d+)\.", entry.name) for entry in self.tensors)
-        blocks = {int(match[1]) for match in matches if match}
-        if config.num_hidden_layers != len(blocks) or blocks != set(range(len(blocks))):
-            raise ModelError(
-                f"{self.path} says {config.num_hidden_layers} layers and has the tensors of {len(blocks)}."
-            )
-        with torch.device("meta"):  # shapes without memory
-            skeleton = self._class()(config)
-        expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-        found = {_transformers_name(entry.name)[0]: entry.shape for entry in self._parameters()}
-        if missing := sorted(expected.keys() - found.keys()):
-            raise ModelError(
-                f"{self.path} lacks {len(missing)} of the model's {len(expected)} tensors, first "
-                f"{missing[0]}. Convert or fetch it again."
-            )
-        for name in sorted(found):
-            if expected.get(name) != found[name]:
+            matches = (re.match(r"blk\.(\d+)\.", entry.name) for entry in self.tensors)
+            blocks = {int(match[1]) for match in matches if match}
+            if config.num_hidden_layers != len(blocks) or blocks != set(range(len(blocks))):
                 raise ModelError(
-                    f"{self.path} has {name} of shape {found[name]}; its configuration asks for "
-                    f"{expected.get(name, 'no such tensor')}."
+                    f"{self.path} says {config.num_hidden_layers} layers and has the tensors of "
+                    f"{len(blocks)}."
                 )
+            with torch.device("meta"):  # shapes without memory
+                skeleton = self._class()(config)
+            expected = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+            found = {_transformers_name(entry.name)[0]: entry.shape for entry in self._parameters()}
+            if missing := sorted(expected.keys() - found.keys()):
+                raise ModelError(
+                    f"{self.path} lacks {len(missing)} of the model's {len(expected)} tensors, first "
+                    f"{missing[0]}. Convert or fetch it again."
+                )
+            for name in sorted(found):
+                if expected.get(name) != found[name]:
+                    raise ModelError(
+                        f"{self.path} has {name} of shape {found[name]}; its configuration asks for "
+                        f"{expected.get(name, 'no such tensor')}."
+                    )
 
     def tokenizer(self) -> Any:
         """The tokenizer of the file, with its chat template; see `gguf_tokenizer`.

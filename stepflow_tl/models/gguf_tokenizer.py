@@ -59,11 +59,6 @@ def build_tokenizer(
     and stay when special tokens are skipped. BOS is put in front only where the file asks for it. A
     vocabulary other than byte-level BPE (SentencePiece, Unigram) goes to transformers' own converter.
 
-    Args:
-        path: The file, for messages and for transformers' converter.
-        metadata: Its key-value pairs.
-        context_length: Of the model, in tokens; becomes `model_max_length`. None if the file does not say.
-
     Raises:
         ModelError: If the file holds no tokenizer, or asks for a rule that is not known.
         KeyError, ValueError, TypeError, IndexError: If the vocabulary is damaged.
@@ -84,8 +79,10 @@ def build_tokenizer(
 
     rule = _rule(path, ggml.get("pre"))
     tokens, kinds = ggml["tokens"], ggml["token_type"]
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
-    user_defined = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED_TOKEN]
+    control, user_defined = (
+        [token for token, kind in zip(tokens, kinds, strict=True) if kind == wanted]
+        for wanted in (_CONTROL_TOKEN, _USER_DEFINED_TOKEN)
+    )
     ids = {role: ggml.get(f"{key}_token_id") for role, key in _SPECIAL_ROLES.items()}
     options = {role: tokens[token_id] for role, token_id in ids.items() if token_id is not None}
     if ggml.get("add_bos_token", rule == "llama-bpe"):
@@ -129,10 +126,8 @@ def _backend(
     if rule == "gpt-2":
         cuts = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     elif rule == "smollm":
-        cuts = [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        cuts = [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     else:
         digits = r"\p{N}" if rule == "qwen2" else r"\p{N}{1,3}"
         cuts = [

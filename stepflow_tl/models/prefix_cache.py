@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +40,16 @@ class PrefixCacheRefusal(ModelError):
 class SharedPrefix(ABC):
     """A cache to be filled once and read from anywhere."""
 
+    argument: ClassVar[str]
+
+    def __init__(self, model: Any, tokens: Int[Tensor, " token"]) -> None:
+        """A cache for `tokens`, handed to the model as `argument`; nothing has run yet."""
+        runner = wrapped_model(model)
+        if self.argument not in inspect.signature(runner.forward).parameters:
+            raise PrefixCacheRefusal(f"{type(runner).__name__} takes no key-value cache")
+        self._model, self._tokens = model, tokens
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
     @abstractmethod
     def fill(self) -> Float[Tensor, "token vocabulary"]:
         """Run the trace, keep its keys and values, and return its logits."""
@@ -57,8 +67,7 @@ def fill_prefix(
     Raises:
         PrefixCacheRefusal: If the model takes no such cache, or does not fill it.
     """
-    shared = _TransformersPrefix if is_bridge(model) else _HookedPrefix
-    prefix = shared(model, tokens)
+    prefix = (_TransformersPrefix if is_bridge(model) else _HookedPrefix)(model, tokens)
     return prefix, prefix.fill()
 
 
@@ -88,14 +97,22 @@ def _shared_layer_class() -> type:
 class _TransformersPrefix(SharedPrefix):
     """Behind a TransformerBridge: a transformers cache whose layers never drop a key."""
 
+    argument = "past_key_values"
+
     def __init__(self, model: Any, tokens: Tensor) -> None:
+        super().__init__(model, tokens)
+        from transformers.cache_utils import DynamicCache
+
         inner = wrapped_model(model)
-        parameters = inspect.signature(inner.forward).parameters
-        if "past_key_values" not in parameters or not getattr(model.adapter, "supports_kv_cache", True):
+        if not getattr(model.adapter, "supports_kv_cache", True):
             raise PrefixCacheRefusal(f"{type(inner).__name__} takes no key-value cache")
-        _refuse_other_state(model)
-        self._model, self._tokens = model, tokens
-        self._layers: list[tuple[Tensor, Tensor]] = []
+        # Layers that remember more of the prefix than keys and values show in the model's own decoding cache.
+        kinds = {type(layer).__name__ for layer in DynamicCache(config=inner.config).layers}
+        if others := kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+            raise PrefixCacheRefusal(
+                f"layers of {type(inner).__name__} keep more than keys and values "
+                f"({', '.join(sorted(others))})"
+            )
 
     def fill(self) -> Tensor:
         from transformers.cache_utils import Cache, DynamicLayer
@@ -125,33 +142,10 @@ class _TransformersPrefix(SharedPrefix):
         return self._model(tokens, return_type="logits", past_key_values=past, use_cache=True)
 
 
-def _refuse_other_state(model: Any) -> None:
-    """Refuse a model whose layers remember more of the prefix than keys and values.
-
-    Its own decoding cache tells, which transformers makes from the configuration.
-
-    Raises:
-        PrefixCacheRefusal: With what the layers keep.
-    """
-    from transformers.cache_utils import DynamicCache
-
-    inner = wrapped_model(model)
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=inner.config).layers}
-    others = kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}
-    if others:
-        raise PrefixCacheRefusal(
-            f"layers of {type(inner).__name__} keep more than keys and values ({', '.join(sorted(others))})"
-        )
-
-
 class _HookedPrefix(SharedPrefix):
     """A HookedTransformer with its own cache, frozen while the prefix is shared."""
 
-    def __init__(self, model: Any, tokens: Tensor) -> None:
-        if "past_kv_cache" not in inspect.signature(model.forward).parameters:
-            raise PrefixCacheRefusal(f"{type(model).__name__} takes no key-value cache")
-        self._model, self._tokens = model, tokens
-        self._layers: list[tuple[Tensor, Tensor]] = []
+    argument = "past_kv_cache"
 
     def fill(self) -> Tensor:
         filled = self._cache([], 0, 1)

@@ -2,7 +2,8 @@
 
 `show` and `report` are the two verbs; the functions behind them are here too, with all their options. Nothing
 is drawn or imported until a name is asked for (PEP 562), and the plotting libraries only when a picture is.
-No function here touches the network or pyplot's global state.
+No function here touches the network or pyplot's global state: a figure belongs to no window and is saved with
+`save_figure`; a view is displayed by a notebook, and its `.save(path)` writes a page.
 """
 
 import importlib
@@ -11,52 +12,37 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepflow_tl.rendering.agreement_scatter import agreement_figure as agreement_figure
     from stepflow_tl.rendering.arcs import arc_figure as arc_figure
+    from stepflow_tl.rendering.change_maps import flow_figure as flow_figure
+    from stepflow_tl.rendering.change_maps import patching_figure as patching_figure
     from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView as CircuitsvisView
-    from stepflow_tl.rendering.flow_maps import flow_figure as flow_figure
-    from stepflow_tl.rendering.map_views import show_knockout as show_knockout
-    from stepflow_tl.rendering.map_views import show_step_maps as show_step_maps
     from stepflow_tl.rendering.notebook import show as show
-    from stepflow_tl.rendering.patching_map import patching_figure as patching_figure
     from stepflow_tl.rendering.profiles import comparison_figure as comparison_figure
     from stepflow_tl.rendering.profiles import profile_figure as profile_figure
     from stepflow_tl.rendering.report_page import report as report
     from stepflow_tl.rendering.sheet import save_figure as save_figure
     from stepflow_tl.rendering.step_maps import step_map_figure as step_map_figure
-    from stepflow_tl.rendering.text_view import show_text as show_text
+    from stepflow_tl.rendering.views import show_knockout as show_knockout
+    from stepflow_tl.rendering.views import show_step_maps as show_step_maps
+    from stepflow_tl.rendering.views import show_text as show_text
 
 _HOME_OF = {
     "CircuitsvisView": "circuitsvis_view",
     "agreement_figure": "agreement_scatter",
     "arc_figure": "arcs",
     "comparison_figure": "profiles",
-    "flow_figure": "flow_maps",
-    "patching_figure": "patching_map",
+    "flow_figure": "change_maps",
+    "patching_figure": "change_maps",
     "profile_figure": "profiles",
     "report": "report_page",
     "save_figure": "sheet",
     "show": "notebook",
-    "show_knockout": "map_views",
-    "show_step_maps": "map_views",
-    "show_text": "text_view",
+    "show_knockout": "views",
+    "show_step_maps": "views",
+    "show_text": "views",
     "step_map_figure": "step_maps",
 }
 
-__all__ = [
-    "CircuitsvisView",
-    "agreement_figure",
-    "arc_figure",
-    "comparison_figure",
-    "flow_figure",
-    "patching_figure",
-    "profile_figure",
-    "report",
-    "save_figure",
-    "show",
-    "show_knockout",
-    "show_step_maps",
-    "show_text",
-    "step_map_figure",
-]
+__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:

@@ -28,7 +28,7 @@ from stepflow_tl.causal.agreement import saliency_and_effects, spearman
 from stepflow_tl.causal.knockout_result import StepKnockout
 from stepflow_tl.errors import ComparisonError
 from stepflow_tl.rendering.layout import PER_PAIR, SEGMENT_NAMES, layer_span
-from stepflow_tl.rendering.sheet import TEXT_SIZE, TICK_SIZE, Margins, Sheet, matplotlib_part, style_ticks
+from stepflow_tl.rendering.sheet import TEXT_SIZE, Margins, Sheet, matplotlib_part, style_plot
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.trace.steps import Segment
@@ -68,9 +68,6 @@ def agreement_figure(
         width: Figure width in inches; the default is a column of a paper.
         title: First line, before the correlation; by default it names the model.
 
-    Returns:
-        A matplotlib figure that belongs to no window. Save it with `save_figure`.
-
     Raises:
         ComparisonError: If the two results are of different traces, or no pair with key before query was
             measured.
@@ -109,15 +106,12 @@ def agreement_figure(
     own_unit = unit if knockout.measure in ("nll", "kl") else unit.replace("nats", knockout.measure)
     axes.set_xlabel(f"Step-Saliency, {unit}", fontsize=TEXT_SIZE, labelpad=2)
     axes.set_ylabel(f"size of the cut's effect,\n{own_unit}", fontsize=TEXT_SIZE, labelpad=2)
-    style_ticks(axes, TICK_SIZE)
+    style_plot(axes, "both", "0.9")
     axes.tick_params(which="minor", length=0)
-    axes.grid(color="0.9", linewidth=0.4)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_linewidth(0.5)
     handles = []
     for kind, at in members.items():
-        label = f"{_kind_name(kind)}  {_number(spearman(across[at], upward[at]))}"
+        source, reader = (SEGMENT_NAMES[segment].lower() for segment in kind)
+        label = f"{source} → {reader}  {_number(spearman(across[at], upward[at]))}"
         handles.append(lines.Line2D([], [], linestyle="", markersize=4, label=label, **_STYLES[kind]))
     spacing = {"handlelength": 0.8, "handletextpad": 0.5, "labelspacing": 0.35}
     sheet.legend(handles, columns=columns, gap=0.06, **spacing)
@@ -135,22 +129,12 @@ def _draw_points(
     n = len(x)
     size = float(np.clip(60 / np.sqrt(n), 1.6, 4.0))
     alpha = float(np.clip(12 / np.sqrt(n), 0.35, 0.9))
+    style = {"linestyle": "", "markersize": size, "alpha": alpha, "markeredgewidth": 0.6}
+    style |= {"clip_on": False, "rasterized": n > _MOST_VECTORS}
     for kind in sorted(members, key=lambda kind: -members[kind].sum()):
         for chosen, hollow in ((~helped, False), (helped, True)):
-            style, drawn = _STYLES[kind], members[kind] & chosen
-            axes.plot(
-                x[drawn],
-                y[drawn],
-                linestyle="",
-                markersize=size,
-                alpha=alpha,
-                markeredgewidth=0.6,
-                markeredgecolor=style["color"],
-                markerfacecolor="none" if hollow else style["color"],
-                marker=style["marker"],
-                clip_on=False,
-                rasterized=n > _MOST_VECTORS,
-            )
+            drawn, face = members[kind] & chosen, {"markerfacecolor": "none"} if hollow else {}
+            axes.plot(x[drawn], y[drawn], **_STYLES[kind], **face, **style)
 
 
 def _placed(
@@ -174,10 +158,6 @@ def _finish_axis(axis: Any, set_scale: Any, set_limits: Any, placed: np.ndarray,
     axis.set_major_locator(matplotlib_part("ticker").LogLocator(numticks=6))
 
 
-def _below(values: Float[np.ndarray, " pair"], floor: float | None) -> Bool[np.ndarray, " pair"]:
-    return np.zeros(len(values), dtype=bool) if floor is None else values < floor
-
-
 def _note(
     saliency: StepSaliency,
     knockout: StepKnockout,
@@ -192,15 +172,10 @@ def _note(
         parts.append(f"effect on {knockout.onto}")
     if (signed < 0).any():
         parts.append("hollow: the cut helped")
-    edge = int(np.logical_or(*(_below(values, floor) for values, floor in axes)).sum())
+    edge = int(np.any([values < (floor or 0) for values, floor in axes], axis=0).sum())
     if edge:
         parts.append(f"{edge} below the scale, on its edge")
     return "; ".join(parts)
-
-
-def _kind_name(kind: tuple[Segment, Segment]) -> str:
-    source, reader = (SEGMENT_NAMES[segment].lower() for segment in kind)
-    return f"{source} → {reader}"
 
 
 def _number(value: float) -> str:

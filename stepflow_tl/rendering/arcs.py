@@ -65,9 +65,6 @@ def arc_figure(
         width: Figure width in inches.
         title: First line; by default it names the model.
 
-    Returns:
-        A matplotlib figure that belongs to no window. Save it with `save_figure`.
-
     Raises:
         ValueError: If `per_step` is below 1.
         ModelError: If a layer is not among the stored ones.

@@ -107,7 +107,18 @@ class CircuitsvisView:
         return self.html
 
     def _ipython_display_(self) -> None:
-        _display_shared(self)
+        """Show it through IPython, with the script or sharing another output's."""
+        from IPython import get_ipython  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
+        from IPython.display import display, update_display  # pyright: ignore[reportMissingImports]
+
+        place = _running_cell(get_ipython())
+        if place is None or "google.colab" in sys.modules:
+            display(_output(self, self.html), raw=True)
+            return
+        carries, display_id, former = _THE_CARRIER.place(self, *place)
+        display(_output(self, self.html if carries else self.fragment), raw=True, display_id=display_id)
+        if former is not None:
+            update_display(_output(former.view, former.view.fragment), raw=True, display_id=former.display_id)
 
     def __repr__(self) -> str:
         """One line; the fragment itself is long."""
@@ -131,16 +142,12 @@ def circuitsvis_view(
         MissingExtraError: If circuitsvis is not installed.
     """
     carrier_script()  # a missing circuitsvis is an error now, not when a page is opened
-    data = _script_json({"element": element, "props": props})
-    key = hashlib.sha256(data.encode("ascii")).hexdigest()[:16]
-    fragment = _FRAME.substitute(
-        caption=html.escape(caption),
-        key=key,
-        style=style,
-        page=_PAGE,
-        view=_script_json({"key": key, "element": element, "props": props}),
+    data = {"element": element, "props": props}
+    key = hashlib.sha256(_script_json(data).encode("ascii")).hexdigest()[:16]
+    view = _script_json({"key": key, **data})
+    return CircuitsvisView(
+        _FRAME.substitute(caption=html.escape(caption), key=key, style=style, page=_PAGE, view=view), title
     )
-    return CircuitsvisView(fragment, title)
 
 
 def carrier_script() -> str:
@@ -196,16 +203,10 @@ class ScriptCarrier:
         self._last_run: dict[str, str] = {}
 
     def place(self, view: CircuitsvisView, cell: str, run: str) -> tuple[bool, str, Output | None]:
-        """Where the script of one more view comes from.
+        """Where the script of one more view comes from, shown by this execution of this cell.
 
-        Args:
-            view: The view to show.
-            cell: The cell that shows it.
-            run: The execution of the cell.
-
-        Returns:
-            Whether this view carries the script, a display id for it, and the output that has to be sent
-            again without it.
+        Returns whether this view carries the script, a display id for it, and the output that has to be sent
+        again without it.
         """
         is_again = self._last_run.get(cell, run) != run
         self._last_run[cell] = run
@@ -218,21 +219,6 @@ class ScriptCarrier:
 
 
 _THE_CARRIER = ScriptCarrier()
-
-
-def _display_shared(view: CircuitsvisView) -> None:
-    """Show a view through IPython, with the script or sharing another output's."""
-    from IPython import get_ipython  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
-    from IPython.display import display, update_display  # pyright: ignore[reportMissingImports]
-
-    place = _running_cell(get_ipython())
-    if place is None or "google.colab" in sys.modules:
-        display(_output(view, view.html), raw=True)
-        return
-    carries, display_id, former = _THE_CARRIER.place(view, *place)
-    display(_output(view, view.html if carries else view.fragment), raw=True, display_id=display_id)
-    if former is not None:
-        update_display(_output(former.view, former.view.fragment), raw=True, display_id=former.display_id)
 
 
 def _output(view: CircuitsvisView, html: str) -> dict[str, str]:

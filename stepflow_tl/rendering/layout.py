@@ -22,9 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepflow_tl.errors import TraceError
 from stepflow_tl.saliency.pooling import Pooling
+from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.trace import Step
 from stepflow_tl.trace.steps import Segment
+
+StepMaps = Float[Tensor, "*map query_step key_step"]
 
 POINTS_PER_INCH = 72.0
 DECADES = 3
@@ -77,9 +81,6 @@ def thin_ticks(runs: Sequence[SegmentRun], min_gap: float) -> list[int]:
 
     1. The first step of each segment comes first in line, then round numbers (T5, T10, ... or T10, T20, ...).
     2. A step is taken only where it stays `min_gap` away from every step taken before it.
-
-    Returns:
-        Step indices in order; all of them when `min_gap` is at most 1.
     """
     if min_gap <= 1:
         return [index for run in runs for index in range(run.start, run.end)]
@@ -99,10 +100,7 @@ def margin_names(runs: Sequence[SegmentRun], char_width: float, n_steps: int) ->
     1. A run long enough for its whole name carries it, in its middle; another carries the initial.
     2. Names too close to each other are pushed apart, rightwards first, then back inside the axis.
 
-    Args:
-        runs: Segment runs in order.
-        char_width: Width of one character, in steps.
-        n_steps: Number of steps on the axis.
+    `char_width` is in steps; `n_steps` is the length of the axis.
     """
     names = [SEGMENT_NAMES[run.segment] for run in runs]
     names = [
@@ -120,6 +118,15 @@ def margin_names(runs: Sequence[SegmentRun], char_width: float, n_steps: int) ->
         middles[i] = min(middles[i], edge - widths[i] / 2)
         edge = middles[i] - widths[i] / 2
     return list(zip(names, middles, strict=True))
+
+
+def require_steps(saliency: StepSaliency) -> int:
+    """The number of steps; a trace that has none is refused."""
+    if not saliency.labels:
+        raise TraceError(
+            "this trace has no steps, so there is nothing to report or draw: give it a question or thinking"
+        )
+    return len(saliency.labels)
 
 
 def evenly_over_depth(layers: Sequence[int], count: int) -> tuple[int, ...]:
@@ -151,42 +158,35 @@ def wrap_to_width(text: str, font_size: float, width: float) -> list[str]:
     return textwrap.wrap(text, max(12, int(width * POINTS_PER_INCH / (0.58 * font_size))))
 
 
-def row_shares(
-    maps: Float[Tensor, "*map query_step key_step"],
-) -> Float[Tensor, "*map query_step key_step"]:
+def row_shares(maps: StepMaps) -> StepMaps:
     """Divide each row by its sum; rows without mass stay 0."""
     return _ratio(maps, maps.sum(dim=-1, keepdim=True))
 
 
-def row_max(maps: Float[Tensor, "*map query_step key_step"]) -> Float[Tensor, "*map query_step key_step"]:
+def row_max(maps: StepMaps) -> StepMaps:
     """Divide each row by its largest entry; rows without mass stay 0."""
-    if maps.numel() == 0:
-        return maps.clone()
-    return _ratio(maps, maps.amax(dim=-1, keepdim=True))
+    return _ratio(maps, maps.amax(dim=-1, keepdim=True)) if maps.numel() else maps.clone()
 
 
-def share_decades(
-    maps: Float[Tensor, "*map query_step key_step"], decades: int = DECADES
-) -> Float[Tensor, "*map query_step key_step"]:
-    """Each row's shares, 100 % at 1 and `10**-decades` of that, or less, at 0, linearly in log10."""
-    return (1 + row_shares(maps).clamp(min=10.0**-decades).log10() / decades).clamp(0, 1)
+def share_decades(maps: StepMaps) -> StepMaps:
+    """Each row's shares, 100 % at 1 and `10**-DECADES` of that, or less, at 0, linearly in log10."""
+    return _decades(row_shares(maps))
 
 
-def log_decades(
-    maps: Float[Tensor, "*map query_step key_step"], decades: int = DECADES
-) -> Float[Tensor, "*map query_step key_step"]:
-    """Map the largest entry of all maps to 1 and `10**-decades` of it, or less, to 0, linearly in log10.
+def log_decades(maps: StepMaps) -> StepMaps:
+    """Map the largest entry of all maps to 1 and `10**-DECADES` of it, or less, to 0, linearly in log10.
 
     With three decades, 1, 0.1, 0.01 and 0.0001 become 1, 2/3, 1/3 and 0.
     """
     if maps.numel() == 0 or not bool((maps > 0).any()):
         return torch.zeros_like(maps)
-    # The clamp keeps log10 off zero; -decades is where the scale ends anyway.
-    relative = (maps / maps.max()).clamp(min=10.0**-decades)
-    return (1 + relative.log10() / decades).clamp(0, 1)
+    return _decades(maps / maps.max())
 
 
-def _ratio(
-    maps: Float[Tensor, "*map query_step key_step"], by: Float[Tensor, "*map query_step 1"]
-) -> Float[Tensor, "*map query_step key_step"]:
+def _decades(relative: StepMaps) -> StepMaps:
+    """The clamp keeps log10 off zero; -DECADES is where the scale ends anyway."""
+    return (1 + relative.clamp(min=10.0**-DECADES).log10() / DECADES).clamp(0, 1)
+
+
+def _ratio(maps: StepMaps, by: Float[Tensor, "*map query_step 1"]) -> StepMaps:
     return torch.where(by > 0, maps / torch.where(by > 0, by, 1), 0).to(maps.dtype)

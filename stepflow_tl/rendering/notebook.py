@@ -18,14 +18,12 @@ from typing import Any
 
 from stepflow_tl.causal.knockout_result import StepKnockout
 from stepflow_tl.causal.patching_result import StepPatching
-from stepflow_tl.diagnosis.comparison import Comparison
+from stepflow_tl.diagnosis.comparison_result import Comparison
 from stepflow_tl.diagnosis.diagnosis import Diagnosis
 from stepflow_tl.rendering.agreement_scatter import agreement_figure
-from stepflow_tl.rendering.flow_maps import flow_figure
-from stepflow_tl.rendering.map_views import show_knockout, show_step_maps
-from stepflow_tl.rendering.patching_map import patching_figure
+from stepflow_tl.rendering.change_maps import flow_figure, patching_figure
 from stepflow_tl.rendering.profiles import comparison_figure, profile_figure
-from stepflow_tl.rendering.text_view import show_text
+from stepflow_tl.rendering.views import show_knockout, show_step_maps, show_text
 from stepflow_tl.saliency.result import StepSaliency
 
 _ALTERNATIVES: dict[str, Callable[..., Any]] = {

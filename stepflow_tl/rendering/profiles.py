@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepflow_tl.diagnosis.comparison import Comparison
+from stepflow_tl.diagnosis.comparison_result import Comparison
 from stepflow_tl.diagnosis.diagnosis import Diagnosis
+from stepflow_tl.diagnosis.layer_metrics import LAYER_METRICS
 from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.rendering.layout import wrap_to_width
-from stepflow_tl.rendering.sheet import TEXT_SIZE, TICK_SIZE, Margins, Sheet, style_ticks
+from stepflow_tl.rendering.sheet import TEXT_SIZE, TICK_SIZE, Margins, Sheet, style_plot
 from stepflow_tl.statistics.effects import Effect
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ _PROFILE_GAP_X, _PROFILE_GAP_Y = 0.30, 0.60
 _GROUPS = Margins(left=0.62, right=0.12, bottom=0.40, top=0.45)
 _GROUPS_GAP_X, _GROUPS_GAP_Y = 0.55, 0.22
 _PANELS = (
-    ("Thinking steps", ("lock_in", "on the step itself (lock-in)"), ("question_share", "on the question")),
-    ("Summary steps", ("thinking_share", "on the thinking"), ("self_share", "on the summary itself")),
+    ("Thinking steps", ("lock_in", "question_share")),
+    ("Summary steps", ("thinking_share", "self_share")),
 )
 
 
@@ -60,9 +61,6 @@ def profile_figure(
         width: Figure width in inches; below 5 the two panels stand one above the other.
         title: First line above the panels; by default it names the model.
 
-    Returns:
-        A matplotlib figure that belongs to no window. Save it with `save_figure`.
-
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
@@ -72,7 +70,7 @@ def profile_figure(
     panel_height = min(2.0, 0.6 * panel_width)
     heading = title if title is not None else f"Step-Saliency over depth: {diagnosis.model_name}"
     sheet = Sheet(width, rows * panel_height + (rows - 1) * _PROFILE_GAP_Y, _PROFILE, heading)
-    for panel, (name, first, second) in enumerate(_PANELS):
+    for panel, (name, metrics) in enumerate(_PANELS):
         row, column = divmod(panel, columns)
         x, down = column * (panel_width + _PROFILE_GAP_X), row * (panel_height + _PROFILE_GAP_Y)
         axes = sheet.panel(x, down, panel_width, panel_height)
@@ -80,7 +78,7 @@ def profile_figure(
         _prepare(axes, diagnosis.n_layers)
         axes.set_ylim(0, 1.1)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25 %", "50 %", "75 %", "100 %"])
-        _draw_shares(axes, diagnosis, (first, second), panel_width)
+        _draw_shares(axes, diagnosis, metrics, panel_width)
         if column == 0:
             axes.set_ylabel("share of a step's saliency", fontsize=TEXT_SIZE)
         else:
@@ -108,9 +106,6 @@ def comparison_figure(
         width: Figure width in inches; below 5 the metrics stand one below the other.
         level: Corrected p-value up to which a layer's marker is filled.
         title: First line; by default it names groups and model.
-
-    Returns:
-        A matplotlib figure that belongs to no window. Save it with `save_figure`.
 
     Raises:
         ComparisonError: If there is no such metric.
@@ -150,13 +145,7 @@ def comparison_figure(
 
 
 def _prepare(axes: Any, n_layers: int, *, named: bool = True) -> None:
-    """Shade the bands, limit x to the model's layers, thin lines and a light grid.
-
-    Args:
-        axes: Of a matplotlib figure.
-        n_layers: Layers of the whole model.
-        named: Whether the bands' names stand inside, at the top: leave a tenth of the height free.
-    """
+    """Shade the bands and limit x to the model's layers; names of bands take a tenth of the height."""
     for band, name in ((shallow_band(n_layers), "shallow"), (deep_band(n_layers), "deep")):
         axes.axvspan(band.start - 0.5, band.stop - 0.5, color="0.93", linewidth=0, zorder=0)
         if named:
@@ -165,37 +154,24 @@ def _prepare(axes: Any, n_layers: int, *, named: bool = True) -> None:
             axes.text(*at, name, transform=axes.get_xaxis_transform(), **style)
     axes.set_xlim(-0.5, n_layers - 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(axis="y", color="0.85", linewidth=0.4)
-    axes.set_axisbelow(True)
-    style_ticks(axes, TICK_SIZE)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_linewidth(0.5)
+    style_plot(axes, "y", "0.85")
 
 
 def _legend_above(axes: Any) -> None:
-    axes.legend(
-        fontsize=TICK_SIZE,
-        frameon=False,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=2,
-        borderaxespad=0,
-        borderpad=0.3,
-        handlelength=2.2,
-        columnspacing=1.0,
-    )
+    spacing = {"borderaxespad": 0, "borderpad": 0.3, "handlelength": 2.2, "columnspacing": 1.0}
+    at = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
+    axes.legend(fontsize=TICK_SIZE, frameon=False, **at, **spacing)
 
 
-def _draw_shares(
-    axes: Any, diagnosis: Diagnosis, lines: tuple[tuple[str, str], tuple[str, str]], width: float
-) -> None:
+def _draw_shares(axes: Any, diagnosis: Diagnosis, metrics: tuple[str, str], width: float) -> None:
     order = np.argsort(diagnosis.layers)
     layers = np.asarray(diagnosis.layers)[order]
     drawn = False
-    for (metric, name), style in zip(lines, (_FIRST, _SECOND), strict=True):
-        shares = np.asarray(getattr(diagnosis, metric).tolist(), dtype=float)[order]
+    for metric, style in zip(metrics, (_FIRST, _SECOND), strict=True):
+        shares = np.asarray(diagnosis.metrics[metric].tolist(), dtype=float)[order]
         if np.isnan(shares).all():
             continue
+        name = LAYER_METRICS[metric].label
         if metric == "lock_in" and diagnosis.window:
             name = f"on itself and {diagnosis.window} before (lock-in)"
         axes.plot(layers, shares, label=name, linewidth=1.1, markersize=2.6, **style)
@@ -203,7 +179,7 @@ def _draw_shares(
     if drawn:
         _legend_above(axes)
         return
-    reasons = [diagnosis.reasons[metric] for metric, _ in lines if metric in diagnosis.reasons]
+    reasons = [diagnosis.reasons[metric] for metric in metrics if metric in diagnosis.reasons]
     words = "\n".join(
         wrap_to_width(reasons[0] if reasons else "not defined for this trace", TEXT_SIZE, width)
     )
@@ -238,13 +214,6 @@ def _draw_difference(axes: Any, effects: Sequence[Effect], level: float) -> None
     axes.axhline(0, color="0.3", linewidth=0.6)
     axes.vlines(layers, low, high, color="0.25", linewidth=0.9)
     sure = np.array([effect.p_corrected <= level for effect in effects])
+    style = {"markersize": 3, "color": "0.1", "markeredgewidth": 0.7}
     for chosen, face in ((sure, "0.1"), (~sure, "white")):
-        axes.plot(
-            layers[chosen],
-            middle[chosen],
-            "o",
-            markersize=3,
-            color="0.1",
-            markerfacecolor=face,
-            markeredgewidth=0.7,
-        )
+        axes.plot(layers[chosen], middle[chosen], "o", markerfacecolor=face, **style)

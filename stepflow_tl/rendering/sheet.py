@@ -71,15 +71,10 @@ class Sheet:
         *,
         legend_rows: int = 0,
     ) -> None:
-        """Make the figure and write its heading.
+        """Make a figure with a body of this height, and write its heading: the title black, the note grey.
 
-        Args:
-            width: Of the figure.
-            body: Height of the body.
-            margins: Around the body.
-            title: Heading, in black.
-            note: What the reader has to know beside it, in grey.
-            legend_rows: Lines to leave free for `legend`.
+        `legend_rows` lines are left free for `legend`. A notebook shows the figure even where pyplot was
+        never imported: IPython asks objects for `_repr_png_`.
 
         Raises:
             MissingExtraError: If matplotlib is not installed.
@@ -92,7 +87,10 @@ class Sheet:
         self.margins = margins
         self.width = width
         self.height = margins.top + margins.line * (len(lines) + legend_rows) + body + margins.bottom
-        self.figure = new_figure(self.width, self.height)
+        size = (width, self.height)
+        self.figure: matplotlib.figure.Figure = matplotlib_part("figure").Figure(size, facecolor="white")
+        matplotlib_part("backends.backend_agg").FigureCanvasAgg(self.figure)
+        self.figure._repr_png_ = partial(_figure_bytes, self.figure, "png", _NOTEBOOK_DPI)  # pyright: ignore
         self._body, self._text_left, self._n_lines = body, left, len(lines)
         for i, (line, size, colour) in enumerate(lines):
             at = left / width, 1 - (margins.first + margins.line * i) / self.height
@@ -115,10 +113,10 @@ class Sheet:
         lying: bool = False,
         percent_ticks: Sequence[float] | None = None,
     ) -> None:
-        """A colour bar for `image`.
+        """A colour bar for `image`, placed as a panel is.
 
         Args:
-            image: What `draw_map` returned.
+            image: What `imshow` or `draw_map` returned.
             at: As in `panel`.
             label: What the colours mean, with the unit.
             extend: Ends beyond which values may lie.
@@ -156,6 +154,15 @@ def style_ticks(axes: Any, size: float, *, pad: float = 2) -> None:
     axes.tick_params(labelsize=size, length=2, width=0.5, pad=pad)
 
 
+def style_plot(axes: Any, grid: str, colour: str) -> None:
+    """A light grid ("both", "y") below the data, thin axes on the left and below, none around the rest."""
+    axes.grid(axis=grid, color=colour, linewidth=0.4)
+    axes.set_axisbelow(True)
+    style_ticks(axes, TICK_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_linewidth(0.5)
+
+
 def matplotlib_part(name: str) -> ModuleType:
     """A module of matplotlib, such as "colors".
 
@@ -163,20 +170,6 @@ def matplotlib_part(name: str) -> ModuleType:
         MissingExtraError: If matplotlib is not installed.
     """
     return require(f"matplotlib.{name}", purpose="Drawing a figure", extra="plots")
-
-
-def new_figure(width: float, height: float) -> matplotlib.figure.Figure:
-    """Make an empty figure of a size in inches.
-
-    A notebook shows it even where pyplot was never imported: IPython asks objects for `_repr_png_`.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-    """
-    figure = matplotlib_part("figure").Figure(figsize=(width, height), facecolor="white")
-    matplotlib_part("backends.backend_agg").FigureCanvasAgg(figure)
-    figure._repr_png_ = partial(_figure_bytes, figure, "png", _NOTEBOOK_DPI)
-    return figure
 
 
 def save_figure(figure: matplotlib.figure.Figure, path: str | Path, *, dpi: int = 300) -> Path:

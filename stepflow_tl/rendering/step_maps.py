@@ -14,13 +14,11 @@ wide. The colour map is perceptually even and safe for the common colour blindne
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from stepflow_tl.errors import TraceError
 from stepflow_tl.rendering.layout import (
     DECADES,
     POINTS_PER_INCH,
@@ -28,18 +26,13 @@ from stepflow_tl.rendering.layout import (
     boundaries,
     evenly_over_depth,
     margin_names,
+    require_steps,
     row_shares,
+    saliency_words,
     segment_runs,
     thin_ticks,
 )
-from stepflow_tl.rendering.sheet import (
-    MAP_TICK_SIZE,
-    TEXT_SIZE,
-    Margins,
-    Sheet,
-    matplotlib_part,
-    style_ticks,
-)
+from stepflow_tl.rendering.sheet import MAP_TICK_SIZE, TEXT_SIZE, Margins, Sheet, matplotlib_part, style_ticks
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 
@@ -61,17 +54,6 @@ _UNIT = {
     "causal_mean": "mean saliency (nats\nper causal token pair)",
     "sum": "summed saliency\n(nats)",
 }
-
-
-@dataclass(frozen=True)
-class _Scaled:
-    """Maps ready to draw: values, colour norm, and the words of the colour bar."""
-
-    values: np.ndarray
-    norm: Any
-    label: str
-    floor: bool
-    percent_ticks: tuple[float, ...] | None
 
 
 def step_map_figure(
@@ -99,9 +81,6 @@ def step_map_figure(
             size.
         title: First line above the panels; by default it names the map and the model.
 
-    Returns:
-        A matplotlib figure that belongs to no window. Save it with `save_figure`.
-
     Raises:
         ValueError: If `normalise`, `pooling` or `columns` is not one of those allowed.
         ModelError: If a layer is not among the stored ones.
@@ -110,11 +89,7 @@ def step_map_figure(
     """
     if normalise not in get_args(Normalise):
         raise ValueError(f"unknown normalise {normalise!r}: expected one of {', '.join(get_args(Normalise))}")
-    n_steps = len(saliency.labels)
-    if n_steps == 0:
-        raise TraceError(
-            "this trace has no steps, so there is no map to draw: give it a question or thinking"
-        )
+    n_steps = require_steps(saliency)
     chosen = evenly_over_depth(saliency.layers, MAX_DEFAULT_PANELS) if layers is None else tuple(layers)
     if not chosen:
         raise ValueError("layers is empty: name at least one layer, or pass None for a selection over depth")
@@ -125,7 +100,7 @@ def step_map_figure(
     columns = min(columns, len(chosen))
 
     maps = saliency.head_mean(pooling, layers=chosen).detach().cpu().to(torch.float64)
-    scaled = _scale(maps, normalise, pooling)
+    values, norm, bar = _scale(maps, normalise, pooling)
     side = (_MARGINS.inner(width) - _GAP_X * (columns - 1)) / columns
     rows = -(-len(chosen) // columns)
     heading = title if title is not None else f"Step-Saliency, head mean: {saliency.provenance.model_name}"
@@ -137,48 +112,28 @@ def step_map_figure(
     for panel, layer in enumerate(chosen):
         row, column = divmod(panel, columns)
         axes = sheet.panel(column * (side + _GAP_X), row * (side + _GAP_Y), side, side)
-        image = draw_map(axes, scaled.values[panel], COLOUR_MAP, scaled.norm, runs, cell)
+        image = draw_map(axes, values[panel], COLOUR_MAP, norm, runs, cell)
         axes.set_title(f"layer {layer}", fontsize=TEXT_SIZE, pad=2.5)
         outer = {"left": column == 0, "bottom": panel + columns >= len(chosen)}
         label_axes(axes, saliency.labels, runs, cell, **outer)
-    sheet.colour_bar(
-        image,
-        (_MARGINS.inner(width) + _BAR_GAP, 0.0, _BAR_WIDTH, min(body, _BAR_LENGTH)),
-        scaled.label,
-        percent_ticks=scaled.percent_ticks,
-        extend="min" if scaled.floor else "neither",
-    )
+    at = (_MARGINS.inner(width) + _BAR_GAP, 0.0, _BAR_WIDTH, min(body, _BAR_LENGTH))
+    sheet.colour_bar(image, at, **bar)
     return sheet.figure
 
 
 def draw_map(
     axes: Any, values: np.ndarray, colour_map: str, norm: Any, runs: list[SegmentRun], cell: float
 ) -> Any:
-    """Draw one map and the lines between segments.
+    """Draw one map, masked above the diagonal, and the lines between its segments; the image is returned.
 
-    Args:
-        axes: Of a matplotlib figure.
-        values: `[query_step, key_step]`, masked above the diagonal.
-        colour_map: Name of a colour map.
-        norm: What brings values to colours.
-        runs: Segments, from `segment_runs`.
-        cell: Width of a step in points.
-
-    Returns:
-        The image, for a colour bar.
+    `norm` brings values to colours; `cell` is the width of a step in points.
     """
     image = axes.imshow(values, cmap=colour_map, norm=norm, interpolation="nearest", aspect="auto")
     n = values.shape[-1]
     for at in boundaries(runs):
         # An L inside the lower triangle: along the first row after the boundary, and down from the diagonal.
-        axes.plot(
-            [-0.5, at, at],
-            [at, at, n - 0.5],
-            color=BOUNDARY_COLOUR,
-            linewidth=min(0.8, 0.35 * cell),
-            solid_capstyle="butt",
-            solid_joinstyle="miter",
-        )
+        style = {"color": BOUNDARY_COLOUR, "solid_capstyle": "butt", "solid_joinstyle": "miter"}
+        axes.plot([-0.5, at, at], [at, at, n - 0.5], linewidth=min(0.8, 0.35 * cell), **style)
     axes.set_xlim(-0.5, n - 0.5)
     axes.set_ylim(n - 0.5, -0.5)
     axes.spines[:].set_visible(False)
@@ -217,27 +172,27 @@ def _readable_columns(panels: int, width: float) -> int:
     return {4: 2}.get(panels, min(panels, 3, fitting)) if fitting >= 2 else 1
 
 
-def _scale(maps: torch.Tensor, normalise: Normalise, pooling: Pooling) -> _Scaled:
+def _scale(
+    maps: torch.Tensor, normalise: Normalise, pooling: Pooling
+) -> tuple[np.ma.MaskedArray, Any, dict[str, Any]]:
+    """Maps ready to draw, their colour norm, and the options of the colour bar."""
     colors = matplotlib_part("colors")
-    above = np.triu(np.ones(maps.shape[-2:], dtype=bool), k=1)
-    percent = normalise != "log"
-    if percent:
-        maps = row_shares(maps)
-        label = f"share of the row's\n{'summed' if pooling == 'sum' else 'mean'} saliency"
+    label = f"share of the row's\n{saliency_words(pooling)}"
+    bar: dict[str, Any] = {"label": label, "percent_ticks": PERCENT_TICKS, "extend": "min"}
+    if normalise == "log":
+        largest = float(maps.max()) or 1.0
+        bar |= {"label": _UNIT[pooling], "percent_ticks": None}
     else:
-        label = _UNIT[pooling]
+        maps, largest = row_shares(maps), 1.0
+    values = maps.numpy()
     if normalise == "row_linear":
         norm = colors.Normalize(0, 1)
-    else:
-        largest = 1.0 if percent else float(maps.max()) or 1.0
+        bar |= {"percent_ticks": (0.0, 0.25, 0.5, 0.75, 1.0), "extend": "neither"}
+    else:  # matplotlib masks the logarithm of 0; a pair without saliency is pale, not absent
         norm = colors.LogNorm(largest / 10**DECADES, largest, clip=True)
-    floor = isinstance(norm, colors.LogNorm)
-    values = maps.numpy()
-    if floor:  # matplotlib masks the logarithm of 0; a pair without saliency is pale, not absent
         values = np.maximum(values, norm.vmin)
-    masked = np.ma.masked_array(values, np.broadcast_to(above, values.shape))
-    ticks = PERCENT_TICKS if floor else (0.0, 0.25, 0.5, 0.75, 1.0)
-    return _Scaled(masked, norm, label, floor, ticks if percent else None)
+    above = np.triu(np.ones(maps.shape[-2:], dtype=bool), k=1)
+    return np.ma.masked_array(values, np.broadcast_to(above, values.shape)), norm, bar
 
 
 def _note(saliency: StepSaliency, chosen: tuple[int, ...], *, by_default: bool) -> str:

@@ -27,12 +27,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from stepflow_tl.errors import DiskFullError, ResultFileError, StepflowError
-from stepflow_tl.trace.steps import whole_numbers as whole_numbers
 
 Result = TypeVar("Result")
 
@@ -45,26 +44,27 @@ class Schema:
         name: Key of the metadata, such as "stepflow_tl.StepSaliency".
         version: Highest major version that can be read, and the one that is written.
         what: The kind in words, for messages: "a step-saliency result".
-        writer: What writes such files, for messages: "StepSaliency.save".
         minor: Minor version that is written; see the module.
     """
 
     name: str
     version: int
     what: str
-    writer: str
     minor: int = 0
 
 
 class TensorSpec(NamedTuple):
-    """What a tensor of a file must be; a size of None is any size of at least 1."""
+    """What a tensor of a file must be: jaxtyping's name of its kind, and its shape.
 
-    kind: Literal["float", "bool"]
+    A size of None is any size of at least 1.
+    """
+
+    kind: str
     shape: tuple[int | None, ...]
 
 
 # safetensors' names. Nothing here writes eight-bit floats or computes with them.
-_DTYPES = {"float": ("F16", "BF16", "F32", "F64"), "bool": ("BOOL",)}
+_DTYPES = {"Float": ("F16", "BF16", "F32", "F64"), "Bool": ("BOOL",)}
 
 
 def save_result(
@@ -92,11 +92,8 @@ def load_result(
 ) -> Result:
     """Read a file written by `save_result` and build the result of it.
 
-    Args:
-        path: The file.
-        schema: The kind it must be.
-        expected: From the document, what each tensor must be. They are checked before any of them is read.
-        build: Makes the result of document and tensors. What either raises means that the file is damaged.
+    `expected` says from the document what each tensor must be, and is asked before any of them is read;
+    `build` makes the result of document and tensors. What either raises means that the file is damaged.
 
     Raises:
         ResultFileError: If the file is missing, truncated, foreign, of an unknown version, or its tensors are
@@ -112,12 +109,8 @@ def load_result(
 def read_document(path: str | Path, schema: Schema, read: Callable[[dict[str, Any]], Result]) -> Result:
     """What `read` makes of a file's JSON document, its tensors unread.
 
-    The file's length is compared with what its header declares, so a file that was cut off is refused.
-
-    Args:
-        path: The file.
-        schema: The kind it must be.
-        read: Takes what it needs out of the document. What it raises means that the file is damaged.
+    What `read` raises means that the file is damaged. The file's length is compared with what its header
+    declares, so a file that was cut off is refused.
 
     Raises:
         ResultFileError: As `load_result`, the tensors' shapes apart.
@@ -132,7 +125,8 @@ def _opened(source: Path, schema: Schema) -> Iterator[tuple[Any, dict[str, Any]]
     from safetensors import SafetensorError, safe_open
 
     if not source.is_file():
-        raise ResultFileError(f"no result file at {source}: expected a file written by {schema.writer}")
+        writer = schema.name.removeprefix("stepflow_tl.")
+        raise ResultFileError(f"no result file at {source}: expected a file written by {writer}.save")
     try:
         with safe_open(source, framework="pt", device="cpu") as file:
             yield file, _read_document(file.metadata() or {}, source, schema)
@@ -260,12 +254,3 @@ def _read_document(metadata: dict[str, str], source: Path, schema: Schema) -> di
             "upgrade stepflow-tl to read it"
         )
     return document
-
-
-def whole_number(value: Any) -> int:
-    """The value, which must be a whole number.
-
-    Raises:
-        TypeError: If it is anything else.
-    """
-    return whole_numbers([value])[0]

@@ -8,7 +8,8 @@ an entry holds is the caller's business (`runs.manifest` keeps traces in one).
    however it ends. A second writer is refused.
 2. A last line without its newline was being written when an earlier writer was killed: it is cut off.
 3. Settings of the header that differ from the caller's are refused, or begin the journal anew with
-   `overwrite`. A setting that only one of the two names is no difference, so settings can be added later.
+   `overwrite`. A setting that only one of the two names is no difference, so settings can be added later;
+   a kind may say what one of them is where it is not named.
 4. Appending one entry, or several together, is one `write` at the end of the file and one `fsync`. If the
    disk takes only part of it, that part is cut off again before the error is raised.
 5. In memory there is an index only: where in the file the last line of each id begins.
@@ -30,7 +31,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,6 +58,7 @@ class JournalKind:
         check: Makes of an entry's data whatever it stands for; a `KeyError`, `TypeError`, `ValueError` or
             the like means that the line is damaged.
         when_in_use: What to do where another writer holds the lock.
+        defaults: What a setting is where a header does not name it.
     """
 
     what: str
@@ -65,6 +67,7 @@ class JournalKind:
     entries: tuple[str, ...]
     check: Callable[[dict[str, Any]], Any]
     when_in_use: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _LaterSchemaError(ResultFileError):
@@ -265,13 +268,14 @@ class Journal:
                     self._index[line.id] = line.offset
                 elif not is_there:
                     is_there = True
-                    if differing := check_settings(line.settings, settings):
+                    there, wanted = ({**self._kind.defaults, **each} for each in (line.settings, settings))
+                    if differing := check_settings(there, wanted):
                         if overwrite:
                             return False
-                        name, found, wanted = differing
+                        name, found, other = differing
                         raise ResultFileError(
                             f"{self.path.parent} holds another {self._kind.of}, with {name} {found}, this "
-                            f"one has {wanted}: choose another --out, or replace it with --overwrite"
+                            f"one has {other}: choose another --out, or replace it with --overwrite"
                         )
         return is_there
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from stepflow_tl.version import __version__
 
@@ -34,31 +33,6 @@ class Provenance:
     device: str
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for a file's metadata."""
-        return {**asdict(self), "versions": dict(self.versions), "notes": dict(self.notes)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Provenance:
-        """Read `to_json`'s data; unknown keys of later versions are ignored.
-
-        Raises:
-            KeyError: If a field without a default is missing.
-            TypeError: If a field has the wrong type.
-        """
-        known = {
-            f.name: data[f.name] for f in fields(cls) if f.name in data or f.name not in ("versions", "notes")
-        }
-        for name, value in known.items():
-            expected = Mapping if name in ("versions", "notes") else str
-            if not isinstance(value, expected):
-                raise TypeError(
-                    f"provenance field {name!r} is {type(value).__name__}, expected {expected.__name__}"
-                )
-            if isinstance(value, Mapping) and not all(isinstance(text, str) for text in value.values()):
-                raise TypeError(f"provenance field {name!r} must map names to strings")
-        return cls(**known)
 
 
 def package_versions() -> dict[str, str]:

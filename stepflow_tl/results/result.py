@@ -2,10 +2,10 @@
 
 1. A result is a frozen dataclass that has `layers`, `n_layers` and `provenance`. These three are its head:
    the same keys in every kind of file, readable without the rest (`read_head`).
-2. Saving: the document is the head and the subclass' `_facts`; the tensors are the fields that `_specs` names
-   for that document. `files` writes both.
-3. Loading: `_specs` says what each tensor must be before one is read; `_fields` turns the facts back into
-   constructor arguments; the constructor's own checks have the last word.
+2. Fields annotated as jaxtyping arrays are the tensors of the file; all others are its document, written and
+   checked by `results.plain_data`. The annotations say all there is to say about either.
+3. A tensor's axes have names, and `axes` tells which field has one entry for each of their places. So an
+   annotation gives the shape, of a tensor in a file before it is read as of one that a constructor is given.
 4. `table` is the result as text, for terminals and logs. Nothing here draws: see `rendering.show`.
 
 Two kinds: `TracedResult` has a trace whose steps label its axes; another, like `StepPatching`, has not.
@@ -14,23 +14,18 @@ Two kinds: `TracedResult` has a trace whose steps label its axes; another, like 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepflow_tl.results.files import (
-    Schema,
-    TensorSpec,
-    load_result,
-    read_document,
-    save_result,
-    whole_number,
-    whole_numbers,
-)
+from stepflow_tl.results.files import Schema, TensorSpec, load_result, read_document, save_result
+from stepflow_tl.results.plain_data import from_plain, to_plain
 from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.results.tables import number, shortened, text_table
 from stepflow_tl.trace import ReasoningTrace
@@ -52,36 +47,40 @@ class ResultHead:
     n_layers: int
     provenance: Provenance
 
-    def to_json(self) -> dict[str, Any]:
-        """Its part of a file's document."""
-        return {
-            "layers": list(self.layers),
-            "n_layers": self.n_layers,
-            "provenance": self.provenance.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, document: dict[str, Any]) -> ResultHead:
-        """Read `to_json`'s keys, whatever else the document holds.
-
-        Raises:
-            KeyError: If one is missing.
-            TypeError: If one has the wrong type.
-        """
-        return cls(
-            layers=whole_numbers(document["layers"]),
-            n_layers=whole_number(document["n_layers"]),
-            provenance=Provenance.from_json(document["provenance"]),
-        )
-
 
 class StoredResult(ABC):
     """A result that is saved, loaded and printed; subclasses are frozen dataclasses."""
 
     schema: ClassVar[Schema]
+    #: Where the entries of an axis are: a field, or the field of a field. Other axes have any length.
+    axes: ClassVar[Mapping[str, str]]
     layers: tuple[int, ...]
     n_layers: int
     provenance: Provenance
+
+    def __post_init__(self) -> None:
+        """Refuse layers that the model does not have, tensors of other shapes, and values not finite."""
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers {self.layers} must be distinct")
+        if any(not 0 <= layer < self.n_layers for layer in self.layers):
+            raise ValueError(f"layers {self.layers} lie outside the model's 0..{self.n_layers - 1}")
+        sizes = self._sizes(self)
+        for name, (kind, axes) in self._tensor_axes().items():
+            tensor = getattr(self, name)
+            if not (tensor.is_floating_point() if kind == "Float" else tensor.dtype == torch.bool):
+                raise ValueError(f"{name} is {tensor.dtype}, expected {kind}")
+            for axis, size in zip(axes, tensor.shape, strict=False):
+                sizes.setdefault(axis, size)
+            shape, expected = tuple(tensor.shape), tuple(sizes.get(axis) for axis in axes)
+            if shape != expected:
+                raise ValueError(f"{name} has shape {shape}, expected {expected} ({', '.join(axes)})")
+            if not torch.isfinite(tensor).all():
+                place = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+                at = ", ".join(map(self._place, axes, place))
+                raise ValueError(
+                    f"{name} must be finite, but is not at {at}: run the model in float32, and check the "
+                    "metric and any attached hook for NaN"
+                )
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file to `path` and return the path.
@@ -91,9 +90,8 @@ class StoredResult(ABC):
         Raises:
             ResultFileError: If the folder does not exist or the disk refuses; `path` is then as it was.
         """
-        document = self._document()
-        tensors = {name: getattr(self, name) for name in self._specs(document)}
-        return save_result(path, self.schema, tensors, document)
+        tensors = {name: getattr(self, name) for name in self._tensor_axes()}
+        return save_result(path, self.schema, tensors, self._document())
 
     @classmethod
     def load(cls: type[Kind], path: str | Path) -> Kind:
@@ -109,45 +107,57 @@ class StoredResult(ABC):
         """The `n` largest entries, by size, as a text table."""
         return text_table(*self._table(n))
 
+    @property
     @abstractmethod
-    def _facts(self) -> dict[str, Any]:
-        """What the document holds beside the head: plain JSON values."""
-
-    @classmethod
-    @abstractmethod
-    def _specs(cls, document: dict[str, Any]) -> dict[str, TensorSpec]:
-        """The tensor fields, and what each must be by this document."""
-
-    @classmethod
-    @abstractmethod
-    def _fields(cls, document: dict[str, Any]) -> dict[str, Any]:
-        """Constructor arguments read from what `_facts` wrote; any error means a damaged file."""
+    def labels(self) -> list[str]:
+        """Short names of the steps on the axes, in order."""
 
     @abstractmethod
     def _table(self, n: int) -> tuple[str, list[str], list[list[str]], list[str]]:
         """Title, header, at most `n` rows and footer of `table`."""
 
     def _document(self) -> dict[str, Any]:
-        head = ResultHead(self.layers, self.n_layers, self.provenance)
-        return {**head.to_json(), **self._facts()}
+        tensors = self._tensor_axes()
+        names = [field.name for field in fields(self) if field.name not in tensors]  # pyright: ignore
+        return {name: to_plain(getattr(self, name)) for name in names}
 
     @classmethod
     def _build(cls: type[Kind], document: dict[str, Any], tensors: dict[str, Tensor]) -> Kind:
-        head = ResultHead.from_json(document)
-        make: Any = cls  # the dataclass' constructor, which this base does not know
-        return make(**vars(head), **tensors, **cls._fields(document))
+        return from_plain(cls, document, **tensors)
 
-    def _check_layers(self) -> None:
-        """Refuse layers that are named twice or that the model does not have."""
-        if len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"layers {self.layers} must be distinct")
-        if any(not 0 <= layer < self.n_layers for layer in self.layers):
-            raise ValueError(f"layers {self.layers} lie outside the model's 0..{self.n_layers - 1}")
+    @classmethod
+    def _specs(cls, document: dict[str, Any]) -> dict[str, TensorSpec]:
+        """What each tensor must be by this document."""
+        sizes = cls._sizes(document)
+        tensors = cls._tensor_axes().items()
+        return {name: TensorSpec(kind, tuple(map(sizes.get, axes))) for name, (kind, axes) in tensors}
+
+    @classmethod
+    def _sizes(cls, source: Any) -> dict[str, int]:
+        """The lengths of `axes`, of a result or of its document."""
+        return {axis: len(reduce(_field, path.split("."), source)) for axis, path in cls.axes.items()}
+
+    @classmethod
+    def _tensor_axes(cls) -> dict[str, tuple[str, list[str]]]:
+        """Kind ("Float" or "Bool") and axes of each tensor, by its annotation."""
+        arrays = {name: hint for name, hint in get_type_hints(cls).items() if hasattr(hint, "dim_str")}
+        return {name: (hint.dtype.__name__, hint.dim_str.split()) for name, hint in arrays.items()}
+
+    def _place(self, axis: str, index: int) -> str:
+        """A place on an axis in words: "layer 3", "step T2", "head 0"."""
+        if axis not in self.axes:
+            return f"{axis} {index}"
+        return f"{axis} {self.layers[index] if axis == 'layer' else self.labels[index]}"
+
+
+def _field(source: Any, name: str) -> Any:
+    return source[name] if isinstance(source, dict) else getattr(source, name)
 
 
 class TracedResult(StoredResult):
     """A result on one trace, whose steps label its axes."""
 
+    axes = {"layer": "layers", "query_step": "trace.steps", "key_step": "trace.steps"}
     trace: ReasoningTrace
 
     @property
@@ -159,13 +169,6 @@ class TracedResult(StoredResult):
     def labels(self) -> list[str]:
         """Short step names in order: Q, T1, T2, ..., S1, ..."""
         return [step.label for step in self.trace.steps]
-
-    def _document(self) -> dict[str, Any]:
-        return {**super()._document(), "trace": self.trace.to_json()}
-
-    @classmethod
-    def _fields(cls, document: dict[str, Any]) -> dict[str, Any]:
-        return {"trace": ReasoningTrace.from_json(document["trace"])}
 
     def _pair_rows(
         self, values: Float[Tensor, "query_step key_step"], shown: Bool[Tensor, "query_step key_step"], n: int
@@ -189,4 +192,4 @@ def read_head(path: str | Path, kind: type[StoredResult]) -> ResultHead:
     Raises:
         ResultFileError: As `StoredResult.load`.
     """
-    return read_document(path, kind.schema, ResultHead.from_json)
+    return read_document(path, kind.schema, partial(from_plain, ResultHead))

@@ -73,9 +73,10 @@ class Aggregate:
         n_traces: Traces with numbers.
         n_tokens: Their tokens.
         seconds: Wall-clock time of their analyses, where it was written down.
-        model_name: Model that was analysed; this and the next four are empty or 0 without a trace.
+        model_name: Model that was analysed; this and the next five are empty or 0 without a trace.
         objective: Objective that was differentiated.
         dtype: Floating dtype of the model's weights.
+        stepflow: The repair that was on the model; None for the plain one.
         layers: Model layers of the metrics.
         n_layers: Layers of the whole model.
         backends: How many traces each backend analysed.
@@ -97,6 +98,7 @@ class Aggregate:
     model_name: str
     objective: str
     dtype: str
+    stepflow: str | None
     layers: tuple[int, ...]
     n_layers: int
     backends: Mapping[str, int]
@@ -183,6 +185,8 @@ class Aggregate:
         title = (
             f"Means over {self.n_traces} traces: {self.model_name}, objective {self.objective}, {self.dtype}"
         )
+        if self.stepflow is not None:
+            title += f", under {self.stepflow}"
         return title, header, rows, footer
 
     def _footer(self) -> list[str]:

@@ -33,11 +33,11 @@ from typing import Any
 from stepflow_tl.errors import ResultFileError
 from stepflow_tl.evaluation import Answer, Decoding, Evaluation, Question, Verdict
 from stepflow_tl.evaluation.evaluation import ConditionResult
-from stepflow_tl.results.files import whole_numbers
 from stepflow_tl.results.journal import JournalKind, check_settings, read_journal
 from stepflow_tl.results.plain_data import count, number, text, text_or_none
 from stepflow_tl.runs.options import Shard
 from stepflow_tl.stepflow import StepFlow
+from stepflow_tl.trace.steps import whole_numbers
 
 SCHEMA_VERSION = 1
 

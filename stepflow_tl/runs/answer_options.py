@@ -57,3 +57,16 @@ class AnswerOptions(OptionSet):
     shard: str | Shard | None = option(None, metavar="I/N")
     engine: str = option("local", choices=ENGINES)
     replicas: int | None = option(None, type=positive, metavar="N")
+
+
+@dataclass(frozen=True)
+class StudyOptions(OptionSet):
+    """How much of a study's answers is mapped and shown.
+
+    Attributes:
+        maps: right and wrong plain answers to map, at most N of each (100)
+        pages: questions gained or lost to show, with a map of both answers (20)
+    """
+
+    maps: int = option(100, type=positive, metavar="N")
+    pages: int = option(20, type=positive, metavar="N")

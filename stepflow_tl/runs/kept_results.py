@@ -2,7 +2,7 @@
 
 1. No file: no.
 2. A file that is cut off or inconsistent: no, and it is replaced.
-3. A whole result of the same trace, model, objective, layers and dtype: yes.
+3. A whole result of the same trace, model, objective, layers, dtype and StepFlow: yes.
 4. Anything else at that place (another analysis, another trace, foreign tensors, a later version): an
    error. To keep it would mix analyses, to replace it would destroy what someone may want.
 """
@@ -24,12 +24,13 @@ Result = TypeVar("Result", StepSaliency, StepKnockout)
 
 @dataclass(frozen=True)
 class KeptIf:
-    """What must agree between a kept result and this run; names and values as in `Provenance`."""
+    """What must agree between a kept result and this run; names and values as in `RunSettings`."""
 
     model_name: str
     objective: str
     dtype: str
     layers: tuple[int, ...]
+    stepflow: str | None
 
 
 def kept_result(path: Path, trace: ReasoningTrace, wanted: KeptIf) -> StepSaliency | None:
@@ -64,12 +65,13 @@ def _kept(
             raise ResultFileError(f"{error}. It was left alone: choose another --out") from error
         raise DamagedResultError(str(error)) from error
     provenance = result.provenance
-    found = KeptIf(provenance.model_name, provenance.objective, provenance.dtype, result.layers)
-    for name in ("model_name", "objective", "dtype", "layers"):
-        if getattr(found, name) != getattr(wanted, name):
+    made_with = (provenance.model_name, provenance.objective, provenance.dtype, result.layers)
+    found = vars(KeptIf(*made_with, provenance.notes.get("stepflow")))
+    for name, value in vars(wanted).items():
+        if found[name] != value:
             raise ResultFileError(
-                f"{path} is kept from an analysis with {name} {_show(getattr(found, name))}, this one has "
-                f"{_show(getattr(wanted, name))}: choose another --out, or replace it with --overwrite"
+                f"{path} is kept from an analysis with {name} {_show(found[name])}, this one has "
+                f"{_show(value)}: choose another --out, or replace it with --overwrite"
             )
     if result.trace != trace:
         raise ResultFileError(

@@ -31,10 +31,10 @@ from typing import Any
 from stepflow_tl.causal.agreement import MEASURES, TraceAgreement
 from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis
 from stepflow_tl.errors import ResultFileError
-from stepflow_tl.results.files import whole_numbers
 from stepflow_tl.results.journal import Journal, JournalKind, check_settings, read_journal
 from stepflow_tl.results.plain_data import check_numbers, count, number, text, text_or_none
 from stepflow_tl.runs.options import Shard
+from stepflow_tl.trace.steps import whole_numbers
 
 SCHEMA_VERSION = 1
 
@@ -54,6 +54,7 @@ class RunSettings:
         n_layers: Layers of the model.
         splitter: How segments are cut into steps.
         format: Name of the reasoning format.
+        stepflow: The repair that the analysis runs under, as `repr` writes it; None for none.
     """
 
     model_name: str
@@ -63,6 +64,7 @@ class RunSettings:
     n_layers: int | None = None
     splitter: str | None = None
     format: str | None = None
+    stepflow: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, without what is None."""
@@ -83,6 +85,7 @@ class RunSettings:
             n_layers=None if data.get("n_layers") is None else count(data, "n_layers"),
             splitter=text_or_none(data, "splitter"),
             format=text_or_none(data, "format"),
+            stepflow=text_or_none(data, "stepflow"),
         )
 
 
@@ -128,7 +131,7 @@ class Done:
         }
         measured = self.diagnosis.to_json()
         metrics = {name: measured.pop(name) for name in LAYER_METRICS}
-        rest = {name: value for name, value in measured.items() if name not in (*_DIAGNOSIS, "reasons")}
+        rest = {name: value for name, value in measured.items() if name not in (*_DIAGNOSIS, *own, "reasons")}
         agreement = None if self.agreement is None else self.agreement.to_json()
         return {"kind": "done", **own, **rest, "metrics": metrics, "agreement": agreement}
 
@@ -197,6 +200,7 @@ MANIFEST = JournalKind(
     entries=("done", "failed"),
     check=entry_of,
     when_in_use="Wait for it, end it, or choose another --out; --shard i/n lets several runs share a folder",
+    defaults={"stepflow": None},
 )
 
 
@@ -268,13 +272,14 @@ def read_manifests(folder: Path) -> ManifestIndex:
                 damaged.append(line.damage)
             elif line.settings is not None:
                 own = _settings(line.settings, path)
-                if differing := check_settings(settings, own.to_json()):
+                stated = {**MANIFEST.defaults, **own.to_json()}
+                if differing := check_settings(settings, stated):
                     name, found, other = differing
                     raise ResultFileError(
                         f"{path}: a header with {name} {other!r}, another header of this folder has "
                         f"{found!r}: summarise one run at a time"
                     )
-                settings.update(own.to_json())
+                settings.update(stated)
             else:
                 said[line.id] = line.entry
                 if isinstance(line.entry, Done):
@@ -313,7 +318,7 @@ def _diagnosis(data: dict[str, Any]) -> Diagnosis:
     check_numbers([data["decay_slope"]])
     # What `diagnose` takes by default, where the line does not say.
     stated = {"window": 0, "recent": 1, "pooling": "mean", "rows_without_mass": [0] * len(layers), **data}
-    counts = ("n_layers", "n_question", "n_thinking", "n_summary", "window", "recent")
+    counts = ("n_layers", "n_question", "n_thinking", "n_summary", "n_tokens", "window", "recent")
     return Diagnosis.from_json(
         {
             **_DIAGNOSIS,

@@ -12,14 +12,16 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from stepflow_tl import stepflow as repair
 from stepflow_tl.errors import InputFileError
 
 Options = TypeVar("Options", bound="OptionSet")
 
 ENGINES = ("local", "ray")
+SPLITTERS = ("paragraph", "line", "sentence", "whole")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,29 @@ def parse_objective(text: str) -> str:
     )
 
 
+def parse_match(text: str) -> tuple[str, ...]:
+    """What matched traces must be alike in.
+
+    Raises:
+        ValueError: If it is not steps, tokens, or both.
+    """
+    found = tuple(part.strip() for part in text.split(","))
+    if set(found) - {"steps", "tokens"} or len(set(found)) != len(found):
+        raise ValueError(f"{text!r} is none of steps, tokens, steps,tokens")
+    return found
+
+
+def parse_where(text: str) -> str:
+    """A condition on a field, FIELD=VALUE.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    if not re.match("[^=]+=", text):
+        raise ValueError(f"{text!r} is not FIELD=VALUE, such as condition=plain or sample=0")
+    return text
+
+
 def option(default: Any, **reading: Any) -> Any:
     """A field with the arguments of `add_argument` that its type does not tell.
 
@@ -159,11 +184,13 @@ class GroupOptions(OptionSet):
         group_by: compare the traces where this field is true with those where it is false
         pair_by: pair the two groups by this field (problem_id where the records have it)
         unpaired: compare without pairing
+        match_on: also compare pairs of traces that are alike in length: steps, tokens, or steps,tokens
     """
 
     group_by: str | None = option(None, metavar="FIELD")
     pair_by: str | None = option(None, metavar="FIELD", exclusive=True)
     unpaired: bool = option(False, exclusive=True)
+    match_on: Sequence[str] | None = option(None, type=parse_match, name="match", metavar="LIST")
 
 
 @dataclass(frozen=True)
@@ -173,11 +200,13 @@ class RunOptions(GroupOptions):
     Attributes:
         objective: per_token (default), response, thinking, summary, or a step such as S1
         layers: layers to keep, on the command line such as 0-6,23-29 (all)
-        splitter: how thinking and summary are cut into steps (paragraph)
-        format: reasoning format (auto: read from the model's chat template)
+        splitter: how thinking and summary are cut into steps (as an answer file says, else paragraph)
+        format: reasoning format, or FILE.json of your own (auto: as an answer file says, else the model's)
+        where: only traces whose field has this value; several of a field: any of them; may be repeated
+        stepflow: map the repaired flow: the analysis runs under this `StepFlow`
         overwrite: analyse again where a result is there already
         retry_failed: try again what failed in an earlier run
-        limit: read the first N lines only
+        limit: the first N traces only
         shard: take part I of N, I from 0; N runs may share the folder
         engine: this process (local), or the replicas of a Ray cluster, which is started here if there is none
         replicas: models at once, for ray (one per GPU, or one)
@@ -187,8 +216,10 @@ class RunOptions(GroupOptions):
 
     objective: str = option("per_token", type=parse_objective)
     layers: Sequence[int] | None = option(None, type=parse_numbers, metavar="LIST")
-    splitter: str = option("paragraph", choices=("paragraph", "line", "sentence", "whole"))
+    splitter: str | None = option(None, choices=SPLITTERS)
     format: str = option("auto")
+    where: Sequence[str] | None = option(None, type=parse_where, action="append", metavar="FIELD=VALUE")
+    stepflow: repair.StepFlow | None = option(None, hidden=True)
     overwrite: bool = option(False)
     retry_failed: bool = option(False)
     limit: int | None = option(None, type=positive, metavar="N")
@@ -199,11 +230,27 @@ class RunOptions(GroupOptions):
     figures: bool = option(False)
 
     def __post_init__(self) -> None:
-        """Layers as a tuple, the shard as a `Shard`; refuse an engine that does not exist."""
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+        """Layers and conditions as tuples; refuse a condition or an engine that does not exist."""
+        for name in ("layers", "where"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for condition in self.where or ():
+            parse_where(condition)
         if self.engine not in ENGINES:
             raise ValueError(f"unknown engine {self.engine!r}: expected {' or '.join(map(repr, ENGINES))}")
+
+    def for_source(self, settings: Mapping[str, Any]) -> RunOptions:
+        """The same options, with format and splitter as the source says where nobody else does.
+
+        Args:
+            settings: What a file of answers says of its run.
+        """
+        format, splitter = settings.get("format"), settings.get("splitter")
+        return replace(
+            self,
+            format=format if self.format == "auto" and isinstance(format, str) else self.format,
+            splitter=self.splitter or (splitter if splitter in SPLITTERS else SPLITTERS[0]),
+        )
 
     @property
     def part(self) -> Shard:

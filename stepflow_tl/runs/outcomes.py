@@ -1,8 +1,8 @@
 """What became of each trace, and the numbers of the traces of a folder, one after the other.
 
 1. A trace that the manifest calls done: its numbers are the manifest's. Its file must be there, must not be
-   shorter or longer than its own header says, and must be of the same model, objective, dtype and layers. The
-   map itself is not read. `verify` also compares its SHA-256.
+   shorter or longer than its own header says, and must be of the same model, objective, dtype, layers and
+   StepFlow. The map itself is not read. `verify` also compares its SHA-256.
 2. A result file that no manifest names (written by `StepSaliency.save`): its map is read, measured, and let
    go before the next one.
 3. What is missing or damaged is an outcome with its reason, beside the traces that failed in the run.
@@ -28,6 +28,7 @@ from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis, diagnose
 from stepflow_tl.diagnosis.diagnosis import Band
 from stepflow_tl.errors import GradientError, ResultFileError, TraceError
 from stepflow_tl.results.files import file_digest
+from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.results.result import read_head
 from stepflow_tl.results.tables import printable
 from stepflow_tl.runs.manifest import Done, Entry, ManifestIndex, RunSettings
@@ -54,6 +55,7 @@ class Outcome:
         seconds: Wall-clock time that this run spent on it.
         dtype: Floating dtype of the model's weights; empty where no file was looked at.
         backend: Backend that made the result; empty likewise.
+        stepflow: The repair that the result was made under; None for none.
         notes: What happened on the way, for people.
     """
 
@@ -66,6 +68,7 @@ class Outcome:
     seconds: float = 0.0
     dtype: str = ""
     backend: str = ""
+    stepflow: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -162,12 +165,13 @@ def with_file(folder: Path, done: Done, settings: RunSettings, *, verify: bool =
             ("model_name", provenance.model_name, settings.model_name),
             ("objective", provenance.objective, settings.objective),
             ("dtype", provenance.dtype, settings.dtype),
+            ("stepflow", provenance.notes.get("stepflow"), settings.stepflow),
         ):
             if found != stated:
                 raise ResultFileError(f"{path} has {name} {found!r}, the manifest {stated!r}")
     except ResultFileError as error:
         return replace(outcome, status="damaged", reason=str(error))
-    return replace(outcome, dtype=provenance.dtype, backend=provenance.backend)
+    return _made_by(outcome, provenance)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -237,7 +241,12 @@ def _from_map(folder: Path, path: Path) -> Outcome:
     numbers = Done(
         path.stem, 0, path.name, len(saliency.trace), math.nan, None, None, sha256=None, diagnosis=diagnosis
     )
-    return Outcome(path.stem, "kept", entry=numbers, dtype=provenance.dtype, backend=provenance.backend)
+    return _made_by(Outcome(path.stem, "kept", entry=numbers), provenance)
+
+
+def _made_by(outcome: Outcome, provenance: Provenance) -> Outcome:
+    how = provenance.notes.get("stepflow")
+    return replace(outcome, dtype=provenance.dtype, backend=provenance.backend, stepflow=how)
 
 
 def _check_one_analysis(folder: Path, agreed: dict[str, object], outcome: Outcome) -> None:
@@ -245,7 +254,8 @@ def _check_one_analysis(folder: Path, agreed: dict[str, object], outcome: Outcom
         return
     agreed.setdefault("file", done.file)
     names = ("model_name", "objective", "n_layers", "layers", "window", "recent", "pooling")
-    facts = {**{name: getattr(done.diagnosis, name) for name in names}, "dtype": outcome.dtype}
+    facts = {name: getattr(done.diagnosis, name) for name in names}
+    facts |= {"dtype": outcome.dtype, "stepflow": outcome.stepflow}
     for name, value in facts.items():
         if agreed.setdefault(name, value) != value:
             raise ResultFileError(

@@ -45,6 +45,8 @@ class Source(Protocol):
 
     unit: Unit
     path: Path
+    settings: Mapping[str, Any]
+    """What the file says of how its traces were made; most say nothing."""
 
     def count(self, limit: int | None = None) -> int:
         """How many rows there are."""
@@ -80,6 +82,7 @@ class JsonLines:
     """The objects of a file of JSON lines."""
 
     unit: Unit = "line"
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, path: Path) -> None:
         """Look at the file only.
@@ -145,6 +148,7 @@ class ParquetFiles:
     """The rows of one Parquet file, or of the sorted `*.parquet` files of a folder."""
 
     unit: Unit = "row"
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, path: Path) -> None:
         """Read the footers.
@@ -195,6 +199,7 @@ class SavedDataset:
     """The rows of a folder that `datasets.Dataset.save_to_disk` wrote, or of one split of a `DatasetDict`."""
 
     unit: Unit = "row"
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, path: Path) -> None:
         """Map the data set into memory.

@@ -29,8 +29,7 @@ from stepflow_tl.runs.manifest import Done, Failed, RunSettings, manifest_path, 
 from stepflow_tl.runs.options import RunOptions
 from stepflow_tl.runs.outcomes import Outcome, with_file
 from stepflow_tl.runs.plan import Leftovers, Plan, Task
-from stepflow_tl.runs.records import Unreadable, pair_field, read_records
-from stepflow_tl.runs.row_files import open_source
+from stepflow_tl.runs.records import Unreadable, open_traces, pair_field, read_records
 from stepflow_tl.runs.summary import report_run
 from stepflow_tl.runs.worker import KNOCKOUTS, Worker, digest, failure
 
@@ -95,13 +94,14 @@ def analyze_dataset(
     Args:
         model: A TransformerLens model; a name or path for `models.load_model`; or a function without
             arguments that loads one, which is what other processes need (`functools.partial` makes one).
-        source: A file of JSON lines, a Parquet file or a folder of them, or a data set that `datasets` saved.
-            Fields: question, thinking, summary, or text; and id.
+        source: A file of JSON lines, a Parquet file or a folder of them, a data set that `datasets` saved,
+            or the answers of `evaluate`. Fields: question, thinking, summary, or text, or tokens; and id.
         out: Folder for one result file per trace, `manifest.jsonl` and `summary.csv`; made if it does not
             exist.
         watcher: Is told how the run goes on.
-        **options: Those of `RunOptions`, by name: objective, layers, splitter, format, causal, figures,
-            group_by, pair_by, unpaired, overwrite, retry_failed, limit, shard, engine, replicas.
+        **options: Those of `RunOptions`, by name: objective, layers, splitter, format, where,
+            stepflow, causal, figures, group_by, pair_by, unpaired, match_on, overwrite, retry_failed, limit,
+            shard, engine, replicas.
 
     Raises:
         InputFileError: If the source cannot be read or is empty, the folder cannot be made, or the shard does
@@ -115,8 +115,11 @@ def analyze_dataset(
     """
     asked = RunOptions.of("analyze_dataset", options)
     out, part, watch = Path(out), asked.part, watcher or _Silence()
-    opened = open_source(Path(source))
+    opened = open_traces(Path(source), asked.where)
+    asked = asked.for_source(opened.settings)
     total = opened.count(asked.limit)
+    if not total and asked.where:
+        raise InputFileError(f"{source} holds no {opened.unit} with {' and '.join(asked.where)}")
     if not total:
         raise InputFileError(f"{source} holds no {opened.unit}: expected one trace per {opened.unit}")
     make_folder(out)
@@ -134,6 +137,9 @@ def analyze_dataset(
         path = manifest_path(out, part)
         with open_manifest(path, engine.settings, overwrite=asked.overwrite, note=watch.note) as manifest:
             watch.begin(plan.total, engine.settings, engine.replicas)
+            writer = opened.settings.get("model_name", engine.settings.model_name)
+            if writer != engine.settings.model_name:
+                watch.note(f"these answers are {writer}'s, and {engine.settings.model_name} reads them")
             driver = _Driver(plan, manifest, asked, watch, Leftovers(out, out / KNOCKOUTS))
             stopped = driver.run(engine)
             return report_run(

@@ -51,8 +51,8 @@ def summarize(
         folder: Folder that `analyze` wrote, or any folder of `StepSaliency.save` files of one analysis.
         out: Parquet file to write, one row per trace and layer; none by default. See `layer_table`.
         labels: Group and problem of each trace by id, in place of the manifest's.
-        **options: Those of `SummaryOptions`, by name: group_by, pair_by, unpaired, verify, confidence,
-            n_bootstrap, n_permutations, seed.
+        **options: Those of `SummaryOptions`, by name: group_by, pair_by, unpaired, match_on, verify,
+            confidence, n_bootstrap, n_permutations, seed.
 
     Raises:
         ResultFileError: If the folder cannot be read, has no result, mixes analyses, or a manifest is damaged
@@ -113,10 +113,11 @@ def aggregate(
     level = {"confidence": options.confidence, "n_bootstrap": options.n_bootstrap, "seed": options.seed}
     agreements = [outcome.agreement for outcome in totals.held if outcome.agreement is not None]
     first = totals.first
-    facts: dict[str, Any] = dict(model_name="", objective="", dtype="", layers=(), n_layers=0)
+    facts: dict[str, Any] = dict(model_name="", objective="", dtype="", stepflow=None, layers=(), n_layers=0)
     if first is not None and first.diagnosis is not None:
         names = ("model_name", "objective", "layers", "n_layers")
-        facts = {**{name: getattr(first.diagnosis, name) for name in names}, "dtype": first.dtype}
+        measured = {name: getattr(first.diagnosis, name) for name in names}
+        facts = {**measured, "dtype": first.dtype, "stepflow": first.stepflow}
     return Aggregate(
         folder=folder,
         n_traces=len(totals.rows),
@@ -169,7 +170,12 @@ def report_run(
                 tokens.append(outcome.done.n_tokens)
             yield outcome
 
-    groups = SummaryOptions(options.group_by, options.pair_by, options.unpaired)
+    groups = SummaryOptions(
+        group_by=options.group_by,
+        pair_by=options.pair_by,
+        unpaired=options.unpaired,
+        match_on=options.match_on,
+    )
     found = aggregate(written_down(), groups, folder=out, compares=part.count == 1)
     files = {f"summary{part.suffix}.csv": str(summary)}
     if found.agreement is not None:
@@ -242,6 +248,7 @@ def _comparison(
             traces,
             name,
             paired_by,
+            match_on=options.match_on,
             confidence=options.confidence,
             n_bootstrap=options.n_bootstrap,
             n_permutations=options.n_permutations,

@@ -5,10 +5,12 @@
 2. Per trace: build it; keep the result that is there if it is the same analysis of the same trace, else
    compute it, with less memory if it has to be (`memory`), and save it atomically.
 3. Diagnose it, unless the manifest already has the measures of this very file, told by its SHA-256.
-4. With `causal`, likewise for a knockout of every pair of steps in the layers of the map, by NLL, saved as
+4. With a `StepFlow` among the options, every pass of a trace runs under it: the map is that of the repaired
+   flow, and is never taken for the plain one.
+5. With `causal`, likewise for a knockout of every pair of steps in the layers of the map, by NLL, saved as
    `knockout/<name>.safetensors`; then saliency, raw attention, knockout and nearness are compared on it
    (`causal.agreement`).
-5. Whatever goes wrong with a trace becomes its `Failed` entry. A full disk is no trace's fault and ends the
+6. Whatever goes wrong with a trace becomes its `Failed` entry. A full disk is no trace's fault and ends the
    run.
 
 A worker writes result files and nothing else: the manifest has one writer, the driver. Nothing of a trace is
@@ -26,6 +28,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from stepflow_tl.causal import step_knockout
 from stepflow_tl.causal.agreement import TraceAgreement, score_maps, trace_agreement
@@ -33,6 +36,7 @@ from stepflow_tl.diagnosis import Diagnosis, diagnose
 from stepflow_tl.errors import DiskFullError, InputFileError, StepflowError
 from stepflow_tl.models.facts import check_layers, model_facts, tokenizer_of
 from stepflow_tl.models.hook_names import resolve_hooks
+from stepflow_tl.models.passes import attached
 from stepflow_tl.rendering import profile_figure, save_figure, step_map_figure
 from stepflow_tl.results.files import file_digest, is_disk_full
 from stepflow_tl.results.tables import printable
@@ -46,12 +50,13 @@ from stepflow_tl.runs.memory import (
     saliency_rungs,
     with_less_and_less,
 )
-from stepflow_tl.runs.options import RunOptions
+from stepflow_tl.runs.options import SPLITTERS, RunOptions
 from stepflow_tl.runs.outcomes import Outcome
 from stepflow_tl.runs.plan import Task
 from stepflow_tl.runs.records import Record, pair_field
 from stepflow_tl.saliency import StepSaliency, step_saliency
 from stepflow_tl.saliency.backends import check_ahead
+from stepflow_tl.stepflow.flow import standing_hooks
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.formats import resolve_format
 
@@ -87,16 +92,20 @@ class Worker:
         if not is_per_token:
             resolve_hooks(model, layers)
         self._format = resolve_format(tokenizer_of(model), options.format)
+        self._splitter = options.splitter or SPLITTERS[0]
         self.settings = RunSettings(
             model_name=facts.name,
             objective=options.objective,
             dtype=str(facts.dtype),
             layers=layers,
             n_layers=facts.n_layers,
-            splitter=options.splitter,
+            splitter=self._splitter,
             format=self._format.name,
+            stepflow=None if options.stepflow is None else repr(options.stepflow),
         )
-        self._kept_if = KeptIf(facts.name, options.objective, str(facts.dtype), layers)
+        self._kept_if = KeptIf(
+            facts.name, options.objective, str(facts.dtype), layers, self.settings.stepflow
+        )
         if options.causal:
             try:
                 (out / KNOCKOUTS).mkdir(exist_ok=True)
@@ -153,7 +162,12 @@ class Worker:
         is_new, seconds, diagnosis, known = result is None, 0.0, None, None
         if result is None:
             run = partial(
-                step_saliency, self._model, trace, objective=options.objective, layers=options.layers
+                step_saliency,
+                self._model,
+                trace,
+                objective=options.objective,
+                layers=options.layers,
+                stepflow=options.stepflow,
             )
             started = time.perf_counter()
             result = with_less_and_less(run, saliency_rungs(), note)
@@ -198,6 +212,7 @@ class Worker:
             StepflowError: If the trace has no pair of steps, or another result is in the way.
         """
         path, knockout, seconds = self._out / KNOCKOUTS / name, None, 0.0
+        flow = self._options.stepflow
         if not self._options.overwrite:
             try:
                 knockout = kept_knockout(path, saliency.trace, replace(self._kept_if, objective="nll"))
@@ -206,16 +221,27 @@ class Worker:
         if knockout is not None and known is not None:
             return known, 0.0
         if knockout is None:
-            run = partial(step_knockout, self._model, saliency.trace, layers=saliency.layers)
+            run = partial(step_knockout, self._model, saliency.trace, layers=saliency.layers, stepflow=flow)
             started = time.perf_counter()
             knockout = with_less_and_less(run, knockout_rungs(), note)
             seconds = time.perf_counter() - started
             knockout.save(path)
-        maps = score_maps(self._model, saliency, knockout)
+        with attached(self._model, last=standing_hooks(self._model, saliency.trace, stepflow=flow)):
+            maps = score_maps(self._model, saliency, knockout)
         return trace_agreement(maps, knockout.measured.numpy()), seconds
 
     def _trace(self, record: Record) -> ReasoningTrace:
-        tokenizer, splitter = self._model.tokenizer, self._options.splitter
+        tokenizer, splitter = self._model.tokenizer, self._splitter
+        if record.tokens is not None:
+            trace = ReasoningTrace.from_tokens(
+                tokenizer, record.tokens, format=self._format, splitter=splitter
+            )
+            if not _holds(trace.text, record.question):
+                raise InputFileError(
+                    "its tokens do not read as its question: expected those of this model's tokenizer; are "
+                    "they another model's?"
+                )
+            return trace
         if record.text is None:
             return ReasoningTrace.from_parts(
                 tokenizer,
@@ -247,8 +273,15 @@ def failure(record: Record, reason: str, error: str, options: RunOptions) -> Out
 def digest(record: Record, options: RunOptions) -> str:
     """Stands for a row's text and what was asked of it; a failure is remembered while it is the same."""
     texts = [record.id, record.question, record.thinking, record.summary, record.text]
-    text = json.dumps([*texts, options.causal, options.figures])
+    tokens = [] if record.tokens is None else [record.tokens]
+    text = json.dumps([*texts, options.causal, options.figures, *tokens])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _holds(text: str, question: str) -> bool:
+    """Whether a transcript holds its question, letters and digits: templates strip, tokenizers normalise."""
+    plain = ["".join(filter(str.isalnum, normalize("NFKC", part).casefold())) for part in (text, question)]
+    return plain[1] in plain[0]
 
 
 def _save_figures(result: StepSaliency, diagnosis: Diagnosis, path: Path, trace_id: str) -> None:

@@ -1,12 +1,9 @@
-"""Which backend computes a map, and whether its per-token rows hold on this very model.
+"""The three backends, and whether the per-token rows of one hold on a given model.
 
 1. `"fused"`: exact in O(T) memory, wherever attention goes through transformers' attention interface.
 2. `"hooks"`: the reference, wherever there is a pattern hook; holds the T x T patterns of all layers.
 3. `"layerwise"`: the same with the patterns of one layer at a time, for one more forward pass; hooks inside
    blocks fire twice.
-4. `"auto"`: fused where it can be exact, else hooks; the reason for falling back goes into the provenance.
-
-Hooks on scores or patterns need those tensors to exist, so they alone make `"auto"` choose `"hooks"`.
 
 The one-pass rows of `per_token` are measured once per model, on the first few tokens of a trace: the backend
 that is to run gives them through the trick, and for each position t a backward pass of L_t alone, of which
@@ -20,18 +17,16 @@ scores are not `f(q . k)`: exactly the cases that the trick cannot serve. Cost: 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from stepflow_tl.errors import FusedRefusal, ModelError
 from stepflow_tl.models.facts import is_transformerlens, model_facts
-from stepflow_tl.models.hook_names import hook_counts, resolve_hooks
-from stepflow_tl.models.passes import NamedHook, attached
+from stepflow_tl.models.hook_names import hook_counts
 from stepflow_tl.saliency.fused.install import refusal_reason
 from stepflow_tl.saliency.fused.run import fused_backend
 from stepflow_tl.saliency.hooks_backend import hooks_backend
@@ -41,7 +36,7 @@ from stepflow_tl.saliency.objectives import Objective
 Backend = Literal["auto", "hooks", "fused", "layerwise"]
 
 #: All take `(model, tokens, step_ids, objective, layers)` and return `[layer head query_step key_bin]`.
-_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+BACKENDS: dict[str, Callable[..., Tensor]] = {
     "fused": fused_backend,
     "hooks": hooks_backend,
     "layerwise": layerwise_backend,
@@ -53,74 +48,6 @@ _HALF_TOLERANCE = 0.15
 _checked: weakref.WeakKeyDictionary[Any, dict[str, float]] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class BackendRun:
-    """The sums and the story of how they came about.
-
-    Attributes:
-        sums: Step sums on the CPU; the last key bin is TEMPLATE.
-        backend: The backend that ran.
-        notes: Facts for the provenance.
-    """
-
-    sums: Float[Tensor, "layer head query_step key_bin"]
-    backend: str
-    notes: dict[str, str]
-
-
-def run_backend(
-    backend: Backend,
-    model: Any,
-    tokens: Int[Tensor, " token"],
-    step_ids: Int[Tensor, " token"],
-    objective: Objective,
-    layers: tuple[int, ...],
-    *,
-    checkpoint: bool = False,
-    block_divisor: int = 1,
-    hooks: Sequence[NamedHook] = (),
-) -> BackendRun:
-    """Run `backend`, or the best one that holds where it is `"auto"`.
-
-    `hooks` are on the model while the map is computed and while it is asked whether fused can serve it, but
-    not during the check of the per-token rows: they know the trace's positions, and the check runs on a few
-    tokens.
-
-    Raises:
-        ModelError: If the backend asked for cannot serve the model, with the reason.
-        ValueError: If `backend` is unknown, or `checkpoint` or `block_divisor` goes with the hooks backend.
-    """
-    if backend not in get_args(Backend):
-        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
-    if backend in ("hooks", "layerwise") and checkpoint:
-        raise ValueError(f"checkpoint=True needs backend='fused': {backend!r} holds T x T patterns anyway")
-    if block_divisor < 1 or (backend in ("hooks", "layerwise") and block_divisor > 1):
-        raise ValueError(f"block_divisor is {block_divisor}: expected 1, or more with backend='fused'")
-    arguments = (model, tokens, step_ids, objective, layers)
-    notes: dict[str, str] = {}
-    if backend in ("auto", "fused"):
-        try:
-            with attached(model, last=hooks):
-                _refuse_early(model)
-            if objective.per_token:
-                notes["self_check"] = check_per_token(model, tokens, "fused")
-            with attached(model, last=hooks):
-                sums = fused_backend(*arguments, checkpoint=checkpoint, block_divisor=block_divisor)
-            if checkpoint or block_divisor > 1:
-                notes["memory"] = f"checkpoint={checkpoint}, block_divisor={block_divisor}"
-            return BackendRun(sums, "fused", notes)
-        except FusedRefusal as refusal:
-            if backend == "fused" or checkpoint or block_divisor > 1 or not is_transformerlens(model):
-                raise
-            notes = {"not_fused": refusal.reason}
-    resolve_hooks(model, None if objective.per_token else layers)
-    name = "layerwise" if backend == "layerwise" else "hooks"
-    if objective.per_token:
-        notes["self_check"] = check_per_token(model, tokens, name)
-    with attached(model, last=hooks):
-        return BackendRun(_FUNCTIONS[name](*arguments), name, notes)
-
-
 def per_token_deviation(model: Any, tokens: Int[Tensor, " token"], backend: str) -> float:
     """Largest relative deviation of the one-pass rows from separate backward passes, over layers and heads.
 
@@ -130,7 +57,7 @@ def per_token_deviation(model: Any, tokens: Int[Tensor, " token"], backend: str)
     few = tokens[:N_CHECKED_TOKENS]
     each = torch.arange(len(few))
     layers = tuple(range(model_facts(model).n_layers))
-    one_pass = _FUNCTIONS[backend](model, few, each, Objective("per_token", each[1:], per_token=True), layers)
+    one_pass = BACKENDS[backend](model, few, each, Objective("per_token", each[1:], per_token=True), layers)
     reference = hooks_backend if is_transformerlens(model) else fused_backend
     separate = torch.zeros_like(one_pass)
     for t in range(len(few) - 1):
@@ -176,13 +103,10 @@ def check_ahead(model: Any, tokens: Int[Tensor, " token"]) -> None:
     """Run the check that `backend="auto"` would run, on tokens of the caller's choice.
 
     The note that results carry is that of the first check of a model object; after this one it no longer
-    depends on which trace came first.
-
-    Raises:
-        ModelError: As `check_per_token`.
+    depends on which trace came first. Raises as `check_per_token`.
     """
     try:
-        _refuse_early(model)
+        refuse_early(model)
         check_per_token(model, tokens, "fused")
     except FusedRefusal:
         if not is_transformerlens(model):
@@ -190,8 +114,7 @@ def check_ahead(model: Any, tokens: Int[Tensor, " token"]) -> None:
         check_per_token(model, tokens, "hooks")
 
 
-def _refuse_early(model: Any) -> None:
+def refuse_early(model: Any) -> None:
     """Refuse what can be told from model and hooks alone, before any forward pass."""
-    reason = refusal_reason(model)
-    if reason is not None:
+    if (reason := refusal_reason(model)) is not None:
         raise FusedRefusal(reason)

@@ -25,7 +25,7 @@ from stepflow_tl.models.facts import expand_heads
 from stepflow_tl.models.hook_names import by_heads, resolve_hooks
 from stepflow_tl.models.passes import attached, frozen, model_device
 from stepflow_tl.saliency.objectives import resolve_objective
-from stepflow_tl.saliency.pooling import StepBins
+from stepflow_tl.saliency.pooling import step_bins
 from stepflow_tl.trace import ReasoningTrace
 
 BASELINES = ("attention", "value_weighted", "gradient", "rollout")
@@ -61,8 +61,7 @@ def baseline_maps(
             raise ModelError(f"{', '.join(silent[:3])} never fired: boot the model with eager attention")
         layers = sorted(patterns)
         gradients = torch.autograd.grad(loss, [patterns[layer] for layer in layers])
-    bins = StepBins.from_step_ids(trace.step_ids, dtype=torch.float32, device=batch.device)
-    one_hot = bins.one_hot[:, :-1]
+    one_hot = step_bins(trace.step_ids, dtype=torch.float32, device=batch.device)[:, :-1]
     found: dict[str, list[Tensor]] = {name: [] for name in BASELINES}
     rollout = torch.eye(len(trace), device=batch.device)
     for layer, gradient in zip(layers, gradients, strict=True):

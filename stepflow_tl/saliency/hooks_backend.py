@@ -25,7 +25,7 @@ from stepflow_tl.errors import ModelError
 from stepflow_tl.models.hook_names import ModelHooks, resolve_hooks
 from stepflow_tl.models.passes import NamedHook, attached, frozen, model_device
 from stepflow_tl.saliency.objectives import Objective
-from stepflow_tl.saliency.pooling import StepBins, pool_tokens, stack_layers
+from stepflow_tl.saliency.pooling import pool_tokens, stack_layers, step_bins
 from stepflow_tl.saliency.position_local import PositionLocalGradients
 
 
@@ -65,7 +65,7 @@ def hooks_backend(
             loss = objective.loss(logits, batch)
             del logits
             torch.autograd.grad(loss, taps.embeddings + taps.constants, allow_unused=True)
-    return taps.collect()
+    return stack_layers(taps.pooled, layers, "pattern")
 
 
 class PatternTaps:
@@ -75,6 +75,7 @@ class PatternTaps:
         start: Hook that begins the graph at the embedding.
         first: Hooks to attach before those already there.
         last: Hooks to attach after them.
+        pooled: Step sums `[head, query_step, key_bin]` by layer, as far as gradients have arrived.
         embeddings: Leaf that the embedding became.
         constants: Patterns that a hook had made constant, each a leaf of its own.
     """
@@ -91,41 +92,30 @@ class PatternTaps:
     ) -> None:
         """Collect for these layers and steps.
 
-        Args:
-            model: A TransformerLens model.
-            step_ids: Step of each token, -1 on TEMPLATE.
-            layers: Model layers to pool, in order.
-            per_token: Keep gradients at their own position.
-            signed: Pool with the sign of each term.
-            recomputed: Every block runs a second time in the backward pass, and its pattern is kept only
-                then.
+        With `recomputed`, every block runs a second time in the backward pass, and its pattern is kept only
+        then.
 
         Raises:
             ModelError: If the model lacks a hook point that this needs.
         """
         self._hooks: ModelHooks = resolve_hooks(model, None if per_token else layers)
-        self._local = PositionLocalGradients(model, self._hooks.layers) if per_token else None
+        self._local = PositionLocalGradients(model, self._hooks.layers if per_token else ())
         self._step_ids, self._layers = step_ids, layers
         self._signed, self._recomputed = signed, recomputed
-        self._bins: dict[tuple[torch.dtype, torch.device], StepBins] = {}
+        self._bins: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._patterns: dict[int, Tensor] = {}
-        self._pooled: dict[int, Tensor] = {}
         self._fired: set[int] = set()
+        self.pooled: dict[int, Tensor] = {}
         self.embeddings: list[Tensor] = []
         self.constants: list[Tensor] = []
         self.start: list[NamedHook] = [(self._hooks.embed, self._start_graph)]
-        self.first: list[NamedHook] = [] if self._local is None else self._local.first
-        self.last: list[NamedHook] = [] if self._local is None else list(self._local.last)
-        self.last += [
+        self.first = self._local.first
+        self.last = self._local.last + [
             (h.pattern, partial(self._tap, layer=h.layer)) for h in self._hooks.layers if h.layer in layers
         ]
 
     def check_fired(self) -> None:
-        """A hook that never fires is silent in TransformerLens; here it is an error.
-
-        Raises:
-            ModelError: With the names of the hook points that did not fire as expected.
-        """
+        """A hook that never fires is silent in TransformerLens; here it is an error that names it."""
         if len(self.embeddings) != 1:
             raise ModelError(
                 f"`{self._hooks.embed}` fired {len(self.embeddings)} times in one forward pass, expected once"
@@ -138,19 +128,11 @@ class PatternTaps:
                 "this attention implementation does not compute patterns at its hook points. Boot the model "
                 "with eager attention."
             )
-        absent = [] if self._local is None else sorted(set(names) - self._local.completed)
-        if absent:
+        if self._local.pending:
             raise ModelError(
-                f"`hook_z` never fired in layers {absent}: objective='per_token' cannot be served here"
+                f"`hook_z` never fired in layers {sorted(self._local.pending)}: objective='per_token' cannot "
+                "be served here"
             )
-
-    def collect(self) -> Float[Tensor, "layer head query_step key_bin"]:
-        """The sums of all layers.
-
-        Raises:
-            GradientError: If a layer got no gradient, or one that is not finite.
-        """
-        return stack_layers(self._pooled, self._layers, "pattern")
 
     def _start_graph(self, embedding: Tensor, hook: Any) -> Tensor:
         self.embeddings.append(embedding.detach().requires_grad_(True))
@@ -175,6 +157,6 @@ class PatternTaps:
         dtype = torch.promote_types(pattern.dtype, torch.float32)
         key = (dtype, pattern.device)
         if key not in self._bins:
-            self._bins[key] = StepBins.from_step_ids(self._step_ids, dtype=dtype, device=pattern.device)
+            self._bins[key] = step_bins(self._step_ids, dtype=dtype, device=pattern.device)
         pooled = pool_tokens(pattern[0], grad[0], self._bins[key], signed=self._signed)
-        self._pooled[layer] = pooled.cpu()
+        self.pooled[layer] = pooled.cpu()

@@ -2,17 +2,17 @@
 
 1. One forward pass up to the last block, each block under a checkpoint: it keeps what enters it and lets
    everything else go. The hooks of the `hooks` backend are on; they build the same graph.
-2. The gradient at the final residual comes from the model's own final norm and unembedding. They work on
-   each position by itself, so NLL objectives take them a few hundred rows at a time. A callable objective,
-   or a hook outside the blocks that may know its positions, gets the logits of the whole trace, once.
+2. The gradient at the final residual comes from the model's own final norm and unembedding, a few hundred
+   rows at a time. A callable objective, or a hook outside the blocks that may know its positions, gets the
+   logits of the whole trace, once.
 3. One backward pass from there to what enters the lowest layer asked for. A block runs again when its turn
    comes, its pattern meets its gradient and is pooled, and the block's tensors are let go.
 4. Every block must give the same output again; if not, something with state (a hook that counts, random
    numbers) is at work, and that is an error.
 
-The numbers are those of the `hooks` backend, for HookedTransformer and TransformerBridge alike. Hooks from
-outside stay in force: inside a block they run twice (forward pass, second run), at the embeddings twice
-(forward pass, tail), at the final norm and unembedding once, backward hooks once.
+The numbers are those of the `hooks` backend. Hooks from outside stay in force: inside a block they run twice
+(forward pass, second run), at the embeddings twice (forward pass, tail), at the final norm and unembedding
+once, backward hooks once.
 
 Nothing here knows an architecture: masks, ALiBi, rotary tables and shortformer's position embeddings are what
 the model itself handed to its blocks. A KV cache has no use in a pass over the whole trace and would grow in
@@ -37,12 +37,18 @@ from stepflow_tl.errors import ModelError
 from stepflow_tl.models.hook_names import hook_counts
 from stepflow_tl.models.passes import attached, frozen, model_device, replaced_forward
 from stepflow_tl.saliency.hooks_backend import PatternTaps
-from stepflow_tl.saliency.objectives import Objective, token_nll
+from stepflow_tl.saliency.objectives import Objective
+from stepflow_tl.saliency.pooling import stack_layers
 
 _TAIL_ROWS = 256
 # A second run of the same operations on the same numbers; kernels may still sum in another order.
 _SAME_OUTPUT = {torch.float64: 1e-8, torch.float32: 1e-4}
 _SAME_OUTPUT_HALF = 0.05
+_STATE = (
+    "something with state is at work in it, such as a hook that counts or draws random numbers, a random "
+    "layer, or a store that blocks share and overwrite. Make it depend on its input alone, or use "
+    "backend='hooks', which runs everything once."
+)
 
 
 def layerwise_backend(
@@ -54,21 +60,11 @@ def layerwise_backend(
 ) -> Float[Tensor, "layer head query_step key_bin"]:
     """Step sums of the chosen layers, with the patterns of one layer in memory at a time.
 
-    Args:
-        model: A TransformerLens model.
-        tokens: The trace's token ids.
-        step_ids: Step of each token, -1 on TEMPLATE.
-        objective: What is differentiated.
-        layers: Model layers to pool, in order; no block below the lowest runs a second time.
-
-    Returns:
-        Sums of `|A * dL/dA|` on the CPU, in at least float32; the last key bin is TEMPLATE.
+    Arguments, result and errors as in `hooks_backend`; no block below the lowest layer runs a second time.
 
     Raises:
-        ModelError: If the model lacks a hook point, a pattern hook never fires, blocks do not run once each
-            in their order, or a block's second run gives another output.
-        GradientError: If a pattern gets no gradient, or one that is not finite.
-        ObjectiveError: If a callable objective does not return a differentiable scalar.
+        ModelError: Also if blocks do not run once each in their order, or a block's second run gives another
+            output.
     """
     taps = PatternTaps(model, step_ids, layers, per_token=objective.per_token, recomputed=True)
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
@@ -78,11 +74,22 @@ def layerwise_backend(
             with attached(model, last=taps.start):
                 final = blocks.run(model, batch)
             taps.check_fired()
-            gradient = _gradient_at_final_residual(model, blocks, final.detach(), objective, batch)
+            hooked = any(not name.startswith("blocks.") for name in hook_counts(model))
+            gradient = objective.residual_gradient(
+                final.detach(),
+                batch,
+                lambda rows: blocks.tail(model, batch[:, : rows.shape[1]], rows),
+                rows=None if hooked else _TAIL_ROWS,
+            )
             if gradient is not None and final.requires_grad:
                 down_to = [*blocks.entered[min(layers)], *taps.constants]
-                _backward(final, gradient, down_to)
-    return taps.collect()
+                try:
+                    torch.autograd.grad(final, down_to, gradient.to(final.device), allow_unused=True)
+                except CheckpointError as error:
+                    raise ModelError(
+                        f"a block kept other tensors when it was run a second time: {_STATE}"
+                    ) from error
+    return stack_layers(taps.pooled, layers, "pattern")
 
 
 class CheckpointedBlocks:
@@ -106,13 +113,7 @@ class CheckpointedBlocks:
         self.output_sizes: list[int | None] = []
 
     def run(self, model: Any, tokens: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token d_model"]:
-        """The final residual, with its graph; grad mode must be on.
-
-        Raises:
-            ModelError: If a block does not run exactly once, or not in order.
-
-        Memory: `O(L T d_model)` kept, and one block's tensors at a time.
-        """
+        """The final residual, with its graph; refuses a model whose blocks do not run once, in order."""
         with ExitStack() as stack:
             stack.enter_context(set_checkpoint_early_stop(False))  # a second run goes on to its output
             for layer, block in enumerate(self._blocks):
@@ -136,10 +137,7 @@ class CheckpointedBlocks:
     ) -> Float[Tensor, "batch row vocabulary"]:
         """Logits of some rows of the final residual, by the model's own final norm and unembedding.
 
-        Args:
-            model: The model; its blocks are passed over.
-            tokens: As many token ids as there are rows; their embedding is computed and dropped.
-            residual: Rows of the final residual, in any order: norm and unembedding work on each by itself.
+        Blocks are passed over; the embedding of `tokens`, of which there are as many, is dropped.
         """
 
         def shaped(tensor: Any, size: int | None) -> Any:
@@ -201,13 +199,6 @@ def _run_and_compare(
     return output
 
 
-_STATE = (
-    "something with state is at work in it, such as a hook that counts or draws random numbers, a random "
-    "layer, or a store that blocks share and overwrite. Make it depend on its input alone, or use "
-    "backend='hooks', which runs everything once."
-)
-
-
 def _own(value: Any) -> Any:
     """A block's argument as the block gets it: a copy of what a hook may write into, and no KV cache."""
     if isinstance(value, Tensor) and value.requires_grad:
@@ -217,37 +208,3 @@ def _own(value: Any) -> Any:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _gradient_at_final_residual(
-    model: Any,
-    blocks: CheckpointedBlocks,
-    final: Float[Tensor, "1 token d_model"],
-    objective: Objective,
-    batch: Int[Tensor, "1 token"],
-) -> Float[Tensor, "1 token d_model"] | None:
-    """Derivative of the objective by the final residual; None where it does not depend on it."""
-    if objective.targets is None or any(not name.startswith("blocks.") for name in hook_counts(model)):
-        leaf = final.clone().requires_grad_(True)
-        loss = objective.loss(blocks.tail(model, batch, leaf), batch)
-        return torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
-    gradient = torch.zeros_like(final)
-    weight = 1.0 if objective.per_token else 1.0 / len(objective.targets)
-    for targets in objective.targets.to(final.device).split(_TAIL_ROWS):
-        leaf = final[:, targets - 1].requires_grad_(True)
-        targets_at_input = targets.to(batch.device)
-        logits = blocks.tail(model, batch[:, targets_at_input - 1], leaf)
-        nll = token_nll(logits[0], batch[0, targets_at_input].to(logits.device))
-        del logits
-        (grad,) = torch.autograd.grad(nll.sum() * weight, leaf)
-        gradient.index_add_(1, targets - 1, grad)
-        del nll
-    return gradient
-
-
-def _backward(final: Tensor, gradient: Tensor, down_to: list[Tensor]) -> None:
-    """From the final residual down to these tensors; blocks run again on the way."""
-    try:
-        torch.autograd.grad(final, down_to, gradient.to(final.device), allow_unused=True)
-    except CheckpointError as error:
-        raise ModelError(f"a block kept other tensors when it was run a second time: {_STATE}") from error

@@ -95,23 +95,52 @@ class Objective:
         Raises:
             ObjectiveError: If a callable does not return one number.
         """
-        if self.targets is None:
-            return self._call(logits, tokens)
+        if self.function is not None:
+            value = self.function(logits, tokens)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                is_tensor = isinstance(value, Tensor)
+                found = f"a tensor of shape {tuple(value.shape)}" if is_tensor else type(value).__name__
+                raise ObjectiveError(f"objective {self.name!r} returned {found}: expected a scalar tensor")
+            return value.reshape(())
+        assert self.targets is not None
         targets = self.targets.to(logits.device)
         nll = token_nll(logits[0, targets - 1], tokens[0, targets])
         return nll.sum() if self.per_token else nll.mean()
 
-    def _call(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        assert self.function is not None
-        value = self.function(logits, tokens)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            found = (
-                f"a tensor of shape {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else type(value).__name__
-            )
-            raise ObjectiveError(f"objective {self.name!r} returned {found}: expected a scalar tensor")
-        return value.reshape(())
+    def residual_gradient(
+        self,
+        residual: Float[Tensor, "1 token d_model"],
+        tokens: Int[Tensor, "1 token"],
+        unembed: Callable[[Tensor], Tensor],
+        *,
+        rows: int | None,
+    ) -> Float[Tensor, "1 token d_model"] | None:
+        """Derivative of the loss by the final residual; None where it does not depend on it.
+
+        Args:
+            residual: The final residual, detached.
+            tokens: The trace's token ids.
+            unembed: Logits `[1, row, vocabulary]` of rows of the residual; norm and unembedding work on each
+                row by itself.
+            rows: How many rows are unembedded at a time; None for the whole trace at once, as a callable
+                always is.
+
+        Memory: one chunk of logits, `rows * vocabulary`.
+        """
+        if self.targets is None or rows is None:
+            leaf = residual.clone().requires_grad_(True)
+            loss = self.loss(unembed(leaf), tokens.to(residual.device))
+            return torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+        gradient = torch.zeros_like(residual)
+        weight = 1.0 if self.per_token else 1.0 / len(self.targets)
+        for targets in self.targets.to(residual.device).split(rows):
+            leaf = residual[:, targets - 1].requires_grad_(True)
+            logits = unembed(leaf)
+            nll = token_nll(logits[0], tokens[0, targets.to(tokens.device)].to(logits.device))
+            del logits
+            gradient[:, targets - 1] = torch.autograd.grad(nll.sum() * weight, leaf)[0]
+            del nll
+        return gradient
 
 
 def token_nll(
@@ -133,11 +162,12 @@ def resolve_objective(objective: Any, trace: ReasoningTrace) -> Objective:
     if isinstance(objective, Step):
         if objective not in trace.steps:
             raise ObjectiveError(f"step {objective.label!r} is not a step of this trace")
-        return _span_objective(objective.label, objective.token_start, objective.token_end)
+        return _span_objective(objective.label, *objective.token_span)
     if isinstance(objective, tuple):
         return _resolve_span(objective, trace)
     if isinstance(objective, LogitDifference):
-        _check_logit_difference(objective, trace)
+        if not 0 <= objective.position < len(trace):
+            raise ObjectiveError(f"position {objective.position} leaves the trace's [0, {len(trace)})")
         name = f"logit_difference({objective.position}: {objective.token} - {objective.other_token})"
         return Objective(name, None, function=objective)
     if callable(objective):
@@ -161,14 +191,15 @@ def _resolve_name(name: str, trace: ReasoningTrace) -> Objective:
         touched[0] = False  # nothing predicts the first token
         if not touched.any():
             wanted = " or ".join(segment.name.lower() for segment in segments)
+            present = ", ".join(Segment(int(i)).name.lower() for i in trace.segment_ids.unique())
             raise ObjectiveError(
                 f"objective {name!r} touches no token: the trace has no {wanted} token. Its segments are "
-                f"{_present(trace)}; choose an objective over those, or mend the trace."
+                f"{present}; choose an objective over those, or mend the trace."
             )
         return Objective(name, touched.nonzero()[:, 0])
     for step in trace.steps:
         if step.label == name:
-            return _span_objective(name, step.token_start, step.token_end)
+            return _span_objective(name, *step.token_span)
     labels = ", ".join(step.label for step in trace.steps)
     raise ObjectiveError(
         f"unknown objective {name!r}: expected 'per_token', {', '.join(map(repr, _SEGMENT_OBJECTIVES))}, or "
@@ -190,12 +221,3 @@ def _span_objective(name: str, start: int, end: int) -> Objective:
     if not len(targets):
         raise ObjectiveError(f"objective {name!r} covers only the first token, which nothing predicts")
     return Objective(name, targets)
-
-
-def _check_logit_difference(difference: LogitDifference, trace: ReasoningTrace) -> None:
-    if not 0 <= difference.position < len(trace):
-        raise ObjectiveError(f"position {difference.position} leaves the trace's [0, {len(trace)})")
-
-
-def _present(trace: ReasoningTrace) -> str:
-    return ", ".join(Segment(int(i)).name.lower() for i in trace.segment_ids.unique())

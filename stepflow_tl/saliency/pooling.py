@@ -1,6 +1,6 @@
 """From token saliency to step sums, and from step sums to the three pooled maps.
 
-1. `StepBins` numbers each token with its step; TEMPLATE tokens share one extra bin at the end.
+1. `step_bins` numbers each token with its step; TEMPLATE tokens share one extra bin at the end.
 2. `pool_tokens` adds a `[head, query, key]` token map into `[head, query_step, key_bin]`. Queries on TEMPLATE
    tokens are dropped; the mass on TEMPLATE keys (the attention sink) lands in the extra bin.
 3. `normalise` divides stored sums by the number of token pairs, which depends on step lengths alone.
@@ -12,7 +12,6 @@ buffer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -26,37 +25,21 @@ Pooling = Literal["mean", "causal_mean", "sum"]
 _QUERY_BLOCK = 256
 
 
-@dataclass(frozen=True)
-class StepBins:
-    """Which step each token belongs to, as one-hot columns ready for matrix products.
-
-    Attributes:
-        one_hot: `[token, n_steps + 1]`; the last column marks TEMPLATE tokens.
-    """
-
-    one_hot: Float[Tensor, "token bin"]
-
-    @classmethod
-    def from_step_ids(
-        cls, step_ids: Int[Tensor, " token"], *, dtype: torch.dtype, device: torch.device
-    ) -> StepBins:
-        """Build the bins of a trace; `step_ids` is -1 on TEMPLATE tokens."""
-        n_steps = int(step_ids.max()) + 1 if step_ids.numel() else 0
-        bins = torch.where(step_ids >= 0, step_ids, n_steps).to(device)
-        one_hot = torch.zeros(len(step_ids), n_steps + 1, dtype=dtype, device=device)
-        one_hot[torch.arange(len(step_ids), device=device), bins] = 1
-        return cls(one_hot)
-
-    @property
-    def n_steps(self) -> int:
-        """Number of steps, without the TEMPLATE bin."""
-        return self.one_hot.shape[1] - 1
+def step_bins(
+    step_ids: Int[Tensor, " token"], *, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "token bin"]:
+    """One-hot columns that say which step each token belongs to; the last one marks TEMPLATE, -1."""
+    n_steps = int(step_ids.max()) + 1 if step_ids.numel() else 0
+    bins = torch.where(step_ids >= 0, step_ids, n_steps).to(device)
+    one_hot = torch.zeros(len(step_ids), n_steps + 1, dtype=dtype, device=device)
+    one_hot[torch.arange(len(step_ids), device=device), bins] = 1
+    return one_hot
 
 
 def pool_tokens(
     pattern: Float[Tensor, "head query key"],
     pattern_grad: Float[Tensor, "head query key"],
-    bins: StepBins,
+    bins: Float[Tensor, "token bin"],
     *,
     signed: bool = False,
 ) -> Float[Tensor, "head query_step key_bin"]:
@@ -65,7 +48,7 @@ def pool_tokens(
     Args:
         pattern: Post-softmax attention A of one layer.
         pattern_grad: dL/dA of the same layer.
-        bins: The trace's bins; its dtype is the accumulation dtype.
+        bins: The trace's `step_bins`; their dtype is the accumulation dtype.
         signed: Sum `A * dL/dA` itself, so that opposite signs cancel.
 
     Returns:
@@ -73,12 +56,12 @@ def pool_tokens(
 
     Cost: `O(H T^2 S)` multiply-adds, one `[head, 256, key]` buffer.
     """
-    out = bins.one_hot.new_zeros(pattern.shape[0], bins.n_steps, bins.n_steps + 1)
+    out = bins.new_zeros(pattern.shape[0], bins.shape[1] - 1, bins.shape[1])
     for start in range(0, pattern.shape[1], _QUERY_BLOCK):
         rows = slice(start, start + _QUERY_BLOCK)
         saliency = pattern[:, rows].to(out.dtype) * pattern_grad[:, rows].to(out.dtype)
-        per_key_bin = (saliency if signed else saliency.abs_()) @ bins.one_hot
-        out += bins.one_hot[rows, :-1].T @ per_key_bin
+        per_key_bin = (saliency if signed else saliency.abs_()) @ bins
+        out += bins[rows, :-1].T @ per_key_bin
     return out
 
 
@@ -116,12 +99,9 @@ def normalise(
 def stack_layers(
     sums: Mapping[int, Tensor], layers: Sequence[int], source: str
 ) -> Float[Tensor, "layer head query_step key_bin"]:
-    """The sums of all layers in one tensor, once each of them is there and finite.
+    """The sums of the wanted layers in one tensor, once each of them is there and finite.
 
-    Args:
-        sums: `[head, query_step, key_bin]` by layer, of the layers that a gradient reached.
-        layers: The layers wanted, in order.
-        source: What the gradient had to reach, for the message: "pattern" or "attention".
+    `sums` holds `[head, query_step, key_bin]` of the layers whose `source` ("pattern") a gradient reached.
 
     Raises:
         GradientError: If a layer got no gradient, or one that is not finite.

@@ -27,7 +27,6 @@ own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -70,23 +69,13 @@ class _DiagonalOfPattern(torch.autograd.Function):
         return grad, _diagonal(pattern) * (_diagonal(grad) - row_mean)
 
 
-@dataclass
-class _LayerParts:
-    """What one layer's hooks hand to each other during one forward pass."""
-
-    query: Tensor | None = None
-    key: Tensor | None = None
-    value: Tensor | None = None
-    diagonal_pattern: Tensor | None = None
-
-
 class PositionLocalGradients:
     """The forward hooks that confine gradients to their own position, for one forward pass.
 
     Attributes:
         first: Hooks to attach before those already there.
         last: Hooks to attach after them.
-        completed: Layers whose paths were all given back.
+        pending: Layers whose paths have not all been given back yet.
     """
 
     def __init__(self, model: Any, layers: tuple[LayerHooks, ...]) -> None:
@@ -95,9 +84,9 @@ class PositionLocalGradients:
         Raises:
             ModelError: If a layer lacks a query, key, value or z hook point, or delegates its attention.
         """
-        self._parts = {hooks.layer: _LayerParts() for hooks in layers}
+        self._kept: dict[tuple[int, str], Tensor] = {}  # what one layer's hooks hand to each other
         self._score = {hooks.layer: score_function(model, hooks.layer) for hooks in layers}
-        self.completed: set[int] = set()
+        self.pending = {hooks.layer for hooks in layers}
         self.first: list[NamedHook] = []
         self.last: list[NamedHook] = []
         for hooks in layers:
@@ -114,62 +103,46 @@ class PositionLocalGradients:
                     "objective='per_token' needs to keep gradients at their position. Use an ordinary "
                     "objective such as 'response'."
                 )
+            z = str(hooks.z)
             self.first += [
                 (hooks.scores or hooks.pattern, partial(self._return_key_path, layer=hooks)),
-                (
-                    str(hooks.z),
-                    by_heads(model, str(hooks.z), partial(self._return_value_path, layer=hooks)),
-                ),
+                (z, by_heads(model, z, partial(self._return_value_path, layer=hooks))),
             ]
-            self.last += [
-                (name, by_heads(model, name, partial(function, layer=hooks)))
-                for name, function in (
-                    (str(hooks.query), self._keep_query),
-                    (str(hooks.key), self._detach_key),
-                    (str(hooks.value), self._detach_value),
-                )
-            ]
-            self.last.append((hooks.pattern, partial(self._keep_diagonal, layer=hooks)))
+            for part in ("query", "key", "value"):
+                name = str(getattr(hooks, part))
+                keep = partial(self._keep_and_detach, layer=hooks.layer, part=part)
+                self.last.append((name, by_heads(model, name, keep)))
+            self.last.append((hooks.pattern, partial(self._keep_diagonal, layer=hooks.layer)))
 
-    def _keep_query(self, query: Tensor, hook: Any, *, layer: LayerHooks) -> None:
-        self._parts[layer.layer].query = query.detach()
+    def _keep_and_detach(self, tensor: Tensor, hook: Any, *, layer: int, part: str) -> Tensor | None:
+        self._kept[layer, part] = tensor
+        return None if part == "query" else tensor.detach()
 
-    def _detach_key(self, key: Tensor, hook: Any, *, layer: LayerHooks) -> Tensor:
-        self._parts[layer.layer].key = key
-        return key.detach()
+    def _keep_diagonal(self, pattern: Tensor, hook: Any, *, layer: int) -> None:
+        self._kept[layer, "pattern"] = _diagonal(pattern.detach()).transpose(1, 2)
 
-    def _detach_value(self, value: Tensor, hook: Any, *, layer: LayerHooks) -> Tensor:
-        self._parts[layer.layer].value = value
-        return value.detach()
-
-    def _keep_diagonal(self, pattern: Tensor, hook: Any, *, layer: LayerHooks) -> None:
-        self._parts[layer.layer].diagonal_pattern = _diagonal(pattern.detach()).transpose(1, 2)
+    def _take(self, layer: LayerHooks, where: str | None, *parts: str) -> list[Tensor]:
+        """What hooks earlier in this pass have kept of a layer, each once."""
+        if any((layer.layer, part) not in self._kept for part in parts):
+            raise ModelError(
+                f"layer {layer.layer}: {' or '.join(str(getattr(layer, part)) for part in parts)} did not "
+                f"fire before {where}, so objective='per_token' cannot be served here. Use an ordinary "
+                "objective such as 'response'."
+            )
+        return [self._kept.pop((layer.layer, part)) for part in parts]
 
     def _return_key_path(self, attention: Tensor, hook: Any, *, layer: LayerHooks) -> Tensor:
-        parts = self._parts[layer.layer]
-        query, key = parts.query, parts.key
-        if query is None or key is None:
-            raise ModelError(
-                f"layer {layer.layer}: {layer.query} or {layer.key} did not fire before {hook.name}, so "
-                "objective='per_token' cannot be served here. Use an ordinary objective such as 'response'."
-            )
-        parts.query = parts.key = None
-        products = (query * expand_heads(key, query.shape[2], dim=2)).sum(-1)
+        query, key = self._take(layer, hook.name, "query", "key")
+        products = (query.detach() * expand_heads(key, query.shape[2], dim=2)).sum(-1)
         diagonal_scores = self._score[layer.layer](products).transpose(1, 2).to(attention.dtype)
         identity = _DiagonalOfScores if layer.scores is not None else _DiagonalOfPattern
         return identity.apply(attention, diagonal_scores)  # pyright: ignore[reportReturnType]
 
     def _return_value_path(self, z: Tensor, hook: Any, *, layer: LayerHooks) -> Tensor:
-        parts = self._parts[layer.layer]
-        if parts.value is None or parts.diagonal_pattern is None:
-            raise ModelError(
-                f"layer {layer.layer}: {layer.value} or {layer.pattern} did not fire before {layer.z}, so "
-                "objective='per_token' cannot be served here. Use an ordinary objective such as 'response'."
-            )
-        value = expand_heads(parts.value, z.shape[2], dim=2)
-        own = parts.diagonal_pattern[..., None].to(z.dtype) * (value - value.detach()).to(z.dtype)
-        parts.value = parts.diagonal_pattern = None
-        self.completed.add(layer.layer)
+        value, pattern = self._take(layer, layer.z, "value", "pattern")
+        value = expand_heads(value, z.shape[2], dim=2)
+        own = pattern[..., None].to(z.dtype) * (value - value.detach()).to(z.dtype)
+        self.pending.discard(layer.layer)
         return z + own
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.results.files import Schema, TensorSpec
+from stepflow_tl.results.files import Schema
 from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.results.result import TracedResult
 from stepflow_tl.saliency.pooling import Pooling, normalise
@@ -38,7 +38,7 @@ class StepSaliency(TracedResult):
         provenance: Model, objective, backend, versions.
     """
 
-    schema: ClassVar = Schema("stepflow_tl.StepSaliency", 1, "a step-saliency result", "StepSaliency.save")
+    schema: ClassVar = Schema("stepflow_tl.StepSaliency", 1, "a step-saliency result")
 
     sums: Float[Tensor, "layer head query_step key_step"]
     template_sums: Float[Tensor, "layer head query_step"]
@@ -46,23 +46,6 @@ class StepSaliency(TracedResult):
     layers: tuple[int, ...]
     n_layers: int
     provenance: Provenance
-
-    def __post_init__(self) -> None:
-        """Refuse shapes, layers or values that cannot be a step map."""
-        n_layers, n_heads, n_query, n_key = self.sums.shape
-        n_steps = len(self.trace.steps)
-        if (n_query, n_key) != (n_steps, n_steps):
-            raise ValueError(f"sums has {n_query} x {n_key} steps, but the trace has {n_steps}")
-        if self.template_sums.shape != (n_layers, n_heads, n_steps):
-            expected = (n_layers, n_heads, n_steps)
-            raise ValueError(
-                f"template_sums has shape {tuple(self.template_sums.shape)}, expected {expected}"
-            )
-        if len(self.layers) != n_layers:
-            raise ValueError(f"layers {self.layers} must name each of the {n_layers} stored layers once")
-        self._check_layers()
-        if not (torch.isfinite(self.sums).all() and torch.isfinite(self.template_sums).all()):
-            raise ValueError("sums and template_sums must be finite")
 
     @property
     def n_heads(self) -> int:
@@ -101,17 +84,6 @@ class StepSaliency(TracedResult):
     ) -> Float[Tensor, "layer query_step key_step"]:
         """Mean over heads of `pooled`: the paper's map. Arguments as in `pooled`."""
         return self.pooled(pooling, layers=layers).mean(dim=1)
-
-    def _facts(self) -> dict[str, Any]:
-        return {}
-
-    @classmethod
-    def _specs(cls, document: dict[str, Any]) -> dict[str, TensorSpec]:
-        n_layers, n_steps = len(document["layers"]), len(document["trace"]["steps"])
-        return {
-            "sums": TensorSpec("float", (n_layers, None, n_steps, n_steps)),
-            "template_sums": TensorSpec("float", (n_layers, None, n_steps)),
-        }
 
     def _table(self, n: int) -> tuple[str, list[str], list[list[str]], list[str]]:
         """Pairs of two different steps by the paper's map, averaged over the stored layers."""

@@ -1,20 +1,26 @@
-"""`step_saliency` and its signed form: check the inputs, choose a backend, run it, label the result."""
+"""`step_saliency` and its signed form: check the inputs, choose a backend, run it, label the result.
+
+`"auto"` takes the fused backend where it can be exact, else hooks; the reason for falling back goes into the
+provenance. Hooks on scores or patterns need those tensors to exist, so they alone make it choose `"hooks"`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.errors import ModelError, ObjectiveError
+from stepflow_tl.errors import FusedRefusal, ModelError, ObjectiveError
 from stepflow_tl.models.facts import check_fit, check_layers, is_transformerlens, model_facts
-from stepflow_tl.models.passes import attached
+from stepflow_tl.models.hook_names import resolve_hooks
+from stepflow_tl.models.passes import NamedHook, attached
 from stepflow_tl.results.provenance import Provenance, package_versions
-from stepflow_tl.saliency.backends import Backend, run_backend
+from stepflow_tl.saliency.backends import BACKENDS, Backend, check_per_token, refuse_early
+from stepflow_tl.saliency.fused.run import fused_backend
 from stepflow_tl.saliency.hooks_backend import hooks_backend
-from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective
+from stepflow_tl.saliency.objectives import Objective, ObjectiveLike, resolve_objective
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.stepflow.flow import FwdHooks, StepFlow, standing_hooks, standing_notes
 from stepflow_tl.trace import ReasoningTrace
@@ -89,34 +95,73 @@ def step_saliency(
             "TransformerBridge.boot_transformers(name, hf_model=..., tokenizer=...)"
         )
     hooks = standing_hooks(model, trace, stepflow=stepflow, fwd_hooks=own, detach_values=resolved.per_token)
-    run = run_backend(
-        backend,
-        model,
-        trace.tokens,
-        trace.step_ids,
-        resolved,
-        chosen,
-        checkpoint=checkpoint,
-        block_divisor=block_divisor,
-        hooks=hooks,
+    sums, ran, notes = _run_backend(
+        backend, model, trace, resolved, chosen, hooks, checkpoint=checkpoint, block_divisor=block_divisor
     )
-    notes = {**run.notes, **standing_notes(stepflow, own)}
     return StepSaliency(
-        sums=run.sums[..., :-1].contiguous(),
-        template_sums=run.sums[..., -1].contiguous(),
+        sums=sums[..., :-1].contiguous(),
+        template_sums=sums[..., -1].contiguous(),
         trace=trace,
         layers=chosen,
         n_layers=facts.n_layers,
         provenance=Provenance(
             model_name=facts.name,
             objective=resolved.name,
-            backend=run.backend,
+            backend=ran,
             dtype=str(facts.dtype),
             device=str(facts.device),
             versions=package_versions(),
-            notes=notes,
+            notes={**notes, **standing_notes(stepflow, own)},
         ),
     )
+
+
+def _run_backend(
+    backend: Backend,
+    model: Any,
+    trace: ReasoningTrace,
+    objective: Objective,
+    layers: tuple[int, ...],
+    hooks: Sequence[NamedHook],
+    *,
+    checkpoint: bool,
+    block_divisor: int,
+) -> tuple[Float[Tensor, "layer head query_step key_bin"], str, dict[str, str]]:
+    """The sums, the backend that ran, and facts for the provenance; the last key bin is TEMPLATE.
+
+    `hooks` are on the model while the map is computed and while it is asked whether fused can serve it, but
+    not during the check of the per-token rows: they know the trace's positions, and the check runs on a few
+    tokens.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
+    if backend in ("hooks", "layerwise") and checkpoint:
+        raise ValueError(f"checkpoint=True needs backend='fused': {backend!r} holds T x T patterns anyway")
+    if block_divisor < 1 or (backend in ("hooks", "layerwise") and block_divisor > 1):
+        raise ValueError(f"block_divisor is {block_divisor}: expected 1, or more with backend='fused'")
+    arguments = (model, trace.tokens, trace.step_ids, objective, layers)
+    notes: dict[str, str] = {}
+    if backend in ("auto", "fused"):
+        try:
+            with attached(model, last=hooks):
+                refuse_early(model)
+            if objective.per_token:
+                notes["self_check"] = check_per_token(model, trace.tokens, "fused")
+            with attached(model, last=hooks):
+                sums = fused_backend(*arguments, checkpoint=checkpoint, block_divisor=block_divisor)
+            if checkpoint or block_divisor > 1:
+                notes["memory"] = f"checkpoint={checkpoint}, block_divisor={block_divisor}"
+            return sums, "fused", notes
+        except FusedRefusal as refusal:
+            if backend == "fused" or checkpoint or block_divisor > 1 or not is_transformerlens(model):
+                raise
+            notes = {"not_fused": refusal.reason}
+    resolve_hooks(model, None if objective.per_token else layers)
+    name = "layerwise" if backend == "layerwise" else "hooks"
+    if objective.per_token:
+        notes["self_check"] = check_per_token(model, trace.tokens, name)
+    with attached(model, last=hooks):
+        return BACKENDS[name](*arguments), name, notes
 
 
 def signed_step_saliency(

@@ -128,7 +128,7 @@ def _complete_effects(
     x: np.ndarray, y: np.ndarray, paired: bool, resampling: Resampling
 ) -> dict[str, np.ndarray]:
     nan = np.full(x.shape[1], np.nan)
-    n = {"n": np.full(x.shape[1], float(len(x))), "other_n": np.full(x.shape[1], float(len(y)))}
+    n, other_n = np.full(x.shape[1], float(len(x))), np.full(x.shape[1], float(len(y)))
     if paired:
         order = np.lexsort(np.concatenate([x, y], axis=1).T[::-1])
         x, y = x[order], y[order]
@@ -137,7 +137,7 @@ def _complete_effects(
     mean = x.mean(axis=0) if len(x) else nan
     other_mean = y.mean(axis=0) if len(y) else nan
     if min(len(x), len(y)) < 2:
-        return {**n, "mean": mean, "other_mean": other_mean, "difference": mean - other_mean}
+        return dict(zip(_STATISTICS, (n, other_n, mean, other_mean, mean - other_mean), strict=False))
     # Bootstrap and permutation draw from streams of their own, so asking for more of one leaves the other as
     # it was.
     bootstrap_rng, permutation_rng = (
@@ -161,16 +161,8 @@ def _complete_effects(
     )
     with np.errstate(divide="ignore", invalid="ignore"):
         size = np.where(difference == 0, 0.0, np.where(spread > 0, factor * difference / spread, np.nan))
-    return {
-        **n,
-        "mean": mean,
-        "other_mean": other_mean,
-        "difference": difference,
-        "low": low,
-        "high": high,
-        "effect_size": size,
-        "p_value": p,
-    }
+    found = (n, other_n, mean, other_mean, difference, low, high, size, p)
+    return dict(zip(_STATISTICS, found, strict=True))
 
 
 def _hedges_factor(freedom: int) -> float:

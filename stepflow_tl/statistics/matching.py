@@ -3,7 +3,8 @@
 Shares of a map depend on how many steps and tokens a trace has, and right answers tend to be shorter.
 Comparing all right traces with all wrong ones then compares lengths as well. Matched pairs do not:
 
-1. Two members may be paired if they differ by no more than the caliper in every covariate.
+1. Two members may be paired if they differ by no more than the caliper in every covariate; with strata, only
+   if they are of one stratum (such as the question that both answer).
 2. Of all ways to form such pairs, one with the most pairs is taken, and among those one with the smallest sum
    of squared differences, each in units of its caliper (an assignment problem, solved exactly by scipy).
 3. Balance is stated before and after: per covariate, the difference of the means over the pooled standard
@@ -18,7 +19,7 @@ Cost: O(n m) memory and, in the worst case, O(n m min(n, m)) time; a second for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,8 @@ def match_groups(
     first: Float[np.ndarray, "member covariate"],
     second: Float[np.ndarray, "other_member covariate"],
     calipers: Sequence[float],
+    *,
+    strata: tuple[Sequence[Hashable], Sequence[Hashable]] | None = None,
 ) -> Matching:
     """Pair the members of two groups that differ by at most a caliper in every covariate.
 
@@ -61,10 +64,11 @@ def match_groups(
             number of tokens.
         second: The same for the second group.
         calipers: Largest difference allowed in each covariate, in its own unit.
+        strata: The stratum of every member, for each group; by default all are of one.
 
     Raises:
-        ValueError: If covariates and calipers differ in number, a caliper is not positive, a group is empty,
-            or a covariate is not finite.
+        ValueError: If covariates and calipers, or members and strata, differ in number, a caliper is not
+            positive, a group is empty, or a covariate is not finite.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -81,6 +85,12 @@ def match_groups(
         raise ValueError("a covariate is not finite: leave such members out")
     gaps = np.abs(first[:, None, :] - second[None, :, :]) / widths
     allowed = np.all(gaps <= 1 + 1e-12, axis=2)  # a difference of exactly the caliper counts as inside
+    if strata is not None:
+        if (len(strata[0]), len(strata[1])) != allowed.shape:
+            raise ValueError(f"{len(strata[0])} and {len(strata[1])} strata for groups of {allowed.shape}")
+        number = {name: place for place, name in enumerate(dict.fromkeys((*strata[0], *strata[1])))}
+        own, other = (np.array([number[name] for name in names]) for names in strata)
+        allowed &= own[:, None] == other[None, :]
     cost = (gaps**2).sum(axis=2)
     # More than all allowed pairs together can cost: so one more pair is always worth it.
     forbidden = len(widths) * (min(allowed.shape) + 1.0)

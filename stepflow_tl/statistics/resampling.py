@@ -58,7 +58,9 @@ def bca_interval(
     for start in range(0, n_bootstrap, _BLOCK):
         rows = slice(start, min(start + _BLOCK, n_bootstrap))
         for sign, sample in signed_samples:
-            replicates[rows] += sign * (_resample_weights(len(sample), rows.stop - rows.start, rng) @ sample)
+            n = len(sample)
+            drawn = rng.multinomial(n, np.full(n, 1 / n), size=rows.stop - rows.start)  # how often each trace
+            replicates[rows] += sign * (drawn / n @ sample)
     # Bias: where the estimate stands among its replicates; half of the ties are below it.
     below = ((replicates < estimate).mean(axis=0) + (replicates <= estimate).mean(axis=0)) / 2
     bias = ndtri(np.clip(below, 0.5 / n_bootstrap, 1 - 0.5 / n_bootstrap))
@@ -138,25 +140,23 @@ def _welch_t(
         return np.where(difference == 0, 0.0, difference / error)
 
 
-def _resample_weights(n: int, draws: int, rng: np.random.Generator) -> Float[np.ndarray, "draw trace"]:
-    """How often each trace is drawn in each resample, divided by n."""
-    return rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
-
-
 def _random_subsets(n: int, size: int, draws: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     for start in range(0, draws, _BLOCK):
         order = rng.random((min(_BLOCK, draws - start), n)).argpartition(size - 1, axis=1)
-        mask = np.zeros(order.shape)
-        np.put_along_axis(mask, order[:, :size], 1.0, axis=1)
-        yield mask
+        yield _members(order[:, :size], n)
 
 
 def _all_subsets(n: int, size: int) -> Iterator[np.ndarray]:
     subsets = itertools.combinations(range(n), size)
     while chunk := list(itertools.islice(subsets, _BLOCK)):
-        mask = np.zeros((len(chunk), n))
-        np.put_along_axis(mask, np.array(chunk), 1.0, axis=1)
-        yield mask
+        yield _members(np.array(chunk), n)
+
+
+def _members(chosen: np.ndarray, n: int) -> Float[np.ndarray, "draw trace"]:
+    """1 where a trace is among those chosen in a draw, else 0."""
+    mask = np.zeros((len(chosen), n))
+    np.put_along_axis(mask, chosen, 1.0, axis=1)
+    return mask
 
 
 def _random_signs(n: int, draws: int, rng: np.random.Generator) -> Iterator[np.ndarray]:

@@ -85,11 +85,10 @@ def bridge_hook(
         ModelError: If the pass is not the one that `state` describes, or a head does not exist.
         ValueError: If `tau_max` or `max_bridge_share` is out of range.
     """
-    project = partial(bridge_scores, tau_max=tau_max, max_bridge_share=max_bridge_share, sinks=sinks)
     check_bridge(tau_max, max_bridge_share)
-    if tau_max == 0:
-        return attn_scores
-    return _rewrite(attn_scores, hook, project, state, granularity, heads, placebo_seed, report)
+    project = partial(bridge_scores, tau_max=tau_max, max_bridge_share=max_bridge_share, sinks=sinks)
+    where = (state, granularity, heads, placebo_seed, report)
+    return _rewrite(attn_scores, hook, project, *where) if tau_max else attn_scores
 
 
 def bridge_pattern_hook(
@@ -108,19 +107,14 @@ def bridge_pattern_hook(
 
     Arguments, result and errors as in `bridge_hook`.
     """
-    project = partial(bridge_pattern, tau_max=tau_max, max_bridge_share=max_bridge_share)
     check_bridge(tau_max, max_bridge_share)
-    if tau_max == 0:
-        return pattern
-    return _rewrite(pattern, hook, project, state, granularity, heads, placebo_seed, report)
+    project = partial(bridge_pattern, tau_max=tau_max, max_bridge_share=max_bridge_share)
+    where = (state, granularity, heads, placebo_seed, report)
+    return _rewrite(pattern, hook, project, *where) if tau_max else pattern
 
 
 def check_bridge(tau_max: float, max_bridge_share: float) -> None:
-    """Refuse parameters without a meaning.
-
-    Raises:
-        ValueError: If `tau_max` is outside [0, 1) or `max_bridge_share` outside (0, 1).
-    """
+    """Refuse parameters without a meaning, with a ValueError."""
     if not 0 <= tau_max < 1:
         raise ValueError(f"tau_max is {tau_max}: expected 0 <= tau_max < 1, a floor of attention mass")
     if not 0 < max_bridge_share < 1:

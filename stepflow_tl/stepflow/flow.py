@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from stepflow_tl.errors import ModelError
 from stepflow_tl.models.bands import deep_band, shallow_band
@@ -29,7 +29,7 @@ from stepflow_tl.models.passes import NamedHook, attached
 from stepflow_tl.stepflow.bridge import bridge_hook, bridge_pattern_hook, check_bridge
 from stepflow_tl.stepflow.momentum import capture_values_hook, momentum_hook
 from stepflow_tl.stepflow.report import FlowReport
-from stepflow_tl.stepflow.state import BOUNDARIES, GRANULARITIES, Boundaries, FlowState, Granularity
+from stepflow_tl.stepflow.state import Boundaries, FlowState, Granularity
 from stepflow_tl.stepflow.streaming import TokenStream, following
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.formats.chat_template import resolve_format
@@ -111,7 +111,7 @@ class StepFlow:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse values without a meaning."""
+        """Refuse values without a meaning; equal flows read the same, so that a file can name one."""
         check_bridge(self.tau_max, self.max_bridge_share)
         if not abs(self.alpha) < float("inf"):
             raise ValueError(f"alpha is {self.alpha}: expected a finite number")
@@ -119,13 +119,18 @@ class StepFlow:
             raise ValueError(
                 f"window is {self.window}: expected at least 1 token, or None for the whole step"
             )
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                choices = ", ".join(map(repr, known))
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {choices}")
+        for name, known in (("granularity", Granularity), ("boundaries", Boundaries), ("placebo", Placebo)):
+            choices = (None, *get_args(known)) if name == "placebo" else get_args(known)
+            if getattr(self, name) not in choices:
+                names = ", ".join(map(repr, choices))
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected one of {names}")
+        for name in ("tau_max", "alpha", "max_bridge_share"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("shallow", "deep"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.heads, Sequence):
+            object.__setattr__(self, "heads", tuple(self.heads))
 
     @classmethod
     def parse(cls, text: str) -> StepFlow:
@@ -148,11 +153,7 @@ class StepFlow:
         raise ValueError(f"{text[:60]!r}: expected the repr of a StepFlow")
 
     def bands(self, model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Layers of the bridge and of momentum on this `model`.
-
-        Raises:
-            ModelError: If a layer does not exist or is named twice.
-        """
+        """Layers of the bridge and of momentum on this `model`; a ModelError if one does not exist."""
         facts = model_facts(model)
         shallow = shallow_band(facts.n_layers) if self.shallow is None else self.shallow
         deep = deep_band(facts.n_layers) if self.deep is None else self.deep
@@ -226,10 +227,7 @@ class StepFlow:
         stream = TokenStream(lambda: TokenTracker(tokenizer, entry, *splitters))
         report = FlowReport(*self.bands(model))
         pairs = self._pairs(model, stream.state, report, detach_values=False)
-        if not pairs:
-            yield FlowRun(stream, report)
-            return
-        with following(model, stream), attached(model, last=pairs):
+        with following(model, stream) if pairs else nullcontext(), attached(model, last=pairs):
             yield FlowRun(stream, report)
 
     def _pairs(
@@ -248,7 +246,7 @@ class StepFlow:
         return pairs
 
     def _heads_of(self, model: Any, layer: int) -> tuple[int, ...] | None:
-        """Heads to act on in a layer; None for all, none of them for a layer that is left alone."""
+        """Heads to act on in a layer: None for all, () for a layer that is left alone."""
         heads = self.heads.get(layer, ()) if isinstance(self.heads, Mapping) else self.heads
         return () if heads is not None and not len(heads) else check_heads(model, heads)
 
@@ -287,13 +285,6 @@ class StepFlow:
         return [(name, by_heads(model, name, function)) for name, function in pairs]
 
 
-_CHOICES = {
-    "granularity": GRANULARITIES,
-    "boundaries": BOUNDARIES,
-    "placebo": (None, "bridge", "momentum", "both"),
-}
-
-
 FwdHooks = Sequence[NamedHook] | Callable[[ReasoningTrace], Sequence[NamedHook]]
 """Hooks that stay on for a whole measurement: (name, hook) pairs, or a function from the trace to them."""
 
@@ -320,15 +311,7 @@ def standing_hooks(
 ) -> list[NamedHook]:
     """The hooks under which a pass over `trace` is measured: the caller's own, then those of StepFlow.
 
-    Args:
-        model: A TransformerLens model.
-        trace: The trace that the pass runs over.
-        stepflow: A repair to measure under.
-        fwd_hooks: The caller's hooks.
-        detach_values: As in `StepFlow.hooks`.
-
-    Raises:
-        ModelError: As `StepFlow.hooks`.
+    Arguments and errors as in `StepFlow.hooks`.
     """
     own = list(fwd_hooks(trace) if callable(fwd_hooks) else fwd_hooks)
     return own if stepflow is None else own + stepflow.hooks(model, trace, detach_values=detach_values)

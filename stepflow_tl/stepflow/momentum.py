@@ -103,6 +103,5 @@ def momentum_hook(
         added = added.masked_fill(~head_mask(heads, n_heads, z.device), 0)
     if report is not None:
         report.of(layer).add_injections(added)
-    rows = torch.tensor([injection.row for injection in injections], device=z.device)
-    queries = torch.tensor([injection.query for injection in injections], device=z.device)
-    return z.index_put((rows, queries), added, accumulate=True)
+    places = torch.tensor([(injection.row, injection.query) for injection in injections], device=z.device)
+    return z.index_put(places.unbind(1), added, accumulate=True)

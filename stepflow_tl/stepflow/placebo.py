@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
@@ -28,15 +28,12 @@ def mixed_seed(*parts: int) -> int:
     return state >> 1
 
 
-def random_region(own: np.ndarray, bridge: np.ndarray, seed: int, row: int, position: int) -> np.ndarray:
-    """A random stretch of the keys in `own` or `bridge`, as long as `bridge` has keys.
+def random_region(
+    own: Bool[np.ndarray, " key"], bridge: Bool[np.ndarray, " key"], seed: int, row: int, position: int
+) -> Bool[np.ndarray, " key"]:
+    """A random stretch of the keys in `own` (S) or `bridge` (B), as long as `bridge` has keys.
 
-    Args:
-        own: Keys of S, `[key]`, boolean.
-        bridge: Keys of B, `[key]`, boolean.
-        seed: The control's seed.
-        row: Batch row.
-        position: The query's index in its row, padding not counted.
+    `position` is the query's index in its batch row, padding not counted.
     """
     pool = np.flatnonzero(own | bridge)
     size = int(bridge.sum())

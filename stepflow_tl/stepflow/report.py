@@ -11,6 +11,8 @@ from torch import Tensor
 
 from stepflow_tl.results.tables import text_table
 
+_COLUMNS = ("layer", "rows", "adjusted", "capped", "mean_shift", "injections", "mean_norm")
+
 
 @dataclass
 class LayerReport:
@@ -97,22 +99,12 @@ class FlowReport:
 
     def to_json(self) -> list[dict[str, Any]]:
         """One flat record per layer, in layer order."""
-        return [
-            {
-                "layer": layer.layer,
-                "rows": layer.rows,
-                "adjusted": layer.adjusted,
-                "capped": layer.capped,
-                "mean_shift": layer.mean_shift,
-                "injections": layer.injections,
-                "mean_norm": layer.mean_norm,
-            }
-            for layer in map(self.of, sorted({*self.shallow, *self.deep, *self.layers}))
-        ]
+        layers = map(self.of, sorted({*self.shallow, *self.deep, *self.layers}))
+        return [{name: getattr(layer, name) for name in _COLUMNS} for layer in layers]
 
     def __str__(self) -> str:
         """A table, one row per layer."""
-        header = ("layer", "rows", "adjusted", "capped", "mean shift", "injections", "mean norm")
+        header = [name.replace("_", " ") for name in _COLUMNS]
         rows = [
             [f"{value:.4f}" if isinstance(value, float) else str(value) for value in record.values()]
             for record in self.to_json()

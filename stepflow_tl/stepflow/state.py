@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
@@ -41,8 +42,6 @@ from stepflow_tl.trace.steps import Segment
 
 Granularity = Literal["segment", "step"]
 Boundaries = Literal["response", "all", "within", "thinking", "summary"]
-GRANULARITIES = ("segment", "step")
-BOUNDARIES = ("response", "all", "within", "thinking", "summary")
 
 
 class QuerySpan(NamedTuple):
@@ -53,7 +52,7 @@ class QuerySpan(NamedTuple):
         queries: Range of query indices within the pass.
         n_keys: Number of leading key columns that these queries may see.
         n_rows_acted_on: Rows of the batch in which both S and B have keys.
-        groups: Keys of S and B, `[2, row, 1, 1, n_keys]`, boolean.
+        groups: Keys of S and B.
         counted: Keys that set tau; `groups` itself, placebos excepted.
     """
 
@@ -61,8 +60,8 @@ class QuerySpan(NamedTuple):
     queries: slice
     n_keys: int
     n_rows_acted_on: int
-    groups: Tensor
-    counted: Tensor
+    groups: Bool[Tensor, "2 row 1 1 key"]
+    counted: Bool[Tensor, "2 row 1 1 key"]
 
 
 class Injection(NamedTuple):
@@ -144,11 +143,7 @@ class FlowState:
         self._plans.clear()
 
     def check_shape(self, n_rows: int, n_queries: int, where: str) -> None:
-        """Refuse a tensor that is not of the current pass.
-
-        Raises:
-            ModelError: If it has other rows or queries.
-        """
+        """Refuse a tensor that is not of the current pass, with a ModelError."""
         if (n_rows, n_queries) != (self.labels.n_rows, self.current.n_queries):
             raise ModelError(
                 f"{where}: the model runs {n_rows} rows of {n_queries} tokens, but the state describes "
@@ -191,12 +186,7 @@ class FlowState:
         return self._plans[key]  # pyright: ignore[reportReturnType]
 
     def injections(self, boundaries: Boundaries, window: int | None) -> tuple[Injection, ...]:
-        """The first tokens of new steps in this pass.
-
-        Args:
-            boundaries: Which of them.
-            window: Keep only the last so many tokens of the step before; None keeps all.
-        """
+        """The first tokens of new steps, with the last `window` tokens (None: all) of the step before."""
         key = (boundaries, window)
         if key not in self._plans:
             self._plans[key] = tuple(self._find_injections(_BOUNDARY_TESTS[boundaries], window))

@@ -91,12 +91,7 @@ class TokenStream:
         return self._ids[:, : self._labels.n_columns]
 
     def advance(self, ids: np.ndarray, n_past: int, is_padding: np.ndarray) -> None:
-        """Move the state to the next pass.
-
-        Args:
-            ids: Token ids of the pass, `[row, query]`.
-            n_past: Tokens that the cache held before it.
-            is_padding: Which of `ids` are padding, `[row, query]`.
+        """Move the state to the next pass: `ids` `[row, query]` and their padding, after `n_past` tokens.
 
         Raises:
             ModelError: If the cache holds tokens that this stream never saw.
@@ -142,12 +137,9 @@ class TokenStream:
         self._is_padding = np.empty((n_rows, 0), dtype=bool)
 
     def _repeats(self, ids: np.ndarray, is_padding: np.ndarray) -> bool:
-        same = slice(0, ids.shape[1])
-        return (
-            ids.shape[0] == self._labels.n_rows
-            and np.array_equal(ids, self._ids[:, same])
-            and np.array_equal(is_padding, self._is_padding[:, same])
-        )
+        known = slice(0, ids.shape[1])
+        pairs = ((ids, self._ids[:, known]), (is_padding, self._is_padding[:, known]))
+        return ids.shape[0] == self._labels.n_rows and all(np.array_equal(*pair) for pair in pairs)
 
     def _crop(self, n_columns: int) -> None:
         self._labels.crop(n_columns)

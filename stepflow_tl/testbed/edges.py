@@ -30,7 +30,6 @@ from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.steps import Segment
 
 Sources = Literal["premises", "steps", "both", "carried"]
-RowScore = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -103,16 +102,11 @@ def score_rows(
     return np.mean(np.array(found), axis=0)
 
 
-def _row_scores(scores: Float[np.ndarray, " candidate"], needed: Bool[np.ndarray, " candidate"]) -> RowScore:
+def _row_scores(
+    scores: Float[np.ndarray, " candidate"], needed: Bool[np.ndarray, " candidate"]
+) -> tuple[float, float, float]:
     above = scores[needed][:, None] - scores[~needed][None, :]
     auroc = ((above > 0) + 0.5 * (above == 0)).mean()
-    top = scores == scores.max()
-    return float(auroc), _average_precision(scores, needed), float(needed[top].mean())
-
-
-def _average_precision(
-    scores: Float[np.ndarray, " candidate"], needed: Bool[np.ndarray, " candidate"]
-) -> float:
-    """Mean over needed candidates of the precision at their rank; tied candidates share the last rank."""
+    # Precision at the rank of each needed candidate; tied candidates share the last rank.
     precisions = [needed[scores >= score].mean() for score in scores[needed]]
-    return float(np.mean(precisions))
+    return float(auroc), float(np.mean(precisions)), float(needed[scores == scores.max()].mean())

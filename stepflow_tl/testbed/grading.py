@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from stepflow_tl.testbed.problems import Derivation, Problem
 
 ErrorKind = Literal["definition", "earlier step", "copy", "arithmetic", "form", "answer"]
-ERROR_KINDS: tuple[ErrorKind, ...] = (
-    "definition", "earlier step", "copy", "arithmetic", "form", "answer",
-)  # fmt: skip
+ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 FLOW_ERRORS: tuple[ErrorKind, ...] = ("definition", "earlier step")
 
 _STEP = re.compile(r"([a-z]) = (\w) ([+-]) (\w): (\d) ([+-]) (\d) = (\d)")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.models.booting import boot_bridge, tokenizer_in_memory
+from stepflow_tl.models.loading import boot_bridge, tokenizer_in_memory
 from stepflow_tl.results.files import file_digest
 
 NAME = "stepflow-testbed"

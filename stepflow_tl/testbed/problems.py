@@ -62,25 +62,18 @@ class ProblemSpec:
 
     def __post_init__(self) -> None:
         """Check every number."""
-        letters = len(ascii_uppercase)
-        checks = [
-            (1 <= self.n_steps <= letters, f"n_steps={self.n_steps}: expected 1 to {letters}"),
-            (
-                0 <= self.n_distractors <= letters,
-                f"n_distractors={self.n_distractors}: expected 0 to {letters}",
-            ),
-            (0 <= self.number_share <= 1, f"number_share={self.number_share}: expected 0 to 1"),
-            (self.min_distance >= 1, f"min_distance={self.min_distance}: a step needs earlier ones"),
-            (
-                self.max_distance is None or self.max_distance >= self.min_distance,
-                f"max_distance={self.max_distance} is below min_distance={self.min_distance}",
-            ),
-            (
-                2 <= self.modulus <= 10,
-                f"modulus={self.modulus}: expected 2 to 10, so that a value is a digit",
-            ),
-        ]
-        for holds, message in checks:
+        letters, distractors = len(ascii_uppercase), self.n_distractors
+        nearest, farthest = self.min_distance, self.max_distance
+        in_order = farthest is None or farthest >= nearest
+        checks = {
+            f"n_steps={self.n_steps}: expected 1 to {letters}": 1 <= self.n_steps <= letters,
+            f"n_distractors={distractors}: expected 0 to {letters}": 0 <= distractors <= letters,
+            f"number_share={self.number_share}: expected 0 to 1": 0 <= self.number_share <= 1,
+            f"min_distance={nearest}: a step needs earlier ones": nearest >= 1,
+            f"max_distance={farthest} is below min_distance={nearest}": in_order,
+            f"modulus={self.modulus}: expected 2 to 10, so that a value is a digit": 2 <= self.modulus <= 10,
+        }
+        for message, holds in checks.items():
             if not holds:
                 raise ProblemError(message)
 

@@ -6,7 +6,7 @@
 3. Lay down what the tracker said of each token, when it became certain, and where each step stands.
 
 Time: O(characters), decoding and scanning apart. `ReasoningTrace.from_parts`, `from_text` and `from_tokens`
-describe the arguments and make the trace, whose own check the fields then pass.
+describe arguments and errors, and make the trace, whose own check the fields then pass.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,12 +38,7 @@ def read_parts(
     splitters: Splitters,
     system: str | None,
 ) -> Fields:
-    """Write the parts the way the model would have seen and said them, and cut at the seams.
-
-    Raises:
-        TraceError: A part is not a string, the question is empty, or thinking and summary both are.
-        FormatError: The format is unknown, or the chat template cannot be filled.
-    """
+    """Write the parts the way the model would have seen and said them, and cut at the seams."""
     for name, part in (("question", question), ("thinking", thinking), ("summary", summary)):
         if not isinstance(part, str):
             raise TraceError(f"{name} must be a string, got {type(part).__name__}; pass '' for an empty one.")
@@ -56,44 +51,27 @@ def read_parts(
     entry = resolve_format(tokenizer, format)
     text, spans = render_parts(tokenizer, entry, question, thinking, summary, system)
     ids, pieces = encode_text(tokenizer, text)
-    return _assemble(ids, pieces, "", text, SpanScanner(spans), splitters, entry)
+    return _assemble(ids, pieces, "", SpanScanner(spans), splitters, entry)
 
 
 def read_text(tokenizer: Any, text: str, format: Any, question: str | None, splitters: Splitters) -> Fields:
-    """Read a full transcript, markers and all, as it would be decoded without hiding special tokens.
-
-    Raises:
-        TraceError: The text is empty, or does not begin with the question.
-        FormatError: The format is unknown, or the text lacks the markers it demands.
-    """
+    """Read a full transcript, markers and all, as it would be decoded without hiding special tokens."""
     if not isinstance(text, str) or not text:
         raise TraceError(f"The text of a trace must be a string that is not empty, got {text!r}.")
     entry = resolve_format(tokenizer, format)
     scanner = FormatScanner(entry) if question is None else _question_first(text, question, entry)
     ids, pieces = encode_text(tokenizer, text)
-    fields = _assemble(ids, pieces, "", text, scanner, splitters, entry)
-    if isinstance(scanner, FormatScanner):
-        _check_demands(scanner, entry, fields["steps"])
-    return fields
+    return _assemble(ids, pieces, "", scanner, splitters, entry)
 
 
 def read_tokens(
     tokenizer: Any, ids: Int[Tensor, "..."] | Iterable[int], format: Any, splitters: Splitters
 ) -> Fields:
-    """Read the token ids of a full transcript, prompt and response together.
-
-    Raises:
-        TraceError: There is no token, or an id is outside the vocabulary.
-        FormatError: The format is unknown, or the text lacks the markers it demands.
-    """
+    """Read the token ids of a full transcript, prompt and response together."""
     token_ids = _checked_ids(tokenizer, ids)
     entry = resolve_format(tokenizer, format)
-    scanner = FormatScanner(entry)
     pieces, rest = decode_tokens(tokenizer, token_ids)
-    text = "".join(piece.text for piece in pieces) + rest
-    fields = _assemble(token_ids, pieces, rest, text, scanner, splitters, entry)
-    _check_demands(scanner, entry, fields["steps"])
-    return fields
+    return _assemble(token_ids, pieces, rest, FormatScanner(entry), splitters, entry)
 
 
 def _question_first(text: str, question: str, entry: ReasoningFormat) -> SpanScanner:
@@ -166,38 +144,35 @@ def _assemble(
     ids: list[int],
     pieces: list[TextPiece],
     rest: str,
-    text: str,
     scanner: Scanner,
     splitters: Splitters,
     entry: ReasoningFormat,
 ) -> Fields:
-    """Run the tracker over the pieces and lay its labels down."""
+    """Run the tracker over the pieces and `rest`, which join to the text, and lay its labels down."""
     tracker = StepTracker(scanner, *splitters, keep_log=True)
-    segments: list[int] = []
-    step_ids: list[int] = []
-    known: list[tuple[int, int]] = []  # segment and step when the token arrived
-    resolved_at: list[int] = []
-    for piece in pieces:
-        label = tracker.push(piece)
+    labels = [tracker.push(piece) for piece in pieces]
+    tracker.finish(rest)
+    known_segments, known_steps = [label.segment for label in labels], [label.step for label in labels]
+    segments, step_ids = list(known_segments), list(known_steps)
+    resolved_at = [label.token if label.is_final else len(labels) for label in labels]
+    for label in labels:
         for token in range(*label.settled):
             resolved_at[token] = label.token
         for token in range(*label.relabelled):
             resolved_at[token], segments[token], step_ids[token] = label.token, Segment.TEMPLATE, -1
-        segments.append(label.segment)
-        step_ids.append(label.step)
-        known.append((label.segment, label.step))
-        resolved_at.append(label.token if label.is_final else len(pieces))
-    tracker.finish(rest)
+    text = "".join(piece.text for piece in pieces) + rest
+    steps = _steps(tracker, step_ids, text)
+    if isinstance(scanner, FormatScanner):
+        _check_demands(scanner, entry, steps)
     edges = [0, *accumulate(len(piece.text) for piece in pieces)]
     edges[-1] = len(text)
-    known_segments, known_steps = zip(*known, strict=True)
     return {
         "tokens": _tensor(ids),
         "text": text,
         "token_char_spans": torch.tensor(list(pairwise(edges)), dtype=torch.int64),
         "segment_ids": _tensor(segments),
         "step_ids": _tensor(step_ids),
-        "steps": _steps(tracker, step_ids, text),
+        "steps": steps,
         "format": entry.name,
         "causal": CausalLabels(_tensor(known_segments), _tensor(known_steps), _tensor(resolved_at)),
     }

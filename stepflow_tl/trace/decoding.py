@@ -57,14 +57,10 @@ def _decoder_kinds(tokenizer: Any) -> set[str]:
 
 
 class TokenDecoder:
-    """Incremental decoding of one token stream.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-    """
+    """Incremental decoding of one token stream."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Start at the beginning of a stream."""
+        """Start at the beginning of a stream of a transformers tokenizer's ids."""
         self.tokenizer = tokenizer
         kinds = _decoder_kinds(tokenizer)
         self._is_byte_level = "ByteLevel" in kinds
@@ -123,15 +119,9 @@ class TokenDecoder:
 
 
 def decode_tokens(tokenizer: Any, token_ids: Iterable[int]) -> tuple[list[TextPiece], str]:
-    """Text pieces of a token sequence, and what bytes left over at its end become.
+    """One piece per token, and what bytes left over at the end become (nothing, or U+FFFD).
 
-    Args:
-        tokenizer: A transformers tokenizer.
-        token_ids: Valid token ids.
-
-    Returns:
-        One piece per token, and the rest (nothing, or U+FFFD), which belongs to the last token. Pieces and
-        rest join to the text.
+    That rest belongs to the last token. Pieces and rest join to the text.
     """
     decoder = TokenDecoder(tokenizer)
     pieces = [decoder.push(token_id) for token_id in token_ids]
@@ -175,11 +165,10 @@ def _pieces_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> list[
         ends[index] = min(end, limit)
         if end > start:
             limit = min(limit, start)
+    ends[-1] = len(text)
     pieces, position = [], 0
-    for index, end in enumerate(ends):
-        is_last = index == len(ends) - 1
-        end = len(text) if is_last else max(position, end)
-        has_span = offsets[index][1] > offsets[index][0]
+    for (first, last), end in zip(offsets, ends, strict=True):
+        end, has_span = max(position, end), last > first
         pieces.append(TextPiece(text[position:end], is_fragment=has_span and end == position))
         position = end
     return pieces

@@ -102,5 +102,5 @@ def test_the_table_lists_the_strongest_pairs_first(knockout):
 
 
 def test_a_map_of_another_number_of_steps_is_refused(knockout):
-    with pytest.raises(ValueError, match=r"effects has shape \(3, 3\), but the trace has 5 steps"):
+    with pytest.raises(ValueError, match=r"effects has shape \(3, 3\), expected \(5, 5\)"):
         dataclasses.replace(knockout, effects=torch.zeros(3, 3), measured=torch.zeros(3, 3, dtype=torch.bool))

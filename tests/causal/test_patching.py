@@ -383,6 +383,7 @@ def test_the_clean_value_of_a_metric_that_names_positions(tiny_model, longer_tra
     [
         ({"component": "q"}, "ValueError", "unknown component 'q': expected one of resid_pre"),
         ({"alignment": "last"}, "ValueError", "unknown alignment 'last': expected one of tokens, mean"),
+        ({"method": "both"}, "ValueError", "method is 'both': expected one of patching, attribution"),
         ({"layers": [4]}, "ModelError", r"the model has layers 0..3; \[4\] are outside"),
         ({"metric": "per_token"}, "ObjectiveError", "metric='per_token' is a loss for each row"),
         ({"metric": "T9"}, "ObjectiveError", "unknown objective 'T9'"),
@@ -438,5 +439,5 @@ def test_a_result_says_what_it_is_and_refuses_what_it_cannot_be(tiny_model, righ
     assert found.provenance.objective == "S1" and found.provenance.backend == "patching"
     with pytest.raises(ValueError, match=r"effects has shape \(2, 5\), expected \(1, 5\)"):
         replace(found, effects=found.effects.repeat(2, 1))
-    with pytest.raises(ValueError, match="effect of layer 2, step Q is not finite"):
+    with pytest.raises(ValueError, match="must be finite, but is not at layer 2, step Q: run the model"):
         replace(found, effects=found.effects * float("nan"))

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from answer_files import answer, write_answers
 
 from stepflow_tl.diagnosis import LAYER_METRICS, diagnose
 from stepflow_tl.runs import worker as command
 from stepflow_tl.runs.plan import hashed_stem
 from stepflow_tl.saliency import StepSaliency, step_saliency
+from stepflow_tl.stepflow import StepFlow
 from stepflow_tl.trace import ReasoningTrace
 
 
@@ -439,3 +441,41 @@ def test_memory_holds_numbers_only(analyze, write_lines, make_record, monkeypatc
     monkeypatch.setattr(command, "step_saliency", watched)
     assert analyze(write_lines(*(make_record(name) for name in "abcd")), "--group-by", "x").code == 1
     assert len(most) == 4 and max(most) == 0
+
+
+def test_stepflow_on_the_command_line(analyze, write_lines, make_record, loaded_model, out):
+    found = analyze(
+        write_lines(make_record("a")), "--stepflow", "--tau-max", "0.4", "--alpha", "0", "--shallow", "0-1"
+    )
+    flow = StepFlow(tau_max=0.4, alpha=0, shallow=(0, 1))
+    assert found.code == 0 and f"under {flow!r}" in found.out
+    result = StepSaliency.load(out / "a.safetensors")
+    assert torch.equal(result.sums, step_saliency(loaded_model, result.trace, stepflow=flow).sums)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tau-max", "0.4"], "the options of StepFlow go with --stepflow"),
+        (["--stepflow", "--tau-max", "1.5"], "StepFlow cannot be made from these options: tau_max is 1.5"),
+        (["--where", "condition"], "'condition' is not FIELD=VALUE"),
+    ],
+)
+def test_options_that_mean_nothing_stop_before_the_model_is_loaded(
+    options, said, analyze, write_lines, make_record, out
+):
+    found = analyze(write_lines(make_record("a")), *options)
+    assert found.code == 2 and said in found.err and not out.exists()
+
+
+def test_answers_are_chosen_grouped_and_paired_on_the_command_line(analyze, tiny_tokenizer, tmp_path, out):
+    lines = [
+        answer(tiny_tokenizer, f"q{i}", right=right, condition=condition, sample=int(right))
+        for i in range(3)
+        for condition in ("plain", "StepFlow")
+        for right in (True, False)
+    ]
+    write_answers(tmp_path / "answers.jsonl", *lines)
+    found = analyze(tmp_path, "--where", "condition=plain", "--group-by", "right", "--pair-by", "question_id")
+    assert found.code == 0 and "6 analysed" in found.out and "By right, paired by question_id" in found.out
+    assert len(results(out)) == 6

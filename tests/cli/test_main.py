@@ -61,7 +61,7 @@ def test_help_imports_nothing_heavy():
         (["analyze", "x", "--out", "y", "--splitter", "word"], "invalid choice: 'word'"),
         (
             ["analyze", "x", "--out", "y", "--pair-by", "p"],
-            "--pair-by and --unpaired go with --group-by FIELD",
+            "--pair-by, --unpaired and --match go with --group-by",
         ),
         (
             ["analyze", "x", "--out", "y", "--group-by", "g", "--pair-by", "p", "--unpaired"],

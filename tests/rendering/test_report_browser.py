@@ -10,7 +10,7 @@ from rendered_pages import HOSTILE
 from stepflow_tl import diagnose
 from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
 from stepflow_tl.rendering import report
-from stepflow_tl.rendering import report_payload as payload
+from stepflow_tl.rendering import report_page as payload
 
 READY = "document.documentElement.dataset.shown"
 TEXTS = [f"Step {label} says {i * 7}." for i, label in enumerate(labels_of(6, 2))]

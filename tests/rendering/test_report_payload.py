@@ -11,8 +11,8 @@ from made_maps import make_saliency
 
 from stepflow_tl import diagnose
 from stepflow_tl.errors import TraceError
-from stepflow_tl.rendering import report_payload as payload
-from stepflow_tl.rendering.report_payload import QuantisedMaps, quantise, report_payload
+from stepflow_tl.rendering import report_page as payload
+from stepflow_tl.rendering.report_page import QuantisedMaps, quantise, report_payload
 from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.trace import ReasoningTrace

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from stepflow_tl import StepSaliency, step_saliency
 from stepflow_tl.errors import ResultFileError
+from stepflow_tl.results.plain_data import to_plain
 
 SCHEMA = StepSaliency.schema
 
@@ -113,7 +114,7 @@ def test_metadata_that_is_not_a_document_is_refused(saliency, tmp_path, metadata
 
 
 def test_unknown_provenance_fields_of_later_versions_are_ignored(saliency, tmp_path):
-    data = {**saliency.provenance.to_json(), "gpu": "one of tomorrow"}
+    data = {**to_plain(saliency.provenance), "gpu": "one of tomorrow"}
     path = rewrite(saliency.save(tmp_path / "map"), tmp_path / "later", provenance=data)
     assert load(path).provenance == saliency.provenance
 

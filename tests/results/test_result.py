@@ -66,7 +66,7 @@ def test_a_head_is_read_alone(kind, tmp_path, monkeypatch):
     def refuse(*_arguments):
         raise AssertionError("more than the head was read")
 
-    monkeypatch.setattr(KINDS[kind], "_fields", refuse)
+    monkeypatch.setattr(KINDS[kind], "_build", refuse)
     monkeypatch.setattr(KINDS[kind], "_specs", refuse)
     head = read_head(path, KINDS[kind])
     assert head == ResultHead(result.layers, result.n_layers, result.provenance)

@@ -23,13 +23,13 @@ def step_ids_of(runs):
 
 
 def pooled_sums(step_ids, seed=0, n_heads=2):
-    from stepflow_tl.saliency.pooling import StepBins, pool_tokens
+    from stepflow_tl.saliency.pooling import pool_tokens, step_bins
 
     generator = torch.Generator().manual_seed(seed)
     n = len(step_ids)
     pattern = torch.tril(torch.rand(n_heads, n, n, generator=generator, dtype=torch.float64))
     grad = torch.randn(n_heads, n, n, generator=generator, dtype=torch.float64)
-    bins = StepBins.from_step_ids(step_ids, dtype=torch.float64, device=torch.device("cpu"))
+    bins = step_bins(step_ids, dtype=torch.float64, device=torch.device("cpu"))
     return (pattern * grad).abs(), pool_tokens(pattern, grad, bins)
 
 
@@ -101,11 +101,9 @@ def test_an_unknown_pooling_is_named():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_patterns_are_accumulated_in_float32(dtype):
-    from stepflow_tl.saliency.pooling import StepBins, pool_tokens
+    from stepflow_tl.saliency.pooling import pool_tokens, step_bins
 
     n = 2000  # in bfloat16 a running sum of ones stops at 256
-    bins = StepBins.from_step_ids(
-        torch.zeros(n, dtype=torch.int64), dtype=torch.float32, device=torch.device("cpu")
-    )
+    bins = step_bins(torch.zeros(n, dtype=torch.int64), dtype=torch.float32, device=torch.device("cpu"))
     ones = torch.ones(1, n, n, dtype=dtype)
     assert pool_tokens(ones, ones, bins)[0, 0, 0] == n * n

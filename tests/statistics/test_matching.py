@@ -73,3 +73,28 @@ def test_groups_without_anything_in_common_give_no_pair():
 def test_what_cannot_be_matched_is_refused(first, calipers, message):
     with pytest.raises(ValueError, match=message):
         match_groups(np.array(first, dtype=np.float64), np.array([[1.0]]), calipers)
+
+
+strata = st.lists(st.sampled_from(["a", "b", 3]), min_size=5, max_size=5)
+
+
+@settings(max_examples=100)
+@given(first=members, second=members, own=strata, other=strata)
+def test_strata_are_matched_each_by_itself(first, second, own, other):
+    a, b = columns(first), columns(second)
+    own, other = own[: len(a)], other[: len(b)]
+    found = match_groups(a, b, CALIPERS, strata=(own, other))
+    assert all(own[i] == other[j] for i, j in found.pairs)
+    pairs, cost = 0, 0.0
+    for name in set(own) & set(other):
+        inside, outside = (np.array([each == name for each in names]) for names in (own, other))
+        n, least = best(a[inside], b[outside])
+        pairs, cost = pairs + n, cost + least
+    assert len(found.pairs) == pairs
+    gaps = [(a[i] - b[j]) / CALIPERS for i, j in found.pairs]
+    assert sum((gap**2).sum() for gap in gaps) == pytest.approx(cost)
+
+
+def test_strata_of_another_number_are_refused():
+    with pytest.raises(ValueError, match=r"1 and 2 strata for groups of \(2, 2\)"):
+        match_groups(np.zeros((2, 1)), np.zeros((2, 1)), [1.0], strata=(["a"], ["a", "a"]))

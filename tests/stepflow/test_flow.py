@@ -154,6 +154,12 @@ def test_a_flow_that_makes_no_sense_cannot_be_made(options, message):
         StepFlow(**options)
 
 
+def test_equal_flows_read_the_same():
+    flow = StepFlow(tau_max=0, alpha=1, shallow=[0, 1], heads=[2], max_bridge_share=0.5)
+    other = StepFlow(tau_max=0.0, alpha=1.0, shallow=range(2), heads=(2,), max_bridge_share=0.5)
+    assert flow == other and repr(flow) == repr(other) and "tau_max=0.0" in repr(flow)
+
+
 def test_layers_and_heads_that_do_not_exist_are_errors(flow_model, trace):
     with pytest.raises(ModelError, match=r"the model has layers 0..7; \[8, 9\] are outside it"):
         StepFlow(deep=[8, 9]).hooks(flow_model(TINY_MODEL_KINDS[0]), trace)

@@ -56,6 +56,22 @@ def test_markers_within_the_parts_are_never_parsed(family):
     assert [step.text.rstrip("\n") for step in trace.steps] == [hostile] * 3
 
 
+@pytest.mark.parametrize("merges", ["bytes", "straddling"])
+def test_a_boxed_answer_reads_with_its_box_from_parts_text_and_tokens(merges):
+    tokenizer, answer = family_tokenizer("chatml", merges=merges), "\\boxed{18}$.\n\nSo 18."
+    trace = ReasoningTrace.from_parts(
+        tokenizer, "Put it into \\boxed{}.", "9 + 9:\n\nIt is $", answer, format="boxed"
+    )
+    from_text = ReasoningTrace.from_text(tokenizer, trace.text, format="boxed")
+    assert contents(trace) == contents(from_text)
+    assert [label for label, _ in contents(trace)] == ["Q", "T1", "T2", "S1", "S2"]
+    assert "".join(step.text for step in from_text.steps_in(Segment.SUMMARY)) == answer
+    assert ReasoningTrace.from_tokens(tokenizer, trace.tokens, format="boxed") == from_text
+    # Nobody who reads token by token knows yet that a box begins: its first tokens count as thinking.
+    begins = [found.steps_in(Segment.SUMMARY)[0].token_start for found in (trace, from_text)]
+    assert begins[0] < begins[1]
+
+
 def test_the_start_marker_of_the_prompt_is_not_written_twice():
     for family in ("qwq", "deepseek-r1"):
         assert (

@@ -2,8 +2,8 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const PANELS = [
-  ["Thinking steps", ["lock_in", "on the step itself (lock-in)"], ["question_share", "on the question"]],
-  ["Summary steps", ["thinking_share", "on the thinking"], ["self_share", "on the summary itself"]],
+  ["Thinking steps", ["lock_in", "question_share"]],
+  ["Summary steps", ["thinking_share", "self_share"]],
 ];
 const PANEL = { width: 480, height: 242, left: 48, right: 10, top: 58, bottom: 38 };
 
@@ -19,7 +19,7 @@ class Profiles {
   /** @param onLayer called with the index of a stored layer when a panel is clicked */
   constructor(root, data, onLayer) {
     this.data = data;
-    this.panels = PANELS.map(([name, ...lines]) => this.panel(root, name, lines, onLayer));
+    this.panels = PANELS.map(([name, metrics]) => this.panel(root, name, metrics, onLayer));
   }
 
   x(layer) {
@@ -30,7 +30,7 @@ class Profiles {
     return PANEL.height - PANEL.bottom - (share / 1.05) * (PANEL.height - PANEL.top - PANEL.bottom);
   }
 
-  panel(root, name, lines, onLayer) {
+  panel(root, name, metrics, onLayer) {
     const { layers, bands, profiles } = this.data;
     const svg = drawn(root, "svg", { viewBox: `0 0 ${PANEL.width} ${PANEL.height}`, role: "img" });
     svg.setAttribute("aria-label", `${name}: share of saliency over depth. The numbers are in the table below.`);
@@ -44,8 +44,9 @@ class Profiles {
     this.layerTicks(svg);
     const here = drawn(svg, "g", {});
     let legend = PANEL.left;
-    for (const [i, [metric, words]] of lines.entries()) {
+    for (const [i, metric] of metrics.entries()) {
       const kind = i ? "second" : "first";
+      const words = profiles.labels[metric];
       const values = profiles.metrics[metric];
       if (values.every((value) => value === null)) continue;
       this.line(svg, kind, layers, values, words);
@@ -54,7 +55,7 @@ class Profiles {
       legend += 31 + (text.getComputedTextLength() || 7 * words.length) + 18;
     }
     if (legend === PANEL.left) {
-      const why = lines.map(([metric]) => profiles.reasons[metric]).find(Boolean) ?? "not defined for this trace";
+      const why = metrics.map((metric) => profiles.reasons[metric]).find(Boolean) ?? "not defined for this trace";
       drawn(svg, "text", { x: PANEL.width / 2, y: PANEL.height / 2, "text-anchor": "middle", class: "soft" }, why);
     }
     svg.addEventListener("click", (event) => {

@@ -21,12 +21,10 @@ On a CPU the tiles of `sweep` do all of this. On an NVIDIA GPU:
 
 * Forward: PyTorch's flash kernel, where it serves; it returns the logsumexp of each row as well.
 * Backward, ordinary objectives: PyTorch's flash backward gives dq, dk and dv from that logsumexp, and
-  `pool_on_device` the map. An attention sink is in the logsumexp and in z already, and the flash backward
-  uses nothing else of the softmax, so it holds with sinks too. It adds up dq in no fixed order unless PyTorch
-  is told otherwise, so it is told: equal inputs give equal bits.
+  `pool_on_device` the map. A sink is in the logsumexp and in z already, and the flash backward uses nothing
+  else of the softmax. It adds up dq in no fixed order unless PyTorch is told otherwise, so it is told.
 * Backward, `diagonal_only`: `pool_on_device` gives the map and dq in one sweep of three matrix products; dk
-  and dv are the diagonal's. Windows, soft-caps and sinks are all served. The flash backward is not used: it
-  would spend five products to throw two of its three gradients away.
+  and dv are the diagonal's. The flash backward would spend five products to throw two gradients away.
 * What is not served so (float64, ordinary objectives under a window or a soft-cap, no Triton) goes through
   the tiles, on any device.
 
@@ -122,14 +120,10 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """Return z and the logsumexp of each row's scores, sink included."""
+    is_plain = spec.window_within(query.shape[2]) is None and spec.softcap is None
     if flash_serves(query, key, value, spec):
         z, logsumexp = flash_forward(query, key, value, spec.scale)
-    elif (
-        query.device.type == "cpu"
-        and value.shape[-1] == query.shape[-1]
-        and spec.window_within(query.shape[2]) is None
-        and spec.softcap is None
-    ):
+    elif query.device.type == "cpu" and value.shape[-1] == query.shape[-1] and is_plain:
         z, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, True, scale=spec.scale
         )
@@ -144,9 +138,8 @@ def _forward(
 
 def flash_serves(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> bool:
     """Whether PyTorch's flash kernels compute this call, forward and backward."""
-    if not query.is_cuda or spec.softcap is not None or query.shape[-1] % 8:
-        return False
-    if spec.window_within(query.shape[2]) is not None:
+    is_plain = spec.window_within(query.shape[2]) is None and spec.softcap is None
+    if not query.is_cuda or not is_plain or query.shape[-1] % 8:
         return False
     grouped = query.shape[1] != key.shape[1]
     parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, grouped)
@@ -183,52 +176,29 @@ def kernel_backward(
 ]:
     """Add the token saliency to `sums`, if given, and return dq, dk and dv, all by GPU kernels.
 
-    Args:
-        call: What `kernels_serve` has accepted.
-        z: What the forward pass returned, sink included.
-        sums: Where the pooled saliency goes.
+    `call` is one that `kernels_serve` has accepted, `z` what its forward pass returned, sink included.
     """
     spec, n_tokens = call.spec, call.n_tokens
-    dq = torch.empty_like(call.query) if spec.diagonal_only else None
-    for batch in range(call.query.shape[0]):
-        _pool(call.sequence(batch), sums, None if dq is None else dq[batch])
-    if dq is not None:
-        return dq, *diagonal_gradients(call)
+    # Where nothing is pooled, every token counts as TEMPLATE, which takes next to no memory.
+    step_ids, n_steps = torch.full((n_tokens,), -1), 0
+    if sums is not None:
+        step_ids, n_steps = sums.tiles.step_ids, sums.tiles.n_steps
+    dqs: list[Any] = []
+    for batch in range(call.query.shape[0] if sums is not None or spec.diagonal_only else 0):
+        found, dq = pool_on_device(call.sequence(batch), step_ids, n_steps, with_dq=spec.diagonal_only)
+        dqs.append(dq)
+        if sums is not None:
+            sums.add(slice(None), sums.steps, found)
+    if spec.diagonal_only:
+        return torch.stack(dqs), *diagonal_gradients(call)
     # The state of the dropout's random numbers, which nothing reads without dropout.
     state = torch.zeros(2, dtype=torch.uint64, device=z.device)
+    tensors = (call.dz, call.query, call.key, call.value, z, call.logsumexp)
     lengths = (None, None, n_tokens, n_tokens)
     with _deterministic():
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            call.dz,
-            call.query,
-            call.key,
-            call.value,
-            z,
-            call.logsumexp,
-            *lengths,
-            0.0,
-            True,
-            state,
-            state[:0],
-            scale=spec.scale,
+            *tensors, *lengths, 0.0, True, state, state[:0], scale=spec.scale
         )
-
-
-def _pool(call: BackwardCall, sums: StepSums | None, dq: Tensor | None) -> None:
-    """Add one sequence's saliency to `sums` and write its dq, whichever of the two is wanted."""
-    if sums is None and dq is None:
-        return
-    tiles = None if sums is None else sums.tiles
-    found, own_dq = pool_on_device(
-        call,
-        None if tiles is None else tiles.step_ids,
-        0 if tiles is None else tiles.n_steps,
-        with_dq=dq is not None,
-    )
-    if sums is not None and found is not None:
-        sums.add(found)
-    if dq is not None and own_dq is not None:
-        dq.copy_(own_dq)
 
 
 def diagonal_gradients(

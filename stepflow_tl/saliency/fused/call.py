@@ -41,8 +41,6 @@ class AttentionSpec:
 class BackwardCall:
     """One attention call as its backward pass finds it: a batch, one sequence, or one KV group of it.
 
-    Shapes are checked when it is made, at any time and not in tests alone, so they stand here in words.
-
     Attributes:
         query: Queries `[*batch, head, token, d_head]`; consecutive heads share a KV head.
         key: Keys `[*batch, kv_head, token, d_head]`.

@@ -4,7 +4,7 @@ A plain transformers model needs one switch: `config._attn_implementation` names
 every layer.
 
 A TransformerBridge wraps the same modules in components that fire hooks, and most of its attention
-components compute attention themselves, scores and all. While installed:
+components compute attention themselves. While installed:
 
 1. such a component fires `hook_in`, calls the transformers attention module that it wraps, and fires
    `hook_out`. The projections inside that module are hooked `LinearBridge`s already, so hook_q, hook_k,
@@ -14,9 +14,6 @@ components compute attention themselves, scores and all. While installed:
    That order is read off the bridge's own splitting function: it is given weights that are numbered by row;
 3. every other hook point of the component does not exist on this path. A hook on one of them is a reason to
    refuse.
-
-Forwards are replaced in an instance's `__dict__`, because a bridge component forwards attribute assignment
-to the module it wraps.
 """
 
 from __future__ import annotations
@@ -32,14 +29,13 @@ from torch import Tensor, nn
 from stepflow_tl.errors import FusedRefusal
 from stepflow_tl.models.facts import class_names, computes_pattern_inside, is_bridge, wrapped_model
 from stepflow_tl.models.passes import replaced_forward
-from stepflow_tl.saliency.fused.session import IMPLEMENTATION, FusedSession, activate, deactivate
+from stepflow_tl.saliency.fused.session import FusedSession, active
 
 # Components that hand over to the wrapped attention module: by name, since TransformerLens is not imported
 # here.
 _REIMPLEMENTING = "PositionEmbeddingsAttentionBridge"
-_LATENT = (
-    "MLAAttentionBridge"  # without its subclasses: a sparse one chooses keys, which no mask here can say
-)
+# Without its subclasses: a sparse one chooses keys, which no mask here can say.
+_LATENT = "MLAAttentionBridge"
 _JOINT = ("JointQKVPositionEmbeddingsAttentionBridge", "JointQKVAttentionBridge")
 _DELEGATING = "AttentionBridge"
 _LIVE_PROJECTIONS = ("q", "k", "v", "o")
@@ -84,43 +80,20 @@ def installed(model: Any, session: FusedSession) -> Iterator[None]:
         FusedRefusal: If the model's attention cannot be served; the message says why.
     """
     inner = transformers_model(model)
-    components = _attention_components(model)
     orders: dict[tuple, Tensor | None] = {}
     with ExitStack() as stack:
-        for component in components:
+        for component in _attention_components(model):
             kind = _check_component(component)
             if kind == _DELEGATING:
                 continue
             if kind in _JOINT:
-                stack.enter_context(_joint_projection(component, orders))
+                stack.enter_context(replaced_forward(*_split_projection(component, orders)))
             stack.enter_context(replaced_forward(component, _handing_over(component)))
-        configs = _attention_configs(inner)
-        activate(session, configs)
-        stack.callback(deactivate, configs)
-        for config in configs:
-            stack.enter_context(_switched(config))
+        # Every transformers configuration object that some module of the model reads.
+        configs = (module.__dict__.get("config") for module in inner.modules())
+        found = {id(c): c for c in configs if hasattr(c, "_attn_implementation_internal")}
+        stack.enter_context(active(session, list(found.values())))
         yield
-
-
-@contextmanager
-def _switched(config: Any) -> Iterator[None]:
-    # The public setter also rewrites nested configurations, which could then not be restored one by one.
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = IMPLEMENTATION
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
-
-
-def _attention_configs(inner: nn.Module) -> list[Any]:
-    """Every transformers configuration object that some module of the model reads."""
-    found = {}
-    for module in inner.modules():
-        config = module.__dict__.get("config")
-        if hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    return list(found.values())
 
 
 def _attention_components(model: Any) -> list[Any]:
@@ -146,9 +119,10 @@ def _check_component(component: Any) -> str:
     for flag in ("use_split_qkv_input", "use_attn_in", "use_attn_result"):
         if getattr(config, flag, False):
             raise FusedRefusal(f"`cfg.{flag}` is set, and those hook points do not exist on this path")
-    for name, hook in _hook_points(component):
-        owner = name.rpartition(".")[0]
-        live = name in ("hook_in", "hook_out") or owner in _LIVE_PROJECTIONS
+    for name, hook in component.named_modules():
+        if "_original_component" in name or not hasattr(hook, "fwd_hooks"):
+            continue
+        live = name in ("hook_in", "hook_out") or name.rpartition(".")[0] in _LIVE_PROJECTIONS
         if not live and (hook.fwd_hooks or hook.bwd_hooks):
             raise FusedRefusal(
                 f"a hook is attached at {component.name}.{name}, which does not exist on this path: "
@@ -158,55 +132,39 @@ def _check_component(component: Any) -> str:
         raise FusedRefusal("TransformerLens' native attention does not use transformers' attention interface")
     if _REIMPLEMENTING in names:
         return _REIMPLEMENTING
-    if names[0] in (*_JOINT, _LATENT):
+    if names[0] in (*_JOINT, _LATENT, _DELEGATING):
         return names[0]
-    if names[0] == _DELEGATING:
-        return _DELEGATING
     raise FusedRefusal(f"attention components of type {names[0]} are not known here")
-
-
-def _hook_points(component: Any) -> Iterator[tuple[str, Any]]:
-    for name, module in component.named_modules():
-        if "_original_component" not in name and hasattr(module, "fwd_hooks"):
-            yield name, module
 
 
 def _handing_over(component: Any) -> Callable[..., tuple[Tensor, None]]:
     """A forward that lets the wrapped attention module do the work, between hook_in and hook_out."""
 
-    def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        if "hidden_states" in kwargs:
-            hidden = kwargs.pop("hidden_states")
-        else:
-            hidden, args = args[0], args[1:]
-        output = component.original_component(component.hook_in(hidden), *args, **kwargs)
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        output = component.original_component(component.hook_in(hidden_states), *args, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
         return component.hook_out(output), None
 
     return forward
 
 
-@contextmanager
-def _joint_projection(component: Any, orders: dict[tuple, Tensor | None]) -> Iterator[None]:
-    """Let the wrapped module's joint QKV projection call the bridge's q, k and v."""
+def _split_projection(
+    component: Any, orders: dict[tuple, Tensor | None]
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The wrapped module's joint QKV projection, and a forward for it that calls the bridge's q, k and v."""
     attention = component.original_component
     name = component.submodules["qkv"].name
-    key = (type(attention), attention._modules[name].weight.shape)
+    projection = attention._modules[name]
+    key = (type(attention), projection.weight.shape)
     if key not in orders:
         orders[key] = _joint_order(component, attention, name)
     order = orders[key]
 
-    class SplitProjection(nn.Module):
-        def forward(self, hidden: Tensor) -> Tensor:
-            joint = torch.cat([component.q(hidden), component.k(hidden), component.v(hidden)], dim=-1)
-            return joint if order is None else joint[..., order.to(joint.device)]
+    def forward(hidden: Tensor) -> Tensor:
+        joint = torch.cat([component.q(hidden), component.k(hidden), component.v(hidden)], dim=-1)
+        return joint if order is None else joint[..., order.to(joint.device)]
 
-    before = attention._modules[name]
-    attention._modules[name] = SplitProjection()
-    try:
-        yield
-    finally:
-        attention._modules[name] = before
+    return projection, forward
 
 
 def _joint_order(component: Any, attention: Any, name: str) -> Tensor | None:

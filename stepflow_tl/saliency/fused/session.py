@@ -5,16 +5,14 @@ module. The one function registered here finds its run through the module's conf
 models can be analysed at once and a backward pass on another thread (checkpointing on a GPU) finds its run
 as well.
 
-Which keys a query sees is read off the mask that transformers would have built. transformers describes it
-as a function of (batch, head, query, key) and lets each attention implementation turn it into what it needs.
-Ours needs one number, the window:
+Which keys a query sees is read off the mask function (batch, head, query, key) by which transformers
+describes its mask. Ours needs one number, the window:
 
 1. Evaluate the function row block by row block and find what the last query sees: the window.
 2. Demand that every row is exactly the causal band of that window. Chunked attention, packed sequences,
    padding and overlays are thus refused instead of being computed wrongly.
 3. Return an empty `[0, window]` tensor. It travels to the attention call as the mask would, to any device,
-   and its shape is the message. A real mask that comes by another way has no zero-sized axis and is
-   recognised.
+   and its shape is the message. A real mask has no zero-sized axis and is recognised.
 
 Cost of the mask: `O(T^2)` booleans in blocks of rows, once per kind of mask and forward pass; under 1 % of a
 run.
@@ -22,7 +20,8 @@ run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,20 +30,12 @@ from torch import Tensor
 
 from stepflow_tl.errors import FusedRefusal
 from stepflow_tl.saliency.fused.attention import saliency_attention
-from stepflow_tl.saliency.fused.call import AttentionSpec
+from stepflow_tl.saliency.fused.call import AttentionSpec, accumulation_dtype
 from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
 
 IMPLEMENTATION = "stepflow_tl_fused"
 # Keyword arguments of attention functions that change what is computed, and that nothing here implements.
-_UNSUPPORTED = (
-    "position_bias",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "indices",
-    "block_indices",
-    "head_mask",
-    "cache",
-)
+_UNSUPPORTED = "position_bias cu_seq_lens_q cu_seq_lens_k indices block_indices head_mask cache".split()
 _MASK_ENTRIES_PER_BLOCK = 1 << 22
 _ACTIVE: dict[int, FusedSession] = {}
 
@@ -86,8 +77,7 @@ class FusedSession:
     ) -> tuple[Tensor, None]:
         """Entry of transformers' `AttentionInterface`; returns z as `[batch, token, head, d_head]`.
 
-        Raises:
-            FusedRefusal: If the call asks for something that is not computed here.
+        A call that asks for something that is not computed here is refused.
         """
         layer = getattr(module, "layer_idx", None)
         if layer is None:
@@ -119,19 +109,26 @@ class FusedSession:
         )
         sinks = kwargs.get("s_aux", kwargs.get("sinks"))
         anchor = self.anchor if layer >= min(self.layers) else None
-        sums = self._sums_of(layer, query) if layer in self.layers else None
+        if layer in self.layers and layer not in self.sums:
+            dtype = accumulation_dtype(query.dtype)
+            self.sums[layer] = StepSums.zeros(self.tiles, query.shape[1], dtype=dtype, device=query.device)
+        sums = self.sums.get(layer)
         z = saliency_attention(query, key, value, spec, sums=sums, sinks=sinks, anchor=anchor)
         return z.transpose(1, 2).contiguous(), None
 
-    def _sums_of(self, layer: int, query: Tensor) -> StepSums:
-        if layer not in self.sums:
-            dtype = torch.promote_types(query.dtype, torch.float32)
-            self.sums[layer] = StepSums.zeros(self.tiles, query.shape[1], dtype=dtype, device=query.device)
-        return self.sums[layer]
+    def check_seen(self, n_layers: int) -> None:
+        """Refuse a model of which one of the `n_layers` layers has not come through here."""
+        missing = sorted(set(range(n_layers)) - self.seen)
+        if missing:
+            raise FusedRefusal(
+                f"layer(s) {missing} did not call transformers' attention interface (a state-space, "
+                "convolution or linear-attention layer, or an attention of its own)"
+            )
 
 
-def activate(session: FusedSession, configs: list[Any]) -> None:
-    """Register the attention function and bind `session` to these configuration objects.
+@contextmanager
+def active(session: FusedSession, configs: list[Any]) -> Iterator[None]:
+    """Switch these configuration objects to the attention function here, and bind `session` to them.
 
     Raises:
         FusedRefusal: If one of them is bound to a session already: the model is being analysed elsewhere.
@@ -142,13 +139,17 @@ def activate(session: FusedSession, configs: list[Any]) -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, band_mask)
     if any(id(config) in _ACTIVE for config in configs):
         raise FusedRefusal("another fused run of the same model is under way")
-    _ACTIVE.update({id(config): session for config in configs})
-
-
-def deactivate(configs: list[Any]) -> None:
-    """Undo `activate`."""
-    for config in configs:
-        _ACTIVE.pop(id(config), None)
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            _ACTIVE[id(config)] = session
+            # The public setter also rewrites nested configurations, which could not be restored one by one.
+            config._attn_implementation_internal = IMPLEMENTATION
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            _ACTIVE.pop(id(config), None)
+            config._attn_implementation_internal = implementation
 
 
 def _attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -171,8 +172,7 @@ def band_mask(
 ) -> Tensor:
     """Entry of transformers' `AttentionMaskInterface`: an empty `[0, window]` tensor for a causal band.
 
-    Raises:
-        FusedRefusal: If the mask is not a causal band over one unpadded sequence.
+    Every mask that is not a causal band over one unpadded sequence is refused.
     """
     if q_length != kv_length or int(q_offset) != 0 or int(kv_offset) != 0:
         raise FusedRefusal(
@@ -180,16 +180,11 @@ def band_mask(
         )
     if attention_mask is not None and not bool(attention_mask.all()):
         raise FusedRefusal("the attention mask hides tokens (padding): pass one unpadded sequence")
-    window = _band_width(mask_function, q_length)
-    return torch.empty(0, window, device=device)
+    return torch.empty(0, _band_width(mask_function, q_length), device=device)
 
 
 def window_of(mask: Tensor | None, *, is_causal: bool, n_tokens: int) -> int | None:
-    """The window that a `band_mask` stands for; None where queries see every earlier key.
-
-    Raises:
-        FusedRefusal: If the mask is a materialised one, or there is none and the attention is not causal.
-    """
+    """The window that a `band_mask` stands for; None where queries see every earlier key."""
     if mask is None:
         if not is_causal:
             raise FusedRefusal("the attention is not causal")

@@ -1,14 +1,10 @@
 """Where the steps of a trace lie among tiles of the `[query, key]` square, and among blocks of GPU kernels.
 
-On a CPU, `StepTiles` adds a tile of saliency into step bins:
-
-1. Query rows are cut into blocks, keys into a fixed grid of columns; the part above the diagonal and, under
-   a sliding window, the part before the band is never visited.
-2. A tile meets few steps, because steps are contiguous. Its rows are summed per step by a `[step, row]`
-   one-hot product, and what is left, one line per step, is summed over keys by a `[column, step]` one-hot
-   product. The second is small: it costs `steps / rows` of the first.
-3. TEMPLATE queries have no row in the first product, so they are dropped. TEMPLATE keys have the last
-   column of the second, so their mass stays beside.
+On a CPU, `StepTiles` and `StepSums` add a tile of saliency into step bins. A tile meets few steps, because
+steps are contiguous. Its rows are summed per step by a `[step, row]` one-hot product, and what is left, one
+line per step, is summed over keys by a `[column, step]` one-hot product, which costs `steps / rows` of the
+first. TEMPLATE queries have no row in the first product, so they are dropped; TEMPLATE keys have the last
+column of the second, so their mass stays beside.
 
 On a GPU, kernels index by runs and pairs (`StepRuns`). A run is a stretch of consecutive tokens of one step,
 or of TEMPLATE between two steps. Runs tile the sequence, so consecutive bins need no special case inside a
@@ -19,8 +15,6 @@ tokens:
     step_ids    0 0 -1 1 | 1 1 1 1 | 2
     run_of      0 0  1 2 | 2 2 2 2 | 3
     pairs       0 0  1 2 | 3 3 3 3 | 4      first_pair = 0 3 4 5; step 1 has the pairs 2 and 3
-
-Either way the sums end in a `StepSums`, which changes as `StripSums` does; indices do not.
 
 Memory: the key one-hots of a trace take `T * (steps per tile)` numbers and are built once for all layers.
 Runs cost a few passes over the `T` step ids on the CPU, about a millisecond.
@@ -78,9 +72,7 @@ class StepTiles:
 
     def _one_hot(self, kind: str, start: int, end: int, like: Tensor) -> tuple[Tensor, slice]:
         key = (kind, start, end, like.dtype, like.device)
-        if (
-            key not in self._one_hots
-        ):  # two threads may both build it: the same numbers, and the last one stays
+        if key not in self._one_hots:  # two threads may both build it: the same numbers, the last one stays
             ids = self.step_ids[start:end].cpu()
             steps = self.steps_of(start, end)
             lines = torch.arange(steps.start, steps.stop)
@@ -94,20 +86,34 @@ class StepTiles:
 
 
 @dataclass
-class StripSums:
-    """Where one strip's part of a layer's map is added up: its heads, and the steps that its query rows meet.
+class StepSums:
+    """Where one layer's pooled map is added up, or a strip's part of it, whose query rows meet few steps.
 
     Attributes:
         tiles: The trace's step bins.
-        steps: Which query steps the lines of `sums` stand for.
-        sums: `[head, strip_step, key_bin]`; the last bin is TEMPLATE.
+        sums: `[head, query_step, key_bin]`; the last bin is TEMPLATE.
+        steps: Which query steps the rows of `sums` stand for.
+        reached: Whether a gradient has come back to this layer.
     """
 
     tiles: StepTiles
+    sums: Float[Tensor, "head query_step key_bin"]
     steps: slice
-    sums: Float[Tensor, "head strip_step key_bin"]
+    reached: bool = False
 
-    def add(
+    @classmethod
+    def zeros(cls, tiles: StepTiles, n_heads: int, *, dtype: torch.dtype, device: torch.device) -> StepSums:
+        """An empty map."""
+        sums = torch.zeros(n_heads, tiles.n_steps, tiles.n_steps + 1, dtype=dtype, device=device)
+        return cls(tiles, sums, slice(0, tiles.n_steps))
+
+    def strip(self, n_heads: int, start: int, end: int) -> StepSums:
+        """An empty part for `n_heads` heads of the query rows `[start, end)`."""
+        steps = self.tiles.steps_of(start, end)
+        sums = self.sums.new_zeros(n_heads, steps.stop - steps.start, self.sums.shape[2])
+        return StepSums(self.tiles, sums, steps)
+
+    def add_tile(
         self, queries: tuple[int, int], keys: tuple[int, int], saliency: Float[Tensor, "head query key"]
     ) -> None:
         """Add the tile `saliency` (not negative) of these query rows and key columns, both half-open."""
@@ -121,42 +127,10 @@ class StripSums:
         out[..., key_steps] += pooled[..., :-1]
         out[..., -1] += pooled[..., -1]
 
-
-@dataclass
-class StepSums:
-    """Where one layer's pooled map is added up, strip by strip or sequence by sequence.
-
-    Attributes:
-        tiles: The trace's step bins.
-        sums: `[head, query_step, key_bin]`; the last bin is TEMPLATE.
-        reached: Whether a gradient has come back to this layer.
-    """
-
-    tiles: StepTiles
-    sums: Float[Tensor, "head query_step key_bin"]
-    reached: bool = False
-
-    @classmethod
-    def zeros(cls, tiles: StepTiles, n_heads: int, *, dtype: torch.dtype, device: torch.device) -> StepSums:
-        """An empty map."""
-        return cls(tiles, torch.zeros(n_heads, tiles.n_steps, tiles.n_steps + 1, dtype=dtype, device=device))
-
-    def strip(self, n_heads: int, start: int, end: int) -> StripSums:
-        """An empty part for `n_heads` heads of the query rows `[start, end)`."""
-        steps = self.tiles.steps_of(start, end)
-        return StripSums(
-            self.tiles, steps, self.sums.new_zeros(n_heads, steps.stop - steps.start, self.sums.shape[2])
-        )
-
-    def add(self, sums: Float[Tensor, "head query_step key_bin"]) -> None:
-        """Add the map of a whole sequence."""
+    def add(self, heads: slice, steps: slice, sums: Float[Tensor, "head step key_bin"]) -> None:
+        """Add a finished part, of some heads and query steps."""
         self.reached = True
-        self.sums += sums.to(self.sums.dtype)
-
-    def merge(self, heads: slice, strip: StripSums) -> None:
-        """Add a finished part."""
-        self.reached = True
-        self.sums[heads, strip.steps] += strip.sums
+        self.sums[heads, steps] += sums.to(self.sums.dtype)
 
 
 @dataclass(frozen=True)

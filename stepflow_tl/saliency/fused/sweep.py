@@ -9,13 +9,11 @@
 3. A strip owns its rows of z and dq. Its parts of dk, dv and of the pooled map are added up after all strips
    are done, in the order of the strips.
 
-A tile's operations are too small for PyTorch's own threading: on two cores the products, the exponentials
-and the pooling of a tile together take as long as on one. So each core is given strips of its own and runs
-them single-threaded. Strips have equal numbers of visible keys, and there are as few as keep all cores busy.
-Results come back in the order of the strips, whichever core finished first, so equal inputs on equally many
-threads give equal bits. `torch.set_num_threads` is the only control, as for PyTorch's own operations; with
-one thread, on a GPU and for short calls nothing is shared out. Threads live as long as one call: about 0.1 ms
-to start.
+A tile's operations are too small for PyTorch's own threading (on two cores they take as long as on one). So
+each core is given strips of its own and runs them single-threaded. Strips have equal numbers of visible keys,
+and there are as few as keep all cores busy. Equal inputs on equally many threads give equal bits.
+`torch.set_num_threads` is the only control; with one thread, on a GPU and for short calls nothing is shared
+out. Threads live as long as one call: about 0.1 ms to start.
 
 Memory: two or three tiles per worker. If several strips share a KV head, dk and dv are held once more for
 each of them; the pooled map is held twice.
@@ -23,6 +21,7 @@ each of them; the pooled map is held twice.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepflow_tl.saliency.fused.call import AttentionSpec, BackwardCall, accumulation_dtype
-from stepflow_tl.saliency.fused.steps import StepSums, StripSums, keys_per_tile
+from stepflow_tl.saliency.fused.steps import StepSums, keys_per_tile
 
 ROWS_PER_TILE = 512  # query rows of all heads that share one KV head
 SHORTEST_SHARED = 256  # tokens; below, starting threads costs more than they save
@@ -98,7 +97,7 @@ def tiled_backward(
 
     def backward_strip(strip: Strip) -> _Partial:
         if not hasattr(own, "buffers"):
-            own.buffers = _TileBuffers(call.query.device, work)
+            own.buffers = {}
         group = call.sequence(strip.batch).kv_heads(strip.kv_head, strip.kv_head + 1)
         key, value = (x[0].to(work).contiguous() for x in (group.key, group.value))
         keys = slice(call.spec.first_key(strip.start), strip.end)
@@ -118,7 +117,7 @@ def tiled_backward(
         if dv is not None and partial.dv is not None:
             dv[strip.batch, strip.kv_head, partial.keys] += partial.dv
         if sums is not None and partial.sums is not None:
-            sums.merge(_heads(strip, groups), partial.sums)
+            sums.add(_heads(strip, groups), partial.sums.steps, partial.sums.sums)
     return dq, None if dk is None else dk.to(call.key.dtype), None if dv is None else dv.to(call.value.dtype)
 
 
@@ -129,21 +128,14 @@ class _Partial:
     keys: slice
     dk: Tensor | None  # [key, d_head]
     dv: Tensor | None  # [key, d_value]
-    sums: StripSums | None
+    sums: StepSums | None
 
 
-class _TileBuffers:
-    """A few flat buffers, reused by every tile so that they stay in cache."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
-        self._flat: dict[str, Tensor] = {}
-
-    def matrix(self, name: str, rows: int, columns: int) -> Tensor:
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < rows * columns:
-            flat = self._flat[name] = torch.empty(rows * columns, device=self._device, dtype=self._dtype)
-        return flat[: rows * columns].view(rows, columns)
+def _matrix(buffers: dict[str, Tensor], name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+    """A flat buffer of that name, reused by every tile of a worker so that it stays in cache."""
+    if name not in buffers or buffers[name].numel() < rows * columns:
+        buffers[name] = like.new_empty(rows * columns)
+    return buffers[name][: rows * columns].view(rows, columns)
 
 
 def _backward_strip(
@@ -153,38 +145,39 @@ def _backward_strip(
     strip: Strip,
     partial: _Partial,
     dq_out: Float[Tensor, "head token d_head"] | None,
-    buffers: _TileBuffers,
+    buffers: dict[str, Tensor],
 ) -> None:
     """One sweep over the tiles of one strip; `key` and `value` are the group's own in the working type."""
     spec = group.spec
     n_heads, _, d_head = group.query.shape
+    matrix = functools.partial(_matrix, buffers, like=key)
     # Scores come out of the product in units of log 2: exp2 is a third of the price of exp on a CPU.
     unit = spec.scale * LOG2_E if spec.softcap is None else spec.scale / spec.softcap
     for start, end in _query_blocks(strip, n_heads, spec.block_divisor):
         rows = slice(start, end)
         n_rows = n_heads * (end - start)
-        q = buffers.matrix("q", n_rows, d_head)
+        q = matrix("q", n_rows, d_head)
         torch.mul(group.query[:, rows], unit, out=q.view(n_heads, end - start, d_head))
-        dz = buffers.matrix("dz", n_rows, value.shape[-1])
+        dz = matrix("dz", n_rows, value.shape[-1])
         dz.view(n_heads, end - start, -1).copy_(group.dz[:, rows])
         row_logsumexp = (group.logsumexp[:, rows] * LOG2_E).reshape(n_rows, 1)
         row_delta = group.delta[:, rows].reshape(n_rows, 1)
-        dq = buffers.matrix("dq", n_rows, d_head).zero_() if dq_out is not None else None
+        dq = matrix("dq", n_rows, d_head).zero_() if dq_out is not None else None
         for first, last in _key_tiles(spec.first_key(start), end, keys_per_tile(spec.block_divisor)):
             own = slice(first - partial.keys.start, last - partial.keys.start)
             k, v = key[first:last], value[first:last]
-            pattern = buffers.matrix("pattern", n_rows, len(k))
+            pattern = matrix("pattern", n_rows, len(k))
             torch.mm(q, k.T, out=pattern)
             capped = None
             if spec.softcap is not None:
-                capped = buffers.matrix("capped", n_rows, len(k))
+                capped = matrix("capped", n_rows, len(k))
                 torch.tanh(pattern, out=capped)
                 torch.mul(capped, spec.softcap * LOG2_E, out=pattern)
             pattern.sub_(row_logsumexp).exp2_()
             _hide(pattern.view(n_heads, end - start, len(k)), (start, end), (first, last), spec)
             if partial.dv is not None:
                 partial.dv[own].addmm_(pattern.T, dz)
-            saliency = torch.mm(dz, v.T, out=buffers.matrix("saliency", n_rows, len(k))).mul_(pattern)
+            saliency = torch.mm(dz, v.T, out=matrix("saliency", n_rows, len(k))).mul_(pattern)
             if dq is not None or partial.dk is not None:
                 dscores = torch.addcmul(saliency, pattern, row_delta, value=-1, out=pattern)
                 if capped is not None:
@@ -195,7 +188,7 @@ def _backward_strip(
                     partial.dk[own].addmm_(dscores.T, q)
             if partial.sums is not None:
                 tile = saliency.abs_().view(n_heads, end - start, len(k))
-                partial.sums.add((start, end), (first, last), tile)
+                partial.sums.add_tile((start, end), (first, last), tile)
         if dq is not None and dq_out is not None:
             dq_out[:, rows] = dq.mul_(spec.scale).view(n_heads, end - start, d_head)
     if partial.dk is not None:
@@ -252,7 +245,9 @@ def cut_into_strips(
     """Strips of equal work that tile the call, as few as `n_workers` can share evenly."""
     n_ranges = n_workers // math.gcd(n_workers, n_batches * n_kv_heads)
     n_ranges = max(1, min(n_ranges, n_tokens // (SHORTEST_SHARED // 2)))
-    edges = _equal_ranges(n_tokens, window, n_ranges)
+    visible = torch.arange(1, n_tokens + 1).clamp(max=window if window is not None else n_tokens).cumsum(0)
+    shares = visible[-1] * torch.arange(1, n_ranges) / n_ranges
+    edges = sorted({0, *torch.searchsorted(visible.to(shares.dtype), shares).tolist(), n_tokens})
     return [
         Strip(batch, kv_head, start, end)
         for batch in range(n_batches)
@@ -284,12 +279,3 @@ def share_out(function: Callable[[Item], Result], items: Sequence[Item], n_worke
     finally:
         # The setting is a thread's own, but also the default of threads that start later.
         torch.set_num_threads(n_threads)
-
-
-def _equal_ranges(n_tokens: int, window: int | None, n_ranges: int) -> list[int]:
-    if n_ranges == 1:
-        return [0, n_tokens]
-    visible = torch.arange(1, n_tokens + 1).clamp(max=window if window is not None else n_tokens).cumsum(0)
-    shares = visible[-1] * torch.arange(1, n_ranges) / n_ranges
-    inner = torch.searchsorted(visible.to(shares.dtype), shares).tolist()
-    return sorted({0, *inner, n_tokens})

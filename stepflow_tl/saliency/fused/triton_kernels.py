@@ -1,7 +1,6 @@
 """Triton kernels that pool `|A * dL/dA|` by runs of tokens, and give dq on the way.
 
-Notation as in `attention`. A run is a stretch of consecutive tokens of one bin (a step, or a piece of
-TEMPLATE); runs tile the sequence. A pair is a block of query rows together with a run that it meets.
+Notation as in `attention`; runs and pairs as in `steps`.
 
 `pool_block`: one program owns one head and one block of query rows.
 
@@ -58,7 +57,7 @@ def pool_block(
     logsumexp_ptr,  # [head, token], contiguous, natural logarithm
     delta_ptr,  # [head, token], contiguous; read if DQ
     dq_ptr,  # [head, token, d_head], contiguous; written if DQ
-    pairs_ptr,  # [head, pair, run], contiguous, zeros; written if POOL
+    pairs_ptr,  # [head, pair, run], contiguous, zeros
     run_of_ptr,  # [token]
     first_pair_ptr,  # [block + 1]
     query_head_stride,
@@ -85,7 +84,6 @@ def pool_block(
     RUNS_PER_BLOCK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    POOL: tl.constexpr,
     DQ: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -124,15 +122,14 @@ def pool_block(
     if HAS_WINDOW:
         first = tl.maximum(start - window + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
 
-    if POOL:
-        first_pair = tl.load(first_pair_ptr + block)
-        lines = tl.arange(0, RUNS_PER_BLOCK)
-        is_line = lines < tl.load(first_pair_ptr + block + 1) - first_pair
-        line_ptrs = pairs_ptr + (head * n_pairs + first_pair + lines) * n_runs
-        query_runs = tl.load(run_of_ptr + rows, mask=is_row, other=-1) - tl.load(run_of_ptr + start)
-        in_query_run = query_runs[:, None] == lines[None, :]
-        current = tl.load(run_of_ptr + first)
-        row_sums = tl.zeros([BLOCK_QUERIES], dtype=tl.float32)
+    first_pair = tl.load(first_pair_ptr + block)
+    lines = tl.arange(0, RUNS_PER_BLOCK)
+    is_line = lines < tl.load(first_pair_ptr + block + 1) - first_pair
+    line_ptrs = pairs_ptr + (head * n_pairs + first_pair + lines) * n_runs
+    query_runs = tl.load(run_of_ptr + rows, mask=is_row, other=-1) - tl.load(run_of_ptr + start)
+    in_query_run = query_runs[:, None] == lines[None, :]
+    current = tl.load(run_of_ptr + first)
+    row_sums = tl.zeros([BLOCK_QUERIES], dtype=tl.float32)
 
     for key_start in range(first, end, BLOCK_KEYS):
         columns = key_start + tl.arange(0, BLOCK_KEYS)
@@ -161,24 +158,22 @@ def pool_block(
         # Hidden before exp2: a hidden score may lie far above the row's logsumexp and overflow.
         pattern = tl.exp2(tl.where(visible, scores * LOG2_E - row_logsumexp[:, None], float("-inf")))
         dpattern = _product(dz, tl.trans(v), UPCAST)
-        if POOL:
-            saliency = tl.abs(pattern * dpattern)
-            column_runs = tl.load(run_of_ptr + columns, mask=is_column, other=-1)
-            last = tl.load(run_of_ptr + tl.minimum(key_start + BLOCK_KEYS, end) - 1)
-            for run in range(current, last):
-                row_sums += tl.sum(tl.where(column_runs[None, :] == run, saliency, 0.0), axis=1)
-                _close_run(row_sums, in_query_run, line_ptrs, is_line, run)
-                row_sums = tl.zeros([BLOCK_QUERIES], dtype=tl.float32)
-            row_sums += tl.sum(tl.where(column_runs[None, :] == last, saliency, 0.0), axis=1)
-            current = last
+        saliency = tl.abs(pattern * dpattern)
+        column_runs = tl.load(run_of_ptr + columns, mask=is_column, other=-1)
+        last = tl.load(run_of_ptr + tl.minimum(key_start + BLOCK_KEYS, end) - 1)
+        for run in range(current, last):
+            row_sums += tl.sum(tl.where(column_runs[None, :] == run, saliency, 0.0), axis=1)
+            _close_run(row_sums, in_query_run, line_ptrs, is_line, run)
+            row_sums = tl.zeros([BLOCK_QUERIES], dtype=tl.float32)
+        row_sums += tl.sum(tl.where(column_runs[None, :] == last, saliency, 0.0), axis=1)
+        current = last
         if DQ:
             dscores = pattern * (dpattern - row_delta[:, None])
             if HAS_SOFTCAP:
                 dscores = dscores * (1.0 - bounded * bounded)
             dq += _product(dscores.to(k.dtype), k, UPCAST)
 
-    if POOL:
-        _close_run(row_sums, in_query_run, line_ptrs, is_line, current)
+    _close_run(row_sums, in_query_run, line_ptrs, is_line, current)
     if DQ:
         dq_ptrs = dq_ptr + (head * n_tokens + long_rows) * D_HEAD + d_head[None, :]
         tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=is_query)

@@ -1,12 +1,10 @@
 """Pool `|A * dL/dA|` into step bins on a GPU, with dq if wanted: the launcher of `triton_kernels`.
 
-1. Cut the tokens into runs of one bin, and list the pairs of a query block and a run that it meets. Runs tile
-   the sequence, so there are fewer than `blocks + runs` pairs, and the pairs of one run follow each other.
+1. Cut the tokens into runs of one bin, and list the pairs of a query block and a run that it meets
+   (`StepRuns`).
 2. Launch `pool_block` over (query block, head), which fills one line of key runs per pair.
 3. Launch `fold_pairs`, which adds the lines of each query step. TEMPLATE queries are dropped.
 4. Put each step's key run into its column and the sum of all TEMPLATE runs into the last one.
-
-The order of every sum is fixed by the token count and the runs: equal inputs give equal bits on one machine.
 
 Memory: the lines of a few heads at a time, `pairs * runs` float32 numbers per head, at most `line_bytes`
 unless one KV group alone takes more. Time: two matrix products over the visible part of the square, three
@@ -19,7 +17,7 @@ import functools
 import importlib.util
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,9 +29,8 @@ from stepflow_tl.saliency.fused.call import BackwardCall
 from stepflow_tl.saliency.fused.steps import StepRuns
 
 LINE_BYTES = 64 << 20
-_TILE_BYTES = (
-    64 << 10
-)  # q, dz, k and v tiles of one program together: fits the shared memory of every Ampere GPU
+# The q, dz, k and v tiles of one program together: fits the shared memory of every Ampere GPU.
+_TILE_BYTES = 64 << 10
 _RUNS_PER_FOLD = 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,7 +43,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype not in _DTYPES or not _has_triton():
         return False
     if device.type == "cpu":
-        return _interpreted()
+        return os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -57,30 +54,25 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def pool_on_device(
     call: BackwardCall,
-    step_ids: Int[Tensor, " token"] | None,
+    step_ids: Int[Tensor, " token"],
     n_steps: int,
     *,
     with_dq: bool = False,
     line_bytes: int = LINE_BYTES,
-) -> tuple[Float[Tensor, "head query_step key_bin"] | None, Float[Tensor, "head token d_head"] | None]:
+) -> tuple[Float[Tensor, "head query_step key_bin"], Float[Tensor, "head token d_head"] | None]:
     """Token saliency of one sequence, pooled into step bins, and dL/dq.
 
     Args:
         call: One sequence, float32, bfloat16 or float16; any strides.
-        step_ids: Step of each token, -1 on TEMPLATE; a step's tokens are consecutive. None to pool nothing.
+        step_ids: Step of each token, -1 on TEMPLATE; a step's tokens are consecutive.
         n_steps: Number of steps.
         with_dq: Whether dq is computed.
-        line_bytes: What the lines of one launch may take; it decides how many heads are launched together.
+        line_bytes: What the lines of one launch may take, and so how many heads are launched together.
 
     Returns:
-        The sums in float32, the last bin being TEMPLATE (None without `step_ids`), and dq (None unless
-        wanted).
+        The sums in float32, the last bin being TEMPLATE, and dq (None unless wanted).
 
     Raises:
         FusedRefusal: If it cannot run on this device or type, if the steps are not those of the call's
@@ -91,97 +83,69 @@ def pool_on_device(
     groups = call.heads_per_group
     # Kernels take any strides but that of the last axis, and rows of numbers as they come.
     rows = {name: getattr(call, name).to(torch.float32).contiguous() for name in ("logsumexp", "delta")}
-    matrices = {name: _last_axis_dense(getattr(call, name)) for name in ("query", "key", "value", "dz")}
-    call = replace(call, **rows, **matrices)
-    shape = _BlockShape.of(call.query.shape[-1], call.value.shape[-1], call.query.element_size())
-    runs = None if step_ids is None else StepRuns.of(step_ids, shape.size).to(call.query.device)
+    matrices = {name: getattr(call, name) for name in ("query", "key", "value", "dz")}
+    dense = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in matrices.items()}
+    call = replace(call, **rows, **dense)
+    # Heads are padded to a power of two; matrix products need 16 at least.
+    widths = [max(16, 1 << (x.shape[-1] - 1).bit_length()) for x in (call.query, call.value)]
+    n_rows = _TILE_BYTES // (2 * sum(widths) * call.query.element_size())
+    size = min(64, max(16, 1 << (n_rows.bit_length() - 1)))
+    runs = StepRuns.of(step_ids, size).to(call.query.device)
     dq = torch.empty(call.query.shape, dtype=call.query.dtype, device=call.query.device) if with_dq else None
-    sums, chunk = None, n_heads
-    if runs is not None:
-        sums = call.logsumexp.new_zeros(n_heads, n_steps, n_steps + 1)
-        chunk = max(1, line_bytes // (4 * runs.n_pairs * runs.n_runs * groups)) * groups
+    sums = call.logsumexp.new_zeros(n_heads, n_steps, n_steps + 1)
+    chunk = max(1, line_bytes // (4 * runs.n_pairs * runs.n_runs * groups)) * groups
     for first in range(0, n_heads, chunk):
         heads = slice(first, min(first + chunk, n_heads))
         part = call.kv_heads(heads.start // groups, heads.stop // groups)
-        lines = (
-            None if runs is None else call.logsumexp.new_zeros(heads.stop - first, runs.n_pairs, runs.n_runs)
-        )
-        _launch(shape, part, None if dq is None else dq[heads], runs, lines)
-        if runs is not None and lines is not None and sums is not None:
-            runs.add_into(sums[heads], _fold(lines, runs))
+        lines = call.logsumexp.new_zeros(heads.stop - first, runs.n_pairs, runs.n_runs)
+        _launch(size, widths, part, None if dq is None else dq[heads], runs, lines)
+        runs.add_into(sums[heads], _fold(lines, runs))
     return sums, dq
 
 
-@dataclass(frozen=True)
-class _BlockShape:
-    """Tile sizes: `size` queries by `size` keys, heads padded to a power of two."""
-
-    size: int
-    d_head: int
-    d_value: int
-
-    @classmethod
-    def of(cls, d_head: int, d_value: int, element_size: int) -> _BlockShape:
-        # Matrix products need 16 at least.
-        padded = [max(16, 1 << (d - 1).bit_length()) for d in (d_head, d_value)]
-        rows = _TILE_BYTES // (2 * sum(padded) * element_size)
-        return cls(min(64, max(16, 1 << (rows.bit_length() - 1))), *padded)
-
-
 def _launch(
-    shape: _BlockShape,
-    call: BackwardCall,
-    dq: Tensor | None,
-    runs: StepRuns | None,
-    lines: Tensor | None,
+    size: int, widths: list[int], call: BackwardCall, dq: Tensor | None, runs: StepRuns, lines: Tensor
 ) -> None:
+    """Tiles of `size` queries by `size` keys; `widths` are the padded heads of queries and of values."""
     from stepflow_tl.saliency.fused import triton_kernels
 
     kernel: Any = triton_kernels.pool_block  # launch options are no parameters of the function
     n_heads, n_tokens, d_head = call.query.shape
-    unused = call.logsumexp  # any pointer: the switches keep the kernel from following it
     window, softcap = call.spec.window_within(n_tokens), call.spec.softcap
-    grid = (-(-n_tokens // shape.size), n_heads)
+    grid = (-(-n_tokens // size), n_heads)
+    tensors = (call.query, call.key, call.value, call.dz)
     with _on_device(call.query.device):
         kernel[grid](
-            call.query,
-            call.key,
-            call.value,
-            call.dz,
+            *tensors,
             call.logsumexp,
             call.delta,
-            unused if dq is None else dq,
-            unused if lines is None else lines,
-            unused if runs is None else runs.run_of,
-            unused if runs is None else runs.first_pair,
-            *(x.stride(axis) for x in (call.query, call.key, call.value, call.dz) for axis in (0, 1)),
+            call.logsumexp if dq is None else dq,  # any pointer: `DQ` keeps the kernel from following it
+            lines,
+            runs.run_of,
+            runs.first_pair,
+            *(x.stride(axis) for x in tensors for axis in (0, 1)),
             n_tokens,
-            0 if runs is None else runs.n_runs,
-            0 if runs is None else runs.n_pairs,
+            runs.n_runs,
+            runs.n_pairs,
             float(call.spec.scale),
             float(softcap or 1.0),
             window or 0,
             GROUPS=call.heads_per_group,
             D_HEAD=d_head,
             D_VALUE=call.value.shape[-1],
-            BLOCK_D_HEAD=shape.d_head,
-            BLOCK_D_VALUE=shape.d_value,
-            BLOCK_QUERIES=shape.size,
-            BLOCK_KEYS=shape.size,
-            RUNS_PER_BLOCK=2 if runs is None else max(2, 1 << (runs.runs_per_block - 1).bit_length()),
+            BLOCK_D_HEAD=widths[0],
+            BLOCK_D_VALUE=widths[1],
+            BLOCK_QUERIES=size,
+            BLOCK_KEYS=size,
+            RUNS_PER_BLOCK=max(2, 1 << (runs.runs_per_block - 1).bit_length()),
             HAS_SOFTCAP=softcap is not None,
             HAS_WINDOW=window is not None,
-            POOL=runs is not None,
             DQ=dq is not None,
             UPCAST=call.query.device.type == "cpu",
-            num_warps=8 if shape.size > 16 else 4,
+            num_warps=8 if size > 16 else 4,
             num_stages=2,
             enable_fp_fusion=True,
         )
-
-
-def _last_axis_dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _fold(lines: Tensor, runs: StepRuns) -> Tensor:
@@ -211,19 +175,18 @@ def _on_device(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _check(call: BackwardCall, step_ids: Tensor | None) -> None:
+def _check(call: BackwardCall, step_ids: Tensor) -> None:
     if not available(call.query.device, call.query.dtype):
         raise FusedRefusal(
             f"the Triton kernel cannot run with {call.query.dtype} on {call.query.device}: it needs Triton, "
             "an Ampere or later NVIDIA GPU and float32, bfloat16 or float16 (on a CPU: TRITON_INTERPRET=1)"
         )
-    if step_ids is not None and tuple(step_ids.shape) != (call.n_tokens,):
+    if tuple(step_ids.shape) != (call.n_tokens,):
         raise FusedRefusal(
             f"`step_ids` has shape {tuple(step_ids.shape)}; {(call.n_tokens,)} goes with query "
             f"{tuple(call.query.shape)}"
         )
     for name in ("key", "value", "dz"):
-        if getattr(call, name).dtype != call.query.dtype:
-            raise FusedRefusal(
-                f"`{name}` is {getattr(call, name).dtype} and query {call.query.dtype}: they must agree"
-            )
+        dtype = getattr(call, name).dtype
+        if dtype != call.query.dtype:
+            raise FusedRefusal(f"`{name}` is {dtype} and query {call.query.dtype}: they must agree")

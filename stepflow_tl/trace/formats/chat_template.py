@@ -23,14 +23,13 @@ The white space with which `thinking_close` begins counts as thinking, as it wou
 belongs to the step before it.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
+from itertools import accumulate
 from typing import Any
 
 from stepflow_tl.errors import FormatError
 from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
-from stepflow_tl.trace.formats.table import formats_by_priority, get_format, known_formats
+from stepflow_tl.trace.formats.table import formats_by_priority, get_format, known_formats, read_format
 from stepflow_tl.trace.steps import WHITE_SPACE, Segment
 
 # Templates have no common name for the switch; one that does not know it ignores it.
@@ -40,9 +39,6 @@ _SENTINEL = "stepflowQuestionSlot"
 
 def detect_format(tokenizer: Any) -> ReasoningFormat:
     """The reasoning format of a tokenizer.
-
-    Args:
-        tokenizer: A transformers tokenizer.
 
     Raises:
         FormatError: The chat template belongs to no known format.
@@ -80,6 +76,8 @@ def chat_template(tokenizer: Any) -> str | None:
 def resolve_format(tokenizer: Any, format: Any) -> ReasoningFormat:
     """The format meant by a name, a `ReasoningFormat`, or "auto" / None (read from the tokenizer).
 
+    A name that ends in ".json" is the file of a format of the user's own (`read_format`).
+
     The `plain` format takes the tokenizer's BOS, EOS and padding tokens as TEMPLATE; the others name theirs.
 
     Raises:
@@ -90,7 +88,7 @@ def resolve_format(tokenizer: Any, format: Any) -> ReasoningFormat:
     elif format is None or format == "auto":
         entry = detect_format(tokenizer)
     elif isinstance(format, str):
-        entry = get_format(format)
+        entry = read_format(format) if format.endswith(".json") else get_format(format)
     else:
         raise FormatError(f"format must be a name, a ReasoningFormat or 'auto', got {format!r}.")
     if entry.name == "plain" and not entry.fillers:
@@ -102,15 +100,7 @@ def resolve_format(tokenizer: Any, format: Any) -> ReasoningFormat:
 def render_parts(
     tokenizer: Any, entry: ReasoningFormat, question: str, thinking: str, summary: str, system: str | None
 ) -> tuple[str, list[tuple[int, Segment]]]:
-    """The whole text, and the (end, segment) spans that tile it.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        entry: The reasoning format.
-        question: The user's text.
-        thinking: May be empty.
-        summary: Empty for thinking that is not finished.
-        system: System prompt, or None.
+    """The whole text, and the (end, segment) spans that tile it; parts as in `ReasoningTrace.from_parts`.
 
     Raises:
         FormatError: The chat template refuses the messages, drops the question, or is missing where the
@@ -119,7 +109,7 @@ def render_parts(
     before, asked, after = _prompt(tokenizer, entry, question, system)
     is_closed = _ends_with(after, entry.thinking_ends)
     if is_closed and thinking:
-        before, asked, after = _prompt(tokenizer, entry, question, system, _THINKING_ON)
+        before, asked, after = _prompt(tokenizer, entry, question, system, **_THINKING_ON)
         if _ends_with(after, entry.thinking_ends):
             raise FormatError(
                 f"The chat template closes thinking in its prompt (it ends with {after[-30:]!r}), with "
@@ -127,11 +117,7 @@ def render_parts(
                 "ReasoningTrace.from_text."
             )
         is_closed = False
-    parts: list[tuple[str, Segment]] = [
-        (before, Segment.TEMPLATE),
-        (asked, Segment.QUESTION),
-        (after, Segment.TEMPLATE),
-    ]
+    parts = [(before, Segment.TEMPLATE), (asked, Segment.QUESTION), (after, Segment.TEMPLATE)]
     is_open = _ends_with(after, entry.thinking_starts)
     if is_closed:
         pass  # the prompt has said that there is no thinking
@@ -147,11 +133,9 @@ def render_parts(
         parts.append((entry.answer_open, Segment.TEMPLATE))
     if summary:
         parts += [(summary, Segment.SUMMARY), (entry.turn_close, Segment.TEMPLATE)]
-    text, spans = "", []
-    for part, segment in parts:
-        text += part
-        spans.append((len(text), segment))
-    return text, spans
+    ends = accumulate(len(part) for part, _ in parts)
+    spans = [(end, segment) for end, (_, segment) in zip(ends, parts, strict=True)]
+    return "".join(part for part, _ in parts), spans
 
 
 def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str, system: str | None = None) -> str:
@@ -171,7 +155,7 @@ def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str, syste
     """
     rendered = _render(tokenizer, question, system)
     if _ends_with(rendered, entry.thinking_ends):
-        return _render(tokenizer, question, system, _THINKING_ON)
+        return _render(tokenizer, question, system, **_THINKING_ON)
     return rendered
 
 
@@ -181,11 +165,7 @@ def _ends_with(text: str, markers: tuple[str, ...]) -> bool:
 
 
 def _prompt(
-    tokenizer: Any,
-    entry: ReasoningFormat,
-    question: str,
-    system: str | None,
-    switches: Mapping[str, bool] = MappingProxyType({}),
+    tokenizer: Any, entry: ReasoningFormat, question: str, system: str | None, **switches: bool
 ) -> tuple[str, str, str]:
     """The prompt before the question, the question as it stands there, and the prompt after it."""
     if entry.name == "plain" or chat_template(tokenizer) is None:
@@ -197,16 +177,13 @@ def _prompt(
             )
         bos = getattr(tokenizer, "bos_token", None) or ""
         return bos + (f"{system}\n\n" if system else ""), question + "\n\n", ""
-    rendered = _render(tokenizer, question, system, switches)
-    frame = _render(tokenizer, _SENTINEL, system, switches)
+    rendered = _render(tokenizer, question, system, **switches)
+    frame = _render(tokenizer, _SENTINEL, system, **switches)
     slot = frame.find(_SENTINEL)
     if slot >= 0:
         before, after = frame[:slot], frame[slot + len(_SENTINEL) :]
-        if (
-            rendered.startswith(before)
-            and rendered.endswith(after)
-            and len(rendered) > len(before) + len(after)
-        ):
+        is_framed = rendered.startswith(before) and rendered.endswith(after)
+        if is_framed and len(rendered) > len(before) + len(after):
             return before, rendered[len(before) : len(rendered) - len(after)], after
     for wanted in (question, question.strip()):  # a template whose frame depends on the question
         slot = rendered.rfind(wanted)
@@ -218,9 +195,7 @@ def _prompt(
     )
 
 
-def _render(
-    tokenizer: Any, question: str, system: str | None, switches: Mapping[str, bool] = MappingProxyType({})
-) -> str:
+def _render(tokenizer: Any, question: str, system: str | None, **switches: bool) -> str:
     messages = [{"role": "user", "content": question}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})

@@ -1,4 +1,4 @@
-"""Where a model family puts question, thinking and answer: one table of literal markers.
+r"""Where a model family puts question, thinking and answer: one table of literal markers.
 
 A `ReasoningFormat` is data. It names the literal strings ("markers") that move a transcript from one place to
 the next; `scanner` runs them as a state machine. The places are: before any turn, inside a user turn, inside
@@ -13,15 +13,21 @@ Which markers count where:
    system prompts of Phi-4-reasoning, SmolLM3 and Magistral all do.
 3. With `content_start` (gpt-oss), turn and channel markers only announce what comes; the content opens at
    that marker.
+4. `answer_begins_with` counts inside thinking only. It ends thinking as `thinking_ends` does, but it is not
+   TEMPLATE: it is the beginning of the answer, which could not be read without it (`\boxed{18}`).
 
 Where one marker is the beginning of another (`<|im_start|>` and `<|im_start|>user`), the longer one wins when
 it completes; so `other_turns` may hold the bare turn marker and catch every role without an entry of its own.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from stepflow_tl.errors import FormatError
 from stepflow_tl.trace.steps import WHITE_SPACE, Segment
+
+_JSON_KINDS = {tuple: "a list of strings", Segment: '"THINKING" or "SUMMARY"'}
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class ReasoningFormat:
         turn_ends: Markers that close any turn.
         thinking_starts: Markers that open thinking within an assistant turn.
         thinking_ends: Markers that close thinking and open the answer.
+        answer_begins_with: Markers that close thinking and are themselves the first text of the answer.
         answer_starts: Markers that announce the answer (gpt-oss channels); elsewhere `thinking_ends` does it.
         content_start: Marker at which an announced turn's text begins; empty when it begins at once.
         fillers: Literal special tokens that are TEMPLATE wherever they stand and change nothing (BOS, end of
@@ -63,6 +70,7 @@ class ReasoningFormat:
     turn_ends: tuple[str, ...] = ()
     thinking_starts: tuple[str, ...] = ()
     thinking_ends: tuple[str, ...] = ()
+    answer_begins_with: tuple[str, ...] = ()
     answer_starts: tuple[str, ...] = ()
     content_start: str = ""
     fillers: tuple[str, ...] = ()
@@ -102,9 +110,39 @@ class ReasoningFormat:
                 f"{self.opens_as!r}."
             )
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], base: "ReasoningFormat | None" = None) -> "ReasoningFormat":
+        """A format from plain data: markers as lists of strings, `opens_as` as "THINKING" or "SUMMARY".
+
+        Args:
+            data: Fields by name, `name` among them.
+            base: The format that the fields left out come from; without one they have their defaults.
+
+        Raises:
+            FormatError: A field is unknown or of the wrong type, or the format is refused.
+        """
+        given = dict(data)
+        for field in fields(cls):
+            kind = str if field.name == "name" else type(field.default)
+            value = given.get(field.name, field.default)
+            if kind is Segment and value in (Segment.THINKING.name, Segment.SUMMARY.name):
+                given[field.name] = Segment[value]
+            elif kind is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+                given[field.name] = tuple(value)
+            elif field.name in given and type(value) is not (None if kind in _JSON_KINDS else kind):
+                expected = _JSON_KINDS.get(kind, "true or false" if kind is bool else "a string")
+                raise FormatError(f"{field.name} of a format is {value!r}: expected {expected}.")
+        unknown = sorted(set(given) - {field.name for field in fields(cls)})
+        if unknown or "name" not in given:
+            known = ", ".join(field.name for field in fields(cls))
+            wrong = f"a format has no field {', '.join(unknown)}" if unknown else "the format has no name"
+            raise FormatError(f"{wrong}; its fields are {known}.")
+        return cls(**given) if base is None else replace(base, **given)
+
     @property
     def markers(self) -> tuple[str, ...]:
         """Every marker of the format."""
         content = (self.content_start,) if self.content_start else ()
         turns = self.user_turns + self.assistant_turns + self.other_turns + self.turn_ends
-        return turns + self.thinking_starts + self.thinking_ends + self.answer_starts + content + self.fillers
+        thinking = self.thinking_starts + self.thinking_ends + self.answer_begins_with
+        return turns + thinking + self.answer_starts + content + self.fillers

@@ -5,8 +5,9 @@ One character at a time:
 1. The character joins the held text. Held text is what may still grow into an active marker.
 2. While no active marker begins with the held text, its first character is released as content of the
    current place, and the rest is looked at again.
-3. Held text that equals a marker is released as TEMPLATE and moves the scanner to the marker's place. If a
-   longer marker begins with this one the scanner keeps watching for it; when it completes, its place wins.
+3. Held text that equals a marker is released as TEMPLATE and moves the scanner to the marker's place (one
+   that is the beginning of the answer moves it first, and is released there). If a longer marker begins with
+   this one the scanner keeps watching for it; when it completes, its place wins.
 
 So each character is released exactly once, in order, at most one marker length late, and its segment depends
 on no character after its release. Time per character and memory: O(longest marker). `SpanScanner` is the same
@@ -62,7 +63,7 @@ class Scanner(Protocol):
         return copy(self)
 
 
-_USER, _ASSISTANT, _OTHER, _END, _THINK, _ANSWER, _CONTENT, _FILLER = range(8)
+_USER, _ASSISTANT, _OTHER, _END, _THINK, _ANSWER, _ANSWER_TEXT, _CONTENT, _FILLER = range(9)
 
 
 @lru_cache(maxsize=64)
@@ -74,6 +75,7 @@ def _actions(entry: ReasoningFormat) -> tuple[tuple[str, int], ...]:
         (entry.turn_ends, _END),
         (entry.thinking_starts, _THINK),
         (entry.thinking_ends + entry.answer_starts, _ANSWER),
+        (entry.answer_begins_with, _ANSWER_TEXT),
         ((entry.content_start,) if entry.content_start else (), _CONTENT),
         (entry.fillers, _FILLER),
     )
@@ -90,11 +92,7 @@ def _first_characters(entry: ReasoningFormat) -> frozenset[str]:
 
 
 class FormatScanner(Scanner):
-    """Finite-state machine over the markers of one `ReasoningFormat`.
-
-    Args:
-        entry: The format to follow.
-    """
+    """Finite-state machine over the markers of one `ReasoningFormat`."""
 
     def __init__(self, entry: ReasoningFormat) -> None:
         """Start before any turn."""
@@ -135,13 +133,19 @@ class FormatScanner(Scanner):
         released: list[Released] = []
         self._held += char
         while self._held:
-            if self._continues(self._held):
-                action = self._complete(self._held)
-                if action is not None:
-                    released += [Released(c, Segment.TEMPLATE, self._run) for c in self.held]
-                    self._apply(action)
+            missing = self._missing()
+            if missing:
+                complete = [action for rest, action in missing if not rest]
+                if complete and self.held:
+                    if complete[0] == _ANSWER_TEXT:
+                        self._apply(complete[0])
+                        released += [Released(c, *self.place) for c in self.held]
+                    else:
+                        released += [Released(c, Segment.TEMPLATE, self._run) for c in self.held]
+                        self._apply(complete[0])
                     self._spent = len(self._held)
-                    if not self._continues(self._held, longer=True):
+                    # Only longer forms of this marker may follow, all of them turn markers or fillers.
+                    if not any(rest for rest, _ in self._missing()):
                         self._held, self._spent = "", 0
                 break
             self._drop_first(released)
@@ -150,11 +154,7 @@ class FormatScanner(Scanner):
     def feed_fragment(self) -> list[Released]:
         """Learn that the next character is not ASCII; return the characters this releases."""
         released: list[Released] = []
-        while self._held and not any(
-            marker.startswith(self._held) and ord(marker[len(self._held)]) > 127
-            for marker, action in _actions(self.entry)
-            if len(marker) > len(self._held) and self._is_active(action)
-        ):
+        while self._held and not any(rest and ord(rest[0]) > 127 for rest, _ in self._missing()):
             self._drop_first(released)
         return released
 
@@ -174,19 +174,14 @@ class FormatScanner(Scanner):
             self._run_is_empty = self._at_start = False
         released.append(Released(char, self._segment, self._run))
 
-    def _continues(self, text: str, longer: bool = False) -> bool:
-        # After a shorter marker was applied only its longer forms may follow, all of them turn markers or
-        # fillers.
-        return any(
-            marker.startswith(text) and (not longer or len(marker) > len(text)) and self._is_active(action)
+    def _missing(self) -> list[tuple[str, int]]:
+        """What the held text lacks of each active marker that begins with it, and the marker's action."""
+        held = self._held
+        return [
+            (marker[len(held) :], action)
             for marker, action in _actions(self.entry)
-        )
-
-    def _complete(self, text: str) -> int | None:
-        for marker, action in _actions(self.entry):
-            if marker == text and len(text) > self._spent and self._is_active(action):
-                return action
-        return None
+            if marker.startswith(held) and self._is_active(action)
+        ]
 
     def _is_active(self, action: int) -> bool:
         if action == _CONTENT:
@@ -199,6 +194,8 @@ class FormatScanner(Scanner):
             # In thinking that has begun, or in an answer after thinking, "<think>" is only talked about.
             in_first_answer = self._segment == Segment.SUMMARY and not self._turn_has_answer
             return self._in_assistant and (self._run_is_empty or in_first_answer)
+        if action == _ANSWER_TEXT:
+            return self._in_assistant and self._segment == Segment.THINKING
         if action == _ANSWER:
             if self.entry.content_start:
                 return self._at_start or (self._in_header and self._in_assistant)
@@ -227,6 +224,10 @@ class FormatScanner(Scanner):
         elif action == _THINK:
             self.saw_thinking_marker = self._in_assistant = True
             self._open(Segment.THINKING)
+        elif action == _ANSWER_TEXT:
+            self.saw_thinking_marker = self._turn_has_answer = True
+            self._move(Segment.SUMMARY)
+            self._run_is_empty = False
         else:
             is_expected = self._segment == Segment.THINKING or self._run_is_empty or entry.content_start
             self.stray_thinking_end |= not is_expected

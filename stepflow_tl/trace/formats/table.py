@@ -6,6 +6,9 @@ formats in the order in which they stand here, a specific one before a general o
 is "qwen3", and "mistral" what is "magistral".
 """
 
+import json
+from pathlib import Path
+
 from stepflow_tl.errors import FormatError
 from stepflow_tl.trace.formats.reasoning_format import ReasoningFormat
 from stepflow_tl.trace.steps import Segment
@@ -251,6 +254,13 @@ BUILT_IN = (
         **_TAGS,
     ),
     ReasoningFormat(
+        name="boxed",  # a ChatML model without markers of its own, told to put its answer into \boxed{}
+        opens_as=Segment.THINKING,
+        answer_begins_with=("\\boxed{",),
+        marks_empty_thinking=False,
+        **_CHATML,
+    ),  # asked for by name: no template tells what the user's prompt will say
+    ReasoningFormat(
         name="plain", opens_as=Segment.THINKING, thinking_close="\n\n", marks_empty_thinking=False
     ),
 )
@@ -275,6 +285,33 @@ def get_format(name: str) -> ReasoningFormat:
             "Pass one of them, or add your own with stepflow_tl.trace.formats.register_format."
         )
     return _TABLE[name]
+
+
+def read_format(path: str | Path) -> ReasoningFormat:
+    """A user's own format, from a file with one JSON object; it is not added to the table.
+
+    Args:
+        path: The file: the fields of `ReasoningFormat.from_json`, with a name that is not taken; and
+            `based_on`, the name of a known format that the other fields come from (none by default).
+
+    Raises:
+        FormatError: The file cannot be read, a field is wrong, or the name is taken.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FormatError(f"The reasoning format {path} cannot be read: {reason}.") from error
+    if not isinstance(data, dict):
+        raise FormatError(f"{path} holds no JSON object: expected the fields of a reasoning format.")
+    base = data.pop("based_on", None)
+    try:
+        entry = ReasoningFormat.from_json(data, None if base is None else get_format(str(base)))
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+    if entry.name in _TABLE:
+        raise FormatError(f"{path}: the name {entry.name!r} is taken by a known format; choose another.")
+    return entry
 
 
 def register_format(entry: ReasoningFormat) -> ReasoningFormat:

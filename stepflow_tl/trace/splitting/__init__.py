@@ -7,9 +7,7 @@ from stepflow_tl.trace.splitting.splitters import ParagraphSplitter as Paragraph
 from stepflow_tl.trace.splitting.splitters import RegexSplitter as RegexSplitter
 from stepflow_tl.trace.splitting.splitters import SentenceSplitter as SentenceSplitter
 from stepflow_tl.trace.splitting.splitters import StepSplitter as StepSplitter
-from stepflow_tl.trace.splitting.splitters import StepStream as StepStream
 from stepflow_tl.trace.splitting.splitters import WholeSplitter as WholeSplitter
 from stepflow_tl.trace.splitting.splitters import resolve_splitter as resolve_splitter
 from stepflow_tl.trace.splitting.tracker import StepTracker as StepTracker
-from stepflow_tl.trace.splitting.tracker import TokenLabel as TokenLabel
 from stepflow_tl.trace.splitting.tracker import TokenTracker as TokenTracker

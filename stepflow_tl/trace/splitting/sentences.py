@@ -83,7 +83,7 @@ class SentenceStream:
     def clone(self) -> "SentenceStream":
         """An independent copy."""
         twin = copy(self)
-        twin.protected = self.protected.clone()
+        twin.protected = copy(self.protected)
         return twin
 
     def feed(self, char: str) -> bool:
@@ -182,10 +182,6 @@ class ProtectedStretches:
         """Whether a stop here would end nothing."""
         return self.mode not in (_TEXT, _AMOUNT)
 
-    def clone(self) -> "ProtectedStretches":
-        """An independent copy."""
-        return copy(self)
-
     def feed(self, char: str) -> None:
         """Take the next character."""
         if self.mode == _FENCE:
@@ -261,9 +257,8 @@ class ProtectedStretches:
 
     def _count_ticks(self, char: str, previous: str) -> None:
         if char in "`~" and not self.escaped:
-            self.ticks_open_line = (
-                self.ticks_open_line if self.ticks and char == previous else self.line_is_blank
-            )
+            if not (self.ticks and char == previous):
+                self.ticks_open_line = self.line_is_blank
             self.ticks = self.ticks + 1 if char == previous else 1
             if self.ticks == 3 and self.ticks_open_line:
                 self.mode, self.fence, self.line_may_close = _FENCE, (char, 3), False

@@ -45,14 +45,7 @@ class StepSplitter(Protocol):
         ...
 
     def split(self, text: str) -> list[str]:
-        """Cut a finished text into steps, by the streaming twin.
-
-        Args:
-            text: Any text.
-
-        Returns:
-            The steps; they join to `text`. An empty text has none.
-        """
+        """The steps of a finished text, by the streaming twin; they join to it. No text has no step."""
         if not text:
             return []
         stream, starts = self.stream(), [0]
@@ -63,17 +56,25 @@ class StepSplitter(Protocol):
         return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
+class _Splitter(StepSplitter):
+    """A splitter whose twins are copies of one that has not been fed yet."""
+
+    _unfed: StepStream
+
+    def stream(self) -> StepStream:
+        """A fresh streaming twin."""
+        return self._unfed.clone()
+
+
 class _WholeStream(StepStream):
     def feed(self, char: str) -> bool:
         return False
 
 
-class WholeSplitter(StepSplitter):
+class WholeSplitter(_Splitter):
     """Everything is one step; the default for questions."""
 
-    def stream(self) -> StepStream:
-        """A twin that never begins a second step."""
-        return _WholeStream()
+    _unfed = _WholeStream()
 
 
 class _NewlineStream(StepStream):
@@ -88,31 +89,25 @@ class _NewlineStream(StepStream):
         return begins
 
 
-class ParagraphSplitter(StepSplitter):
+class ParagraphSplitter(_Splitter):
     r"""A blank line separates steps. It may hold white space, and lines may end in `\r\n`."""
 
-    def stream(self) -> StepStream:
-        """A twin that counts the newlines of the white space it is in."""
-        return _NewlineStream(2)
+    _unfed = _NewlineStream(2)
 
 
-class LineSplitter(StepSplitter):
+class LineSplitter(_Splitter):
     """Every line that is not blank is a step."""
 
-    def stream(self) -> StepStream:
-        """A twin that counts the newlines of the white space it is in."""
-        return _NewlineStream(1)
+    _unfed = _NewlineStream(1)
 
 
-class SentenceSplitter(StepSplitter):
+class SentenceSplitter(_Splitter):
     """A sentence is a step; never cut inside a decimal, an abbreviation, LaTeX or code.
 
     The rules are in `stepflow_tl.trace.splitting.sentences`.
     """
 
-    def stream(self) -> StepStream:
-        """A twin whose state is a few dozen characters."""
-        return SentenceStream()
+    _unfed = SentenceStream()
 
 
 class _RegexStream(StepStream):
@@ -127,7 +122,7 @@ class _RegexStream(StepStream):
         return begins
 
 
-class RegexSplitter(StepSplitter):
+class RegexSplitter(_Splitter):
     r"""A step ends wherever the pattern matches a stretch that ends there.
 
     After each character the text of the current step so far is searched for a match that ends exactly with
@@ -152,7 +147,7 @@ class RegexSplitter(StepSplitter):
         flags = 0 if isinstance(pattern, str) else pattern.flags
         try:
             # A greedy match must be able to give way, so that "ends here" is asked of every way to match.
-            self.ends = re.compile(rf"(?:{source})\Z", flags)
+            ends = re.compile(rf"(?:{source})\Z", flags)
             is_empty = re.compile(source, flags).fullmatch("") is not None
         except re.error as error:
             raise TraceError(
@@ -170,11 +165,7 @@ class RegexSplitter(StepSplitter):
             )
         if max_match < 1:
             raise TraceError(f"max_match must be at least 1, got {max_match}.")
-        self.max_match = max_match
-
-    def stream(self) -> StepStream:
-        """A twin that searches the last `max_match` characters of the current step."""
-        return _RegexStream(self.ends, self.max_match)
+        self._unfed = _RegexStream(ends, max_match)
 
 
 class _CallableStream(StepStream):
@@ -188,7 +179,7 @@ class _CallableStream(StepStream):
         return begins
 
 
-class CallableSplitter(StepSplitter):
+class CallableSplitter(_Splitter):
     """A function decides.
 
     Args:
@@ -205,11 +196,7 @@ class CallableSplitter(StepSplitter):
         """Refuse what cannot be called."""
         if not callable(begins_step):
             raise TraceError(f"CallableSplitter needs a function from str to bool, got {begins_step!r}.")
-        self.begins_step = begins_step
-
-    def stream(self) -> StepStream:
-        """A twin that remembers the current step's text."""
-        return _CallableStream(self.begins_step)
+        self._unfed = _CallableStream(begins_step)
 
 
 class _MinimumLengthStream(StepStream):
@@ -227,7 +214,7 @@ class _MinimumLengthStream(StepStream):
         return twin
 
 
-class MinimumLength(StepSplitter):
+class MinimumLength(_Splitter):
     """Merge a short piece into the step that follows it.
 
     A boundary is passed over while the current step has fewer than `min_chars` characters, its trailing white
@@ -247,11 +234,7 @@ class MinimumLength(StepSplitter):
             raise TraceError(
                 f"min_chars must be at least 1, got {min_chars}; leave the wrapper out for no minimum."
             )
-        self.splitter, self.min_chars = resolve_splitter(splitter), min_chars
-
-    def stream(self) -> StepStream:
-        """A twin that counts the current step's characters around the inner twin."""
-        return _MinimumLengthStream(self.splitter.stream(), self.min_chars)
+        self._unfed = _MinimumLengthStream(resolve_splitter(splitter).stream(), min_chars)
 
 
 _NAMED = {

@@ -1,4 +1,4 @@
-"""The token-level stream: for each token, as it comes, its segment and step.
+r"""The token-level stream: for each token, as it comes, its segment and step.
 
 A trace is this stream run over all its tokens; StepFlow is this stream run while the model decodes. For each
 token:
@@ -13,7 +13,8 @@ token:
 4. A token whose first character may still turn out to be a marker's ("<" of "</think>" in several tokens)
    carries a provisional label, that of the token before it, and never begins a step. If the marker completes,
    the token becomes TEMPLATE; if not, the provisional label is final, and a step that was due begins with the
-   token that settled it.
+   token that settled it. So it does where the marker is the beginning of the answer: of `\boxed{` in three
+   tokens, the first two stay with the thinking.
 
 So a label depends on no later token, except that rule 4 says TEMPLATE late; `TokenLabel` reports both
 moments. State is O(1) (one marker length of waiting tokens), time O(marker length) per character, amortised.
@@ -118,11 +119,7 @@ class StepTracker:
         return twin
 
     def push(self, piece: TextPiece | str) -> TokenLabel:
-        """Take the text of the next token; say what is known of that token now.
-
-        Args:
-            piece: What the decoder gave for the token. A plain string is a token that is not a fragment.
-        """
+        """Take the next token's text; say what is known of it now. A plain string is no fragment."""
         text, is_fragment = (piece, False) if isinstance(piece, str) else piece
         token, self.n_tokens = self.n_tokens, self.n_tokens + 1
         self._changed = {"settled": [], "relabelled": []}
@@ -139,21 +136,15 @@ class StepTracker:
         return self._report(token, waits_for)
 
     def finish(self, rest: str = "") -> tuple[int, int]:
-        """Learn that the stream ends.
+        """Learn that the stream ends, with characters that the decoder still held, of the last token.
 
-        Args:
-            rest: Characters that the decoder still held; they belong to the last token.
-
-        Returns:
-            Half-open range of tokens whose provisional label is final with this.
+        Returns the half-open range of tokens whose provisional label is final with this.
         """
         self._changed = {"settled": [], "relabelled": []}
         self._first = -1
-        released = []
-        for char in rest:
-            self.n_chars += 1
-            released += self.scanner.feed(char)
-        for item in [*released, *self.scanner.finish()]:
+        self.n_chars += len(rest)
+        released = [item for char in rest for item in self.scanner.feed(char)]
+        for item in released + self.scanner.finish():
             self._place(item)
         return self._range("settled")
 
@@ -254,14 +245,8 @@ class TokenTracker:
     """Segment and step of each token id of one stream: decoder, scanner and splitters behind one `push`.
 
     This is what a generation loop holds: one tracker per row, fed each id as it enters the model. It gives,
-    token by token, what `ReasoningTrace.from_tokens` says of the whole sequence afterwards.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        format: Name, `ReasoningFormat`, or "auto" for the tokenizer's own.
-        splitter: Cuts thinking, and the summary unless that has its own.
-        summary_splitter: Cuts the summary; default: like thinking.
-        question_splitter: Cuts the question; default: one step.
+    token by token, what `ReasoningTrace.from_tokens` says of the whole sequence afterwards. Arguments as
+    there.
 
     Raises:
         FormatError: The format is unknown.

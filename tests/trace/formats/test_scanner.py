@@ -121,6 +121,30 @@ CASES = {
             ("<|im_end|>\n<|im_start|>tool\n1<|im_end|>", "."),
         ],
     ),
+    "a box is the beginning of the answer, once, and in the assistant's turn alone": (
+        "boxed",
+        [
+            ("<|im_start|>system\nUse \\boxed{}.<|im_end|>\n<|im_start|>user\n", "."),
+            ("Put it into \\boxed{}.", "q"),
+            ("<|im_end|>\n<|im_start|>assistant\n", "."),
+            ("So \\frac{1}{2}, \\boxe{} and $", "t"),
+            ("\\boxed{18}$, not \\boxed{19}.", "s"),
+            ("<|im_end|>\n<|im_start|>user\n", "."),
+            ("More?", "q"),
+            ("<|im_end|>\n<|im_start|>assistant\n", "."),
+            ("No", "t"),
+            ("\\boxed{", "s"),
+        ],
+    ),
+    "an answer that begins with its box, and one without": (
+        "boxed",
+        [
+            ("<|im_start|>assistant\n", "."),
+            ("\\boxed{18}", "s"),
+            ("<|im_end|>\n<|im_start|>assistant\n", "."),
+            ("Hm \\boxed", "t"),
+        ],
+    ),
     "unfinished thinking": (
         "qwq",
         [

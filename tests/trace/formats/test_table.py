@@ -1,5 +1,6 @@
 """The format table: what is in it, what is registered, and what is refused."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,9 @@ from stepflow_tl.trace.formats import (
     detect_format,
     get_format,
     known_formats,
+    read_format,
     register_format,
+    resolve_format,
     table,
 )
 from stepflow_tl.trace.steps import Segment
@@ -46,7 +49,7 @@ def own_table(monkeypatch):
 
 
 def test_every_family_is_in_the_table():
-    assert set(FAMILIES) | {"plain"} <= set(known_formats())
+    assert set(FAMILIES) | {"plain", "boxed"} <= set(known_formats())
     assert get_format("qwq").name == "qwq"
 
 
@@ -94,3 +97,43 @@ def test_an_unknown_name_is_answered_with_the_known_ones():
 
 def test_every_template_of_the_tests_belongs_to_a_family_of_the_table():
     assert set(TEMPLATES) == set(FAMILIES)
+
+
+def test_a_format_of_the_users_own_is_read_from_a_file_and_may_stand_on_a_known_one(tmp_path):
+    path = tmp_path / "mine.json"
+    data = {"name": "mine", "based_on": "chatml", "opens_as": "THINKING", "thinking_ends": ["So:"]}
+    path.write_text(json.dumps(data))
+    expected = replace(get_format("chatml"), name="mine", opens_as=Segment.THINKING, thinking_ends=("So:",))
+    assert read_format(path) == expected == resolve_format(family_tokenizer("chatml"), str(path))
+    assert "mine" not in known_formats()
+    path.write_text('{"name": "bare", "thinking_required": true}')
+    assert read_format(path) == ReasoningFormat("bare", thinking_required=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"mine.json cannot be read: No such file"),
+        ("{", r"mine.json cannot be read: Expecting property name"),
+        ("[1]", r"holds no JSON object"),
+        ('{"name": "qwen3"}', r"the name 'qwen3' is taken by a known format; choose another"),
+        ('{"name": "mine", "based_on": "r1"}', r"mine.json: Unknown reasoning format 'r1'"),
+        ('{"name": "mine", "thinking_end": ["x"]}', r"a format has no field thinking_end; its fields are"),
+        ('{"user_turns": ["x"]}', r"the format has no name; its fields are name, user_turns"),
+        ('{"name": 3}', r"name of a format is 3: expected a string"),
+        ('{"name": "mine", "user_turns": "x"}', r"user_turns of a format is 'x': expected a list of strings"),
+        (
+            '{"name": "mine", "user_turns": [1]}',
+            r"user_turns of a format is \[1\]: expected a list of strings",
+        ),
+        ('{"name": "mine", "opens_as": "QUESTION"}', r'opens_as .*: expected "THINKING" or "SUMMARY"'),
+        ('{"name": "mine", "thinking_required": 1}', r"thinking_required .*: expected true or false"),
+        ('{"name": "mine", "turn_ends": ["\\nUser"]}', r"must begin with an ASCII character"),
+    ],
+)
+def test_a_file_that_holds_no_format_is_refused_with_the_reason(text, message, tmp_path):
+    path = tmp_path / "mine.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(FormatError, match=message):
+        read_format(path)

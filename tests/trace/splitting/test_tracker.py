@@ -93,6 +93,36 @@ def test_a_fragment_within_a_marker_of_wide_characters_waits_with_it():
     assert steps([disproved.push(piece) for piece in ("</", FRAGMENT, "é")]) == [0, 1, 1]
 
 
+def boxed(*pieces):
+    tracker = StepTracker(FormatScanner(get_format("boxed")), "paragraph", keep_log=True)
+    for piece in ("<|im_start|>", "assistant", "\n"):
+        tracker.push(piece)
+    return tracker, [tracker.push(piece) for piece in pieces]
+
+
+def test_where_the_marker_is_the_answers_beginning_its_last_token_begins_the_answer():
+    tracker, labels = boxed("It is $", "\\", "boxed", "{", "18", "}$.", "\n\n", "Done")
+    segments = [label.segment for label in labels]
+    assert segments == [Segment.THINKING] * 3 + [Segment.SUMMARY] * 5
+    assert [label.is_final for label in labels] == [True, False, False] + [True] * 5
+    assert steps(labels) == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert labels[3].begins_step and labels[3].settled == (labels[1].token, labels[3].token)
+    assert labels[3].relabelled == (0, 0)
+    # The text of the answer begins with the marker all the same.
+    begins = {start.step: start.char for start in tracker.log}
+    assert begins[1] == len("<|im_start|>assistant\nIt is $")
+
+
+def test_a_token_that_holds_the_answers_whole_beginning_begins_it():
+    _, labels = boxed("It is ", "\\boxed{", "18", "}")
+    assert steps(labels) == [0, 1, 1, 1] and all(label.is_final for label in labels)
+
+
+def test_what_only_looked_like_the_answers_beginning_stays_thinking():
+    _, labels = boxed("It is ", "\\", "box", "{", "18", "}")
+    assert steps(labels) == [0] * 6
+
+
 def test_a_marker_unfinished_at_the_end_leaves_its_provisional_labels():
     tracker, labels = tagged("Hm\n\n", "</th")
     assert tracker.finish() == (labels[1].token, labels[1].token + 1)

@@ -9,7 +9,7 @@ from rendered_pages import HOSTILE, elements_of, props_of
 
 from stepflow_tl.errors import TraceError
 from stepflow_tl.rendering import show
-from stepflow_tl.rendering.text_view import escaped
+from stepflow_tl.rendering.views import escaped
 
 
 def shares_of(saliency):

@@ -1,14 +1,14 @@
-"""Before and after StepFlow: the panels show shares and their difference."""
+"""Maps of change: before and after StepFlow shares and their difference; patching on a symmetric scale."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from made_maps import make_saliency
+from made_maps import make_patching, make_saliency
 
 from stepflow_tl.errors import ComparisonError
-from stepflow_tl.rendering import flow_figure
+from stepflow_tl.rendering import flow_figure, patching_figure
 
 
 def made_pair(n_thinking=6, n_summary=2):
@@ -95,3 +95,18 @@ def test_maps_of_different_traces_are_refused():
     for other, what in ((make_saliency(7, 2), "tokens"), (make_saliency(6, 2, model_name="other"), "model")):
         with pytest.raises(ComparisonError, match=f"differ in their {what}: map one trace twice"):
             flow_figure(plain, other)
+
+
+def test_the_picture_shows_layers_upward_and_steps_to_the_right():
+    patching = make_patching(make_saliency(3, 1, n_layers=2), ["T1", "S1"])
+    axes = patching_figure(patching).axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array(), patching.effects.flip(0).numpy())
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "1"] and not axes.yaxis_inverted()
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["T1", "S1"]
+    norm = axes.images[0].norm
+    assert norm.vmax == -norm.vmin == float(patching.effects.abs().max())
+
+
+def test_labels_are_thinned_where_steps_are_many():
+    axes = patching_figure(make_patching(make_saliency(112, 7)), width=3.3).axes[0]
+    assert 10 < len(axes.get_xticklabels()) < 60 and len(axes.get_yticklabels()) == 8
