@@ -4,8 +4,8 @@
     python benchmarks/chaos.py --engine ray --kills 10        # each time one of two replicas is killed
     python benchmarks/chaos.py --task answers --questions 200 # the same for `evaluate`, under two conditions
 
-1. `--traces` problems of the testbed become a file of JSON lines; with `--task answers`, these are what is
-   asked.
+1. `--traces` problems of the testbed become a file of JSON lines; with `--task answers`, `--questions` of
+   them are what is asked.
 2. One run goes through undisturbed.
 3. `local`: the run is started, killed with SIGKILL at a random moment, and started again, `--kills` times;
    then it may finish. The moment: one in ten while the model loads, one in ten while earlier results are
@@ -85,7 +85,7 @@ def answer(questions: Path, out: Path, engine: str) -> int:
         questions,
         out,
         conditions={"plain": None, "StepFlow": StepFlow(tau_max=0.3, alpha=0.3)},
-        decoding=Decoding(max_new_tokens=100, batch_size=8),
+        decoding=Decoding(max_new_tokens=100, batch_size=LINES_AT_ONCE),
         engine=engine,
         replicas=2 if engine == "ray" else None,
         watcher=Says(),
@@ -145,9 +145,11 @@ def kill_runs(
         if kind < 0.1:
             time.sleep(rng.uniform(0, loading))
         else:
-            further = 0 if kind < 0.2 else rng.randint(1, max(1, 2 * n_traces // kills))
             wait_for(run, "begin")
             begin = n_lines(out)
+            mean = max(0, n_traces - begin) // (kills - killed)
+            at_once = LINES_AT_ONCE if (out / "answers.jsonl").exists() else 0
+            further = 0 if kind < 0.2 else rng.randint(1, max(1, 2 * mean - at_once))
             while run.poll() is None and n_lines(out) < begin + further:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 2 * working / n_traces))
@@ -289,6 +291,7 @@ def compare_answers(calm: Path, wild: Path, n_answers: int) -> list[str]:
     return faults
 
 
+LINES_AT_ONCE = 8  # a batch of answers
 ANSWER_FILES = {"answers.jsonl", "evaluation.json", "evaluation.txt"}
 
 

@@ -17,7 +17,6 @@ their order, the shards they came by, or how often the run was killed; only `sec
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from stepflow_tl.errors import DiskFullError, ProblemError
+from stepflow_tl.errors import DiskFullError
 from stepflow_tl.evaluation import (
     Decoding,
     Evaluation,
@@ -47,12 +46,10 @@ from stepflow_tl.runs.answer_file import (
     AnswerSettings,
     answers_path,
     check_folder,
-    digest_of,
     evaluation_of,
-    flow_is_readable,
     read_ledgers,
 )
-from stepflow_tl.runs.answer_worker import AnswerPlan, AnswerWorker, Asked, BatchTask, Written
+from stepflow_tl.runs.answer_worker import AnswerWorker, Asked, BatchTask, Written
 from stepflow_tl.runs.engines import MOST_DEATHS, Engine, Loader, loader_of, open_engine
 from stepflow_tl.runs.options import ENGINES, Shard
 from stepflow_tl.runs.plan import Leftovers
@@ -167,20 +164,17 @@ def evaluate(
     grader = grader_named(grader) if isinstance(grader, str) else grader
     if isinstance(questions, str | Path):
         questions = read_questions(questions, grader if isinstance(grader, Grader) else "exact")
-    conditions = dict(standard_conditions() if conditions is None else conditions)
-    _check(questions, conditions)
-    prepared(grader, questions, allow_code_execution=allow_code_execution)
     part = shard if isinstance(shard, Shard) else Shard() if shard is None else Shard.parse(shard)
-    numbers = tuple(range(part.index, len(questions), part.count))
     asked = Asked(
-        tuple(questions[number] for number in numbers),
-        numbers=numbers,
-        conditions=conditions,
+        tuple(questions),
+        part,
+        conditions=dict(standard_conditions() if conditions is None else conditions),
         decoding=decoding or Decoding(),
         prompting=prompting or Prompting(),
         grader=grader,
         allow_code_execution=allow_code_execution,
     )
+    prepared(grader, questions, allow_code_execution=allow_code_execution)
     folder = None if out is None else Path(out)
     if folder is not None:
         make_folder(folder)
@@ -189,7 +183,7 @@ def evaluate(
         partial(_worker, loader_of(model), asked), engine=engine, replicas=replicas, given_up=_given_up
     )
     try:
-        settings = _settings(asked, at_work.settings, questions)
+        settings = asked.settings(at_work.settings)
         ledger = (
             nullcontext()
             if folder is None
@@ -274,60 +268,6 @@ class _Driver:
 
     def _say_stopped(self, how: str, what_next: str) -> None:
         self._watcher.note(f"{how}: {self._n_done} of {self._total} answers are written; {what_next}")
-
-
-def _check(questions: Sequence[Question], conditions: Mapping[str, StepFlow | None]) -> None:
-    """Refuse what a ledger could not tell apart or hold.
-
-    Raises:
-        ValueError: If there is nothing to ask, or a condition has no name or state that can be written.
-        ProblemError: If ids are not unique, or a question holds something other than text.
-    """
-    if not questions:
-        raise ValueError("no questions: expected at least one")
-    if not conditions:
-        raise ValueError("no conditions: expected at least one, such as {'plain': None}")
-    for name, flow in conditions.items():
-        if not name or "/" in name or not name.isprintable():
-            raise ValueError(f"a condition is called {name!r}: expected a printable name without '/'")
-        if flow is not None and not flow_is_readable(flow):
-            raise ValueError(f"condition {name!r} is {flow!r}: expected plain Python numbers in it")
-    ids: set[str] = set()
-    for question in questions:
-        if question.id in ids:
-            raise ProblemError(f"two questions have the id {question.id!r}: ids must differ")
-        ids.add(question.id)
-        if any("\ud800" <= letter <= "\udfff" for letter in question.id):
-            raise ProblemError(f"the question's id {question.id!r} holds half a character: give it another")
-        for name, value in question.row.items():
-            if not all(isinstance(each, str) for each in (value if isinstance(value, tuple) else [value])):
-                raise ProblemError(
-                    f"question {question.id!r}: its field {name!r} is {str(value)[:60]}, expected a string "
-                    "or a tuple of strings"
-                )
-
-
-def _settings(asked: Asked, plan: AnswerPlan, questions: Sequence[Question]) -> AnswerSettings:
-    return AnswerSettings(
-        model_name=plan.model_name,
-        dtype=plan.dtype,
-        decoding=asked.decoding,
-        grader=_name_of(asked.grader),
-        format=plan.format,
-        splitter=_name_of(asked.prompting.splitter),
-        system=asked.prompting.system,
-        prompt=asked.prompting.prompt,
-        conditions=asked.conditions,
-        questions_sha256=digest_of(questions),
-        n_questions=len(questions),
-    )
-
-
-def _name_of(thing: Any) -> str:
-    """What a header calls it: the same in every process, so without its address in memory."""
-    named = (getattr(thing, name, None) for name in ("name", "__qualname__"))
-    name = thing if isinstance(thing, str) else next((each for each in named if isinstance(each, str)), None)
-    return name or re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
 
 
 def _worker(load: Loader, asked: Asked) -> AnswerWorker:

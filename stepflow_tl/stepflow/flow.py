@@ -14,6 +14,7 @@ in place of the momentum; everything else, tau and norm included, is the same.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -130,6 +131,26 @@ class StepFlow:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.heads, Sequence):
             object.__setattr__(self, "heads", tuple(self.heads))
+
+    @classmethod
+    def parse(cls, text: str) -> StepFlow:
+        """The StepFlow of a `repr`, as results and ledgers state it; nothing is executed.
+
+        Args:
+            text: Such as "StepFlow(tau_max=0.15)".
+
+        Raises:
+            ValueError: If the text is anything else, or an argument is not a literal or out of range.
+        """
+        try:
+            call = ast.parse(text[:65536], mode="eval").body
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "StepFlow" and not call.args:
+                return cls(**{str(each.arg): ast.literal_eval(each.value) for each in call.keywords})
+        except TypeError as error:  # an argument that there is not, or one of another type
+            raise ValueError(f"{text[:60]!r}: {error}") from error
+        except (SyntaxError, RecursionError, MemoryError):  # what hostile text can make the parser do
+            pass
+        raise ValueError(f"{text[:60]!r}: expected the repr of a StepFlow")
 
     def bands(self, model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Layers of the bridge and of momentum on this `model`; a ModelError if one does not exist."""

@@ -376,7 +376,7 @@ def test_a_damaged_line_costs_its_answer_which_is_written_again(model, questions
         ({"conditions": {"a": "StepFlow(" + "(" * 10_000}}, "expected the repr of a StepFlow"),
         ({"conditions": {"a": "StepFlow(9)"}}, "expected the repr of a StepFlow"),
         ({"conditions": {"a": "StepFlow(magic=1)"}}, "magic"),
-        ({"conditions": {"a": 3}}, "expected the repr of a StepFlow"),
+        ({"conditions": {"a": 3}}, "a is a int, expected a string"),
         ({"conditions": []}, "must be objects"),
         ({"decoding": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
         ({"decoding": {"beams": 4}}, "beams"),

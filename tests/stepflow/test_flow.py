@@ -293,3 +293,40 @@ def test_standing_hooks_can_keep_gradients_off_the_values_that_momentum_carries(
         (gradient,) = torch.autograd.grad(injected, seen["v"])
         moved = gradient[0].abs().amax((-1, -2)).nonzero()[:, 0].tolist()
         assert moved == list(range(*trace.steps[1].token_span))
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        StepFlow(),
+        StepFlow(tau_max=0.3, alpha=-1e-3, shallow=[0, 2], deep=(), granularity="step", window=4, seed=7),
+        StepFlow(heads={0: [1, 2], 3: ()}, boundaries="all", max_bridge_share=0.5, placebo="both"),
+        StepFlow(heads=[0, 1]),
+    ],
+)
+def test_a_flow_is_read_back_from_its_repr(flow):
+    assert StepFlow.parse(repr(flow)) == flow
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "3",
+        "StepFlow",
+        "StepFlow(0.1)",
+        "StepFlow(magic=1)",
+        "StepFlow(tau_max=2)",
+        "StepFlow(tau_max='a')",
+        "StepFlow(alpha=np.float64(0.1))",
+        "StepFlow(**{'alpha': 0.1})",
+        "evil.StepFlow()",
+        "__import__('os').abort()",
+        "StepFlow(alpha=__import__('os').abort())",
+        "StepFlow(" * 9999,
+        "StepFlow(alpha=" + "-" * 9999 + "1)",
+    ],
+)
+def test_what_is_not_the_repr_of_a_flow_is_refused_and_not_executed(text):
+    with pytest.raises(ValueError):
+        StepFlow.parse(text)
