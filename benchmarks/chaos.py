@@ -2,8 +2,10 @@
 
     python benchmarks/chaos.py                                # 200 traces, SIGKILL at 30 random moments
     python benchmarks/chaos.py --engine ray --kills 10        # each time one of two replicas is killed
+    python benchmarks/chaos.py --task answers --questions 200 # the same for `evaluate`, under two conditions
 
-1. `--traces` problems of the testbed become a file of JSON lines.
+1. `--traces` problems of the testbed become a file of JSON lines; with `--task answers`, `--questions` of
+   them are what is asked.
 2. One run goes through undisturbed.
 3. `local`: the run is started, killed with SIGKILL at a random moment, and started again, `--kills` times;
    then it may finish. The moment: one in ten while the model loads, one in ten while earlier results are
@@ -12,7 +14,8 @@
    itself goes on, starting new ones.
 4. Checked: every trace has a result that loads, is byte for byte the undisturbed one, and whose SHA-256 is in
    the manifest; no trace has two lines `done`; nothing else is in the folder; the manifests agree in
-   everything but `seconds`, and so do the summaries.
+   everything but `seconds`, and so do the summaries. For answers: each has one line, which is the undisturbed
+   one but for `seconds`; nothing else is in the folder; the tables agree.
 
 Kills, waits and problems are drawn from `--seed`; where a kill lands depends on the machine.
 """
@@ -36,7 +39,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--traces", type=int, default=200)
+    parser.add_argument("--task", choices=("traces", "answers"), default="traces")
+    parser.add_argument("--traces", "--questions", dest="traces", type=int, default=200)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--engine", choices=("local", "ray"), default="local")
     parser.add_argument("--seed", type=int, default=0)
@@ -44,15 +48,16 @@ def main() -> int:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return child(Path(arguments.child[0]), Path(arguments.child[1]), arguments.engine)
+        one_run = answer if arguments.task == "answers" else analyze
+        return one_run(*map(Path, arguments.child), arguments.engine)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
         return chaos(folder, arguments)
 
 
-def child(traces: Path, out: Path, engine: str) -> int:
-    """One run, in a process of its own; says on stdout when it begins to work."""
+def analyze(traces: Path, out: Path, engine: str) -> int:
+    """One run over traces, in a process of its own; says on stdout when it begins to work."""
     from stepflow_tl.runs import analyze_dataset
     from stepflow_tl.testbed.model import load_testbed_model
 
@@ -68,14 +73,35 @@ def child(traces: Path, out: Path, engine: str) -> int:
     return 0 if report.is_complete else 1
 
 
+def answer(questions: Path, out: Path, engine: str) -> int:
+    """The same for answers."""
+    from stepflow_tl import StepFlow, evaluate
+    from stepflow_tl.evaluation import Decoding
+    from stepflow_tl.testbed.model import load_testbed_model
+
+    found = evaluate(
+        load_testbed_model,
+        questions,
+        out,
+        conditions={"plain": None, "StepFlow": StepFlow(tau_max=0.3, alpha=0.3)},
+        decoding=Decoding(max_new_tokens=100, batch_size=8),
+        engine=engine,
+        replicas=2 if engine == "ray" else None,
+        watcher=Says(),
+    )
+    scores = {name: found.accuracy(name) for name in found.results} if found.questions else {}
+    print("counts", json.dumps({"missing": found.n_missing, **scores}), flush=True)
+    return 0 if not found.n_missing else 1
+
+
 class Says:
-    def begin(self, total, settings, replicas):
+    def begin(self, *facts):
         print("begin", flush=True)
 
     def note(self, message):
         print("note", message, flush=True)
 
-    def advance(self, n_tokens, seconds, tokens_left):
+    def advance(self, *progress):
         pass
 
 
@@ -85,7 +111,8 @@ def chaos(folder: Path, arguments: argparse.Namespace) -> int:
     write_traces(traces, arguments.traces, arguments.seed)
 
     def start(out: Path) -> subprocess.Popen:
-        call = [sys.executable, __file__, "--engine", arguments.engine, "--child", str(traces), str(out)]
+        kind = ["--task", arguments.task, "--engine", arguments.engine]
+        call = [sys.executable, __file__, *kind, "--child", str(traces), str(out)]
         return subprocess.Popen(call, stdout=subprocess.PIPE, text=True)
 
     started = time.monotonic()
@@ -97,9 +124,11 @@ def chaos(folder: Path, arguments: argparse.Namespace) -> int:
     working = time.monotonic() - began
     print(f"undisturbed: {loading:.1f} s loading, {working:.1f} s at work", flush=True)
     kill = kill_replicas if arguments.engine == "ray" else kill_runs
-    killed = kill(lambda: start(wild), wild, arguments.traces, arguments.kills, rng, loading, working)
+    n_lines_expected = arguments.traces * (2 if arguments.task == "answers" else 1)
+    killed = kill(lambda: start(wild), wild, n_lines_expected, arguments.kills, rng, loading, working)
     print(f"killed {killed} times with SIGKILL", flush=True)
-    faults = compare(calm, wild, arguments.traces)
+    compared = compare_answers if arguments.task == "answers" else compare
+    faults = compared(calm, wild, n_lines_expected)
     print(*(faults or ["no fault found"]), sep="\n")
     return 1 if faults else 0
 
@@ -126,7 +155,7 @@ def kill_runs(
             killed += 1
         run.wait()
         at.append(n_lines(out))
-    print("lines in the manifest at each kill:", *at, flush=True)
+    print("lines in the ledger at each kill:", *at, flush=True)
     run = start()
     for line in run.stdout:
         print("last run:", line.strip()[:200], flush=True)
@@ -150,9 +179,7 @@ def kill_replicas(
         if replicas and run.poll() is None:
             os.kill(rng.choice(replicas), signal.SIGKILL)
             killed += 1
-            print(
-                f"killed a replica of {len(replicas)} with {n_lines(out)} lines in the manifest", flush=True
-            )
+            print(f"killed a replica of {len(replicas)} with {n_lines(out)} lines in the ledger", flush=True)
     for line in run.stdout:
         print("run:", line.strip()[:200], flush=True)
     run.wait()
@@ -181,8 +208,8 @@ def wait_for(run: subprocess.Popen, word: str) -> str:
 
 
 def n_lines(out: Path) -> int:
-    path = out / "manifest.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    ledgers = [out / name for name in ("manifest.jsonl", "answers.jsonl")]
+    return sum(path.read_bytes().count(b"\n") for path in ledgers if path.exists())
 
 
 def write_traces(path: Path, n: int, seed: int) -> None:
@@ -193,6 +220,7 @@ def write_traces(path: Path, n: int, seed: int) -> None:
     for number in range(n):
         problem = make_problems(sizes[number % len(sizes)], 1, seed=seed + number)[0]
         fields = {"question": problem.question, "thinking": problem.thinking, "summary": problem.answer}
+        fields["answer"] = problem.answer  # for those who ask
         records.append({"id": f"p{number}", **fields})
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
@@ -233,6 +261,34 @@ def compare(calm: Path, wild: Path, n_traces: int) -> list[str]:
         faults.append("the summaries differ")
     print(f"{n_equal} of {n_traces} results equal the undisturbed ones byte for byte")
     return faults
+
+
+def compare_answers(calm: Path, wild: Path, n_answers: int) -> list[str]:
+    """What is wrong with the disturbed answers, in words."""
+    faults, headers, entries, tables = [], [], [], []
+    for out in (calm, wild):
+        header, *lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+        count = Counter(line["id"] for line in lines)
+        faults += [f"{out.name}: {name} is there {times} times" for name, times in count.items() if times > 1]
+        if len(count) != n_answers:
+            faults.append(f"{out.name}: {len(count)} of {n_answers} answers")
+        headers.append(header)
+        entries.append({line["id"]: {**line, "seconds": None} for line in lines})
+        table = json.loads((out / "evaluation.json").read_text())
+        for condition in table["conditions"].values():
+            condition["seconds"] = None
+        tables.append(table)
+        if others := {path.name for path in out.iterdir()} - ANSWER_FILES:
+            faults.append(f"{out.name}: other files: {sorted(others)}")
+    if headers[0] != headers[1] or tables[0] != tables[1]:
+        faults.append("the headers or the tables differ")
+    differing = [name for name, entry in entries[0].items() if entries[1].get(name) != entry]
+    faults += [f"{name} differs from the undisturbed one" for name in differing]
+    print(f"{n_answers - len(differing)} of {n_answers} answers equal the undisturbed ones")
+    return faults
+
+
+ANSWER_FILES = {"answers.jsonl", "evaluation.json", "evaluation.txt"}
 
 
 if __name__ == "__main__":

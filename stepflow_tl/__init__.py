@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stepflow_tl.rendering import report as report
     from stepflow_tl.rendering import show as show
     from stepflow_tl.runs import analyze_dataset as analyze_dataset
+    from stepflow_tl.runs import evaluate as evaluate
     from stepflow_tl.runs import summarize as summarize
     from stepflow_tl.saliency import StepSaliency as StepSaliency
     from stepflow_tl.saliency import step_saliency as step_saliency
@@ -45,6 +46,7 @@ _HOME_OF = {
     "bridge_hook": "stepflow_tl.stepflow",
     "compare": "stepflow_tl.diagnosis",
     "diagnose": "stepflow_tl.diagnosis",
+    "evaluate": "stepflow_tl.runs",
     "load_default_model": "stepflow_tl.models.loading",
     "load_model": "stepflow_tl.models.loading",
     "load_testbed_model": "stepflow_tl.testbed.model",

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from stepflow_tl.runs.options import OptionSet, positive
 
 DEFAULT_MODEL = "smollm2"
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 LAYOUT = argparse.RawDescriptionHelpFormatter  # keeps the examples as they are written
 
 Options = TypeVar("Options", bound=OptionSet)
@@ -81,6 +82,5 @@ def options_of(
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Where a model's weights go, and in which precision."""
-    dtypes = ("float32", "float64", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="(float32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
     parser.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda, cuda:1, mps")

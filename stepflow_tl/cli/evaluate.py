@@ -1,109 +1,164 @@
-"""`stepflow-tl evaluate`: right answers with and without StepFlow, its halves and their controls."""
+"""`stepflow-tl evaluate`: right answers with and without StepFlow, its halves and their controls.
+
+The command line of `runs.evaluate`: here arguments go in, and progress, tables and the exit code come out.
+What the options mean (`arguments_of`, `questions_of_command`, `load`) is shared with `stepflow-tl study`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from stepflow_tl.cli.console import say
-from stepflow_tl.cli.device import present_device
+from stepflow_tl import runs
+from stepflow_tl.cli.arguments import LAYOUT, add_options, add_weights, options_of
+from stepflow_tl.cli.console import Progress, Watcher, say
 from stepflow_tl.errors import InputFileError
-from stepflow_tl.evaluation import (
-    Decoding,
-    Question,
-    evaluate,
-    questions_of,
-    read_questions,
-    standard_conditions,
-)
-from stepflow_tl.models import loading as models
-from stepflow_tl.results.files import write_atomically
-from stepflow_tl.stepflow import StepFlow
-from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
+from stepflow_tl.runs.answer_options import AnswerOptions
+from stepflow_tl.runs.flow_options import FlowOptions
 
 TESTBED = "testbed"
 TESTBED_STEPS = (12, 16, 18, 20)
+_DECIDED_HERE = ("placebo",)  # the conditions are StepFlow and its controls
+
+_EPILOG = """\
+input: a file with one JSON object per line, or "testbed" for generated problems:
+  question, answer   the text and the right answer; for --grader choice also choices and labels; for
+                     --grader code prompt, entry_point and test instead
+  id, difficulty     optional; accuracy is reported by difficulty
+
+conditions: plain, bridge, momentum, StepFlow, "bridge control", "momentum control", "StepFlow control"; all
+by default. A control does as much to the model as the condition it belongs to, in a random place.
+
+output, in the folder --out: answers.jsonl, one line per answer, which `stepflow-tl analyze` reads as it is;
+and at the end evaluation.txt and evaluation.json. With --out FILE.json that file alone, at the end.
+
+A run that was killed goes on where it was when the same command is given again. Several runs may share
+a folder:
+  sbatch --array=0-7 ... stepflow-tl evaluate questions.jsonl --out answers --shard $SLURM_ARRAY_TASK_ID/8
+
+exit code: 0 done; 1 the disk is full or workers died, the rest is done; 2 the run could not start; 130 after
+Ctrl-C.
+"""
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What the command line asks for; see `stepflow-tl evaluate --help`."""
-
-    questions: str
-    model: str | None
-    out: Path | None
-    conditions: tuple[str, ...] | None
-    tau_max: float
-    alpha: float
-    grader: str
-    allow_code_execution: bool
-    max_new_tokens: int
-    temperature: float
-    samples: int
-    batch_size: int
-    batch_tokens: int
-    limit: int | None
-    seed: int
-    dtype: str
-    device: str
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    """Add the command."""
+    summary = "right answers with and without StepFlow, paired, against controls of equal size"
+    command = commands.add_parser(
+        "evaluate", help=summary, description=summary, epilog=_EPILOG, formatter_class=LAYOUT
+    )
+    add = command.add_argument
+    add("questions", metavar="QUESTIONS.jsonl", help='the questions, or "testbed"')
+    add(
+        "--model",
+        metavar="NAME_OR_PATH",
+        help="as for analyze, or a folder that scripts/train_testbed.py wrote",
+    )
+    add("--out", type=Path, metavar="DIR", help="folder for the answers and the tables")
+    add_options(command, AnswerOptions)
+    add_options(command, FlowOptions, without=_DECIDED_HERE)
+    add_weights(command)
+    add("--device-map", metavar="MAP", help="auto spreads a model larger than one GPU over all")
+    command.set_defaults(run=_run)
 
 
-def run_evaluate(options: EvaluateOptions) -> int:
-    """Evaluate, print the tables, write the figures.
+def _run(arguments: argparse.Namespace) -> int:
+    from stepflow_tl.results.files import write_atomically
+
+    options = options_of(arguments, AnswerOptions)
+    flow = options_of(arguments, FlowOptions, without=_DECIDED_HERE)
+    asked = arguments_of(options, flow)
+    questions = questions_of_command(arguments.questions, options)
+    out: Path | None = arguments.out
+    file = out if out is not None and out.suffix == ".json" else None
+    if file is not None and not file.parent.is_dir():
+        raise InputFileError(f"--out {file}: there is no folder {file.parent}")
+    place = arguments.device, arguments.dtype, arguments.device_map
+    name = arguments.model or (TESTBED if arguments.questions == TESTBED else None)
+    watcher = AnswersWatcher()
+    try:
+        found = runs.evaluate(
+            partial(load, name, *place), questions, None if file else out, watcher=watcher, **asked
+        )
+    finally:
+        watcher.close()
+    print(found.table())
+    written = [] if out is None else [out]
+    if file is not None:
+        write_atomically(file, (found.to_json() + "\n").encode())
+    elif out is not None:
+        written = [out / "evaluation.txt", out / "evaluation.json"]
+    if written:
+        print("\nwritten:", *map(str, written), sep="\n  ")
+    return 130 if found.stopped == "interrupted" else 1 if found.stopped else 0
+
+
+def arguments_of(options: AnswerOptions, flow: FlowOptions) -> dict[str, Any]:
+    """The arguments of `runs.evaluate` that the options mean, all but model, questions and folder.
+
+    Args:
+        options: Of the command.
+        flow: The StepFlow around which the conditions are made.
 
     Raises:
-        StepflowError: If the questions, the model or the output cannot be used.
+        InputFileError: If they do not go together, or a condition is unknown.
     """
+    from stepflow_tl.evaluation import Decoding, Prompting, standard_conditions
+
     try:
-        flows = standard_conditions(StepFlow(tau_max=options.tau_max, alpha=options.alpha))
+        known = standard_conditions(flow.flow())
         decoding = Decoding(
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
+            top_p=options.top_p,
             n_samples=options.samples,
             batch_size=options.batch_size,
             batch_tokens=options.batch_tokens,
             seed=options.seed,
         )
+        prompting = Prompting(options.format, options.splitter, options.system, options.prompt)
+    except InputFileError:
+        raise
     except ValueError as error:
         raise InputFileError(f"these options do not go together: {error}") from error
-    unknown = [name for name in options.conditions or () if name not in flows]
+    unknown = [name for name in options.conditions or () if name not in known]
     if unknown:
-        raise InputFileError(f"--conditions: {', '.join(unknown)}; known are {', '.join(flows)}")
-    chosen = {name: flows[name] for name in options.conditions or flows}
-    if options.grader == "steps" and options.questions != TESTBED:
-        raise InputFileError(
-            f"--grader steps: the right steps are known for '{TESTBED}' alone, not for {options.questions}; "
-            "expected --grader exact or maths"
-        )
-    if options.grader in ("choice", "code") and options.questions == TESTBED:
+        raise InputFileError(f"--conditions: {', '.join(unknown)}; known are {', '.join(known)}")
+    same = ("grader", "allow_code_execution", "shard", "engine", "replicas", "overwrite", "seed")
+    return {
+        "conditions": {name: known[name] for name in options.conditions or known},
+        "decoding": decoding,
+        "prompting": prompting,
+        **{name: getattr(options, name) for name in same},
+    }
+
+
+def questions_of_command(source: str, options: AnswerOptions) -> list[Any]:
+    """The questions that a command names: of a file, or made for the testbed.
+
+    Args:
+        source: A file of JSON lines, or "testbed".
+        options: Of the command.
+
+    Raises:
+        InputFileError: If they cannot be read, or the grader is not one for them.
+    """
+    from stepflow_tl.evaluation import questions_of, read_questions
+    from stepflow_tl.testbed import ProblemSpec, make_problems
+
+    if source != TESTBED:
+        if options.grader == "steps":
+            raise InputFileError(
+                f"--grader steps: the right steps are known for '{TESTBED}' alone, not for {source}; "
+                "expected --grader exact or maths"
+            )
+        return read_questions(source, options.grader)[: options.limit]
+    if options.grader in ("choice", "code"):
         raise InputFileError(
             f"--grader {options.grader}: '{TESTBED}' has no such questions; give a file of them"
         )
-    questions = _questions(options)
-    if options.out is not None and not options.out.parent.is_dir():
-        raise InputFileError(f"--out {options.out}: there is no folder {options.out.parent}")
-    found = evaluate(
-        _model(options),
-        questions,
-        conditions=chosen,
-        decoding=decoding,
-        grader=options.grader,
-        allow_code_execution=options.allow_code_execution,
-        seed=options.seed,
-        progress=say,
-    )
-    print(found.table())
-    if options.out is not None:
-        write_atomically(options.out, (found.to_json() + "\n").encode())
-        print(f"\nwritten: {options.out}")
-    return 0
-
-
-def _questions(options: EvaluateOptions) -> list[Question]:
-    if options.questions != TESTBED:
-        return read_questions(options.questions, options.grader)[: options.limit]
     total = options.limit or 400
     counts = [total // len(TESTBED_STEPS)] * len(TESTBED_STEPS)
     counts[0] += total - sum(counts)
@@ -114,10 +169,45 @@ def _questions(options: EvaluateOptions) -> list[Question]:
     )
 
 
-def _model(options: EvaluateOptions) -> object:
-    dtype, device = getattr(torch, options.dtype), present_device(options.device)
-    if options.model is not None and (Path(options.model) / "checksums.json").is_file():
-        return load_testbed_model(device, dtype, folder=options.model)
-    if options.model is None and options.questions == TESTBED or options.model == TESTBED:
-        return load_testbed_model(device, dtype)
-    return models.load_model(options.model or models.DEFAULT_MODEL, device=device, dtype=dtype)
+def load(name: str | None, device: str, dtype: str, device_map: str | None) -> Any:
+    """The model that is asked; at module level, so that another process can call it.
+
+    Args:
+        name: As for `models.load_model`, "testbed", a folder of a testbed model, or None for the default.
+        device: Where it goes.
+        dtype: Of its weights.
+        device_map: In place of `device`, as for `models.load_model`.
+
+    Raises:
+        ModelError: If it cannot be loaded, or the device is not there.
+    """
+    import torch
+
+    from stepflow_tl.cli.device import present_device
+    from stepflow_tl.models import loading as models
+    from stepflow_tl.testbed import model as testbed
+
+    where, kind = present_device(device), getattr(torch, dtype)
+    if name == TESTBED:
+        return testbed.load_testbed_model(where, kind)
+    if name is not None and (Path(name) / "checksums.json").is_file():
+        return testbed.load_testbed_model(where, kind, folder=name)
+    place = {} if device_map is None else {"device_map": device_map}
+    return models.load_model(name or models.DEFAULT_MODEL, device=where, dtype=kind, **place)
+
+
+class AnswersWatcher(Watcher):
+    """Progress of the answers on stderr."""
+
+    def begin(self, total: int, done: int, settings: Any, replicas: int) -> None:
+        """The model is loaded."""
+        there = f", {done} of them there already" if done else ""
+        where = "" if replicas == 1 else f", {replicas} replicas"
+        conditions = f"{len(settings.conditions)} conditions"
+        say(f"{total} answers under {conditions}{there}, model {settings.model_name}{where}")
+        self.progress = Progress(total, replicas, unit="answer", done=done)
+
+    def advance(self, n_answers: int, n_tokens: int, seconds: float, tokens_left: float) -> None:
+        """A batch is on the disk."""
+        assert self.progress is not None
+        self.progress.advance(n_tokens, seconds, tokens_left, n=n_answers)

@@ -3,7 +3,7 @@
 from stepflow_tl.evaluation.choice_grader import choice
 from stepflow_tl.evaluation.code_grader import code
 from stepflow_tl.evaluation.evaluation import Evaluation, evaluate, standard_conditions
-from stepflow_tl.evaluation.generation import Answer, Decoding, write_answers
+from stepflow_tl.evaluation.generation import Answer, AnswerWriter, Decoding, Prompting, write_answers
 from stepflow_tl.evaluation.graders import exact, maths, steps
 from stepflow_tl.evaluation.grading import GRADERS, Grader, Question, Verdict, register_grader
 from stepflow_tl.evaluation.questions import questions_of, read_questions
@@ -13,10 +13,12 @@ from stepflow_tl.evaluation.search import Search, grid, search
 __all__ = [
     "GRADERS",
     "Answer",
+    "AnswerWriter",
     "Decoding",
     "Evaluation",
     "Grader",
     "Limits",
+    "Prompting",
     "Question",
     "Search",
     "Verdict",

@@ -16,12 +16,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from stepflow_tl.evaluation.generation import Answer, Decoding, write_answers
+from stepflow_tl.evaluation.generation import Answer, Decoding, Prompting, write_answers
 from stepflow_tl.evaluation.graders import exact
 from stepflow_tl.evaluation.grading import Grade, Grader, Question, Verdict, graded, prepared
 from stepflow_tl.results.tables import probability, text_table
@@ -29,10 +29,14 @@ from stepflow_tl.statistics.effects import corrected
 from stepflow_tl.statistics.paired import PairedDifference, paired_difference
 from stepflow_tl.stepflow.flow import StepFlow
 
+Stop = Literal["", "interrupted", "disk full", "worker died"]
+
 PLAIN = "plain"
 _CONTROL_OF = {"bridge": "bridge control", "momentum": "momentum control", "StepFlow": "StepFlow control"}
 #: In place of a difference and its interval, where every question has the same score under both conditions.
 _SAME = ("no answer", "differs", "")
+Table = tuple[str, list[str], list[list[str]], list[str]]
+"""Title, header, rows and notes, as `results.tables.text_table` takes them."""
 
 
 def standard_conditions(flow: StepFlow | None = None) -> dict[str, StepFlow | None]:
@@ -102,7 +106,7 @@ class ConditionResult:
     def unfinished(self) -> float:
         """Share of the answers that the token limit cut off."""
         ended = [answer.finished for samples in self.answers for answer in samples]
-        return 1 - sum(ended) / len(ended)
+        return 1 - sum(ended) / len(ended) if ended else 0.0
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,16 @@ class Evaluation:
         decoding: How answers were written.
         results: By condition.
         seed: Of the resampling.
+        n_missing: Questions that do not count, because not all their answers are written yet.
+        stopped: Why the run that wrote them ended early; empty if it did not.
     """
 
     questions: tuple[Question, ...]
     decoding: Decoding
     results: Mapping[str, ConditionResult]
     seed: int = 0
+    n_missing: int = 0
+    stopped: Stop = ""
 
     def accuracy(self, condition: str, difficulty: str | None = None) -> float:
         """Share of right answers of `condition`, over all questions or those of one `difficulty`."""
@@ -160,13 +168,20 @@ class Evaluation:
 
     def table(self) -> str:
         """Accuracy of every condition, with paired differences, as text."""
-        parts: list[str] = []
+        missing = f"{self.n_missing} of {self.n_missing + len(self.questions)} questions are not answered yet"
+        if not self.questions:
+            return f"{missing} under every condition: there is nothing to compare"
+        parts = [f"{missing} under every condition, and left out"] if self.n_missing else []
+        return "\n\n".join([*parts, *(text_table(*table) for table in self.tables())])
+
+    def tables(self) -> list[Table]:
+        """The same, each table as title, header, rows and notes; at least one question must count."""
+        tables: list[Table] = []
         if PLAIN in self.results and self._others():
-            parts.append(self._differences(PLAIN, dict.fromkeys(self._others(), PLAIN)))
+            tables.append(self._differences(PLAIN, dict.fromkeys(self._others(), PLAIN)))
         if matched := controls(self.results):
-            parts.append(self._differences("its control", matched))
-        parts.append(self._by_difficulty())
-        return "\n\n".join(parts)
+            tables.append(self._differences("its control", matched))
+        return [*tables, self._by_difficulty()]
 
     def to_json(self) -> str:
         """Scores, tokens and seconds by condition and question, and the differences, as JSON."""
@@ -185,6 +200,7 @@ class Evaluation:
         differences = [
             {"condition": name, "against": other, **asdict(self.difference(name, other))}
             for name, other in pairs
+            if self.questions
         ]
         questions = [{"id": q.id, "difficulty": q.difficulty} for q in self.questions]
         found = dict(
@@ -192,6 +208,7 @@ class Evaluation:
             questions=questions,
             conditions=conditions,
             differences=differences,
+            n_missing=self.n_missing,
         )
         return json.dumps(found, indent=1)
 
@@ -202,7 +219,7 @@ class Evaluation:
     def _others(self) -> list[str]:
         return [name for name in self.results if name != PLAIN]
 
-    def _differences(self, title: str, pairs: Mapping[str, str]) -> str:
+    def _differences(self, title: str, pairs: Mapping[str, str]) -> Table:
         found = {name: self.difference(name, other) for name, other in pairs.items()}
         p_values = corrected(np.array([d.p_value for d in found.values()]), "holm")
         header = [
@@ -234,16 +251,17 @@ class Evaluation:
         ]
         if title == PLAIN:
             notes.insert(0, f"plain: {self.accuracy(PLAIN):.4f} right")
-        return text_table(f"Right answers, and the difference to {title}", header, rows, notes)
+        return f"Right answers, and the difference to {title}", header, rows, notes
 
-    def _by_difficulty(self) -> str:
-        header = ["condition", *self.difficulties, "all", "tokens", "cut off", "seconds"]
+    def _by_difficulty(self) -> Table:
+        header = ["condition", *self.difficulties, "all", "tokens", "tokens/s", "cut off", "seconds"]
         rows = [
             [
                 name,
                 *(f"{self.accuracy(name, difficulty):.3f}" for difficulty in self.difficulties),
                 f"{self.accuracy(name):.3f}",
                 str(result.n_tokens),
+                f"{result.n_tokens / result.seconds:.0f}" if result.seconds else "-",
                 f"{result.unfinished:.3f}",
                 f"{result.seconds:.0f}",
             ]
@@ -251,7 +269,7 @@ class Evaluation:
         ]
         counts = [sum(q.difficulty == difficulty for q in self.questions) for difficulty in self.difficulties]
         notes = [f"questions: {', '.join(map(str, counts))}"] if counts else []
-        return text_table("Right answers by difficulty", header, rows, notes)
+        return "Right answers by difficulty", header, rows, notes
 
 
 def evaluate(
@@ -262,7 +280,7 @@ def evaluate(
     decoding: Decoding | None = None,
     grader: Grader | Grade | str = exact,
     allow_code_execution: bool = False,
-    format: Any = "auto",
+    prompting: Prompting | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
@@ -277,7 +295,7 @@ def evaluate(
         grader: Says whether an answer is right: a registered grader or its name, or any function
             `(question, answer) -> bool`.
         allow_code_execution: Lets the grader "code" execute what the model writes, in a sandbox.
-        format: The reasoning format.
+        prompting: How to ask: format, splitter, system prompt, words around the question.
         seed: Of the resampling; `decoding` has the seed of the sampling.
         progress: Called with one line of text when a condition is done.
 
@@ -296,7 +314,7 @@ def evaluate(
     results: dict[str, ConditionResult] = {}
     for name, flow in conditions.items():
         texts = [question.text for question in questions]
-        answers, seconds = write_answers(model, texts, flow, decoding, format=format)
+        answers, seconds = write_answers(model, texts, flow, decoding, prompting=prompting)
         verdicts = graded(questions, answers, grade)
         results[name] = ConditionResult(flow, tuple(map(tuple, answers)), verdicts, seconds)
         if progress is not None:

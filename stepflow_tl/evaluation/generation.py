@@ -28,13 +28,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepflow_tl.errors import FormatError, ModelError
+from stepflow_tl.errors import FormatError, ModelError, TraceError
 from stepflow_tl.models.cached_rows import cached_rows, takes_padding
 from stepflow_tl.models.facts import is_bridge
 from stepflow_tl.stepflow.flow import FlowRun, StepFlow
 from stepflow_tl.stepflow.placebo import mixed_seed
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.formats.chat_template import question_prompt, resolve_format
+from stepflow_tl.trace.splitting.splitters import resolve_splitter
 from stepflow_tl.trace.steps import Segment
 
 
@@ -98,16 +99,132 @@ class Answer:
     finished: bool
 
 
-class _Row(NamedTuple):
-    """One answer to be written: which question's, after which prompt, and what its random draws come from."""
+@dataclass(frozen=True)
+class Prompting:
+    """How a question is put to the model, and how what it writes is cut.
+
+    Args:
+        format: The reasoning format: its name, a `ReasoningFormat`, or "auto" for the tokenizer's own.
+        splitter: What cuts steps while StepFlow follows the text: a name or a `StepSplitter`.
+        system: The system prompt; None leaves that to the chat template.
+        prompt: The user's turn, with `{question}` where the question goes. Other braces stand for themselves.
+
+    Raises:
+        ValueError: If `prompt` has no place for the question.
+    """
+
+    format: Any = "auto"
+    splitter: Any = "paragraph"
+    system: str | None = None
+    prompt: str = "{question}"
+
+    def __post_init__(self) -> None:
+        """Refuse a prompt that would ask every question in the same words."""
+        if "{question}" not in self.prompt:
+            raise ValueError(
+                f"prompt is {self.prompt!r}: expected a text with {{question}} in it, where the question goes"
+            )
+
+    def turn(self, question: str) -> str:
+        """The user's turn that asks this question."""
+        return self.prompt.replace("{question}", question)
+
+
+class Row(NamedTuple):
+    """One answer to be written.
+
+    Attributes:
+        question: Whose answer, counted from 0.
+        sample: Which of the question's answers, counted from 0.
+        prompt: Token ids of what is asked.
+        name: What the random draws come from.
+    """
 
     question: int
-    prompt: list[int]
+    sample: int
+    prompt: tuple[int, ...]
     name: int
 
 
+class AnswerWriter:
+    """A model that answers given questions, batch by batch.
+
+    Attributes:
+        format: The reasoning format.
+        batches: All answers that are asked for, as they are written together. They follow from the questions,
+            the decoding and the kind of model alone, so a batch can be written at any time, or again.
+    """
+
+    def __init__(
+        self, model: Any, questions: Sequence[str], decoding: Decoding, prompting: Prompting | None = None
+    ) -> None:
+        """Plan the batches; nothing is written yet.
+
+        Args:
+            model: A TransformerLens model with a tokenizer.
+            questions: The users' texts.
+            decoding: How to decode.
+            prompting: How to ask; by default the question alone, in the tokenizer's own format.
+
+        Raises:
+            ModelError: If the tokenizer has no chat template.
+            FormatError: If the format is unknown, or the template refuses a message.
+            TraceError: If the splitter is unknown.
+        """
+        tokenizer = model.tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError("the model's tokenizer has no chat template, which must open each question")
+        self._model, self._decoding, self._prompting = model, decoding, prompting or Prompting()
+        resolve_splitter(self._prompting.splitter)
+        self._ends = end_tokens(model)
+        self.format = resolve_format(tokenizer, self._prompting.format)
+        rows = [
+            Row(index, sample, prompt, _name(prompt, sample))
+            for index, prompt in enumerate(map(self._prompt, questions))
+            for sample in range(decoding.n_samples)
+        ]
+        self.batches: tuple[tuple[Row, ...], ...] = tuple(_batches(rows, decoding, takes_padding(model)))
+
+    def write(self, rows: Sequence[Row], flow: StepFlow | None) -> tuple[list[Answer], float]:
+        """The answers of one batch, in its order, and the seconds it took to write them.
+
+        Args:
+            rows: A batch, or part of one.
+            flow: What is on the model meanwhile; None for nothing.
+
+        Raises:
+            ModelError: If the flow does not fit the model.
+        """
+        tokenizer, decoding = self._model.tokenizer, self._decoding
+        splitter = self._prompting.splitter
+        start = time.perf_counter()
+        on = (
+            nullcontext()
+            if flow is None
+            else flow.generating(self._model, tokenizer, format=self.format, splitter=splitter)
+        )
+        with on as run, torch.no_grad():
+            written = _write(self._model, rows, decoding, self._ends, run)
+        seconds = time.perf_counter() - start
+        answers = [
+            _answer(tokenizer, self.format, row.prompt, new, self._ends)
+            for row, new in zip(rows, written, strict=True)
+        ]
+        return answers, seconds
+
+    def _prompt(self, question: str) -> tuple[int, ...]:
+        tokenizer, prompting = self._model.tokenizer, self._prompting
+        text = question_prompt(tokenizer, self.format, prompting.turn(question), prompting.system)
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def write_answers(
-    model: Any, questions: Sequence[str], flow: StepFlow | None, decoding: Decoding, *, format: Any = "auto"
+    model: Any,
+    questions: Sequence[str],
+    flow: StepFlow | None,
+    decoding: Decoding,
+    *,
+    prompting: Prompting | None = None,
 ) -> tuple[list[list[Answer]], float]:
     """Answers to each question, and the seconds it took to write them.
 
@@ -116,7 +233,7 @@ def write_answers(
         questions: The users' texts.
         flow: What is on the model meanwhile; None for nothing.
         decoding: How to decode.
-        format: The reasoning format.
+        prompting: How to ask, as in `AnswerWriter`.
 
     Returns:
         `answers[question][sample]`; seconds of generation, without the cutting into segments.
@@ -124,28 +241,17 @@ def write_answers(
     Raises:
         ModelError: If the tokenizer has no chat template.
         FormatError: If the format is unknown.
+        TraceError: If the splitter is unknown.
     """
-    tokenizer = model.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
-        raise ModelError("the model's tokenizer has no chat template, which must open each question")
-    entry, ends = resolve_format(tokenizer, format), end_tokens(model)
-    prompts = [_prompt(tokenizer, entry, text) for text in questions]
-    rows = [
-        _Row(index, prompt, _name(prompt, sample))
-        for index, prompt in enumerate(prompts)
-        for sample in range(decoding.n_samples)
-    ]
-    answers: list[list[Answer]] = [[] for _ in questions]
+    writer = AnswerWriter(model, questions, decoding, prompting)
+    answers: dict[tuple[int, int], Answer] = {}
     seconds = 0.0
-    for batch in _batches(rows, decoding, takes_padding(model)):
-        start = time.perf_counter()
-        on = nullcontext() if flow is None else flow.generating(model, tokenizer, format=entry)
-        with on as run, torch.no_grad():
-            written = _write(model, batch, decoding, ends, run)
-        seconds += time.perf_counter() - start
-        for row, new in zip(batch, written, strict=True):
-            answers[row.question].append(_answer(tokenizer, entry, row.prompt, new, ends))
-    return answers, seconds
+    for batch in writer.batches:
+        written, spent = writer.write(batch, flow)
+        seconds += spent
+        answers |= {(row.question, row.sample): answer for row, answer in zip(batch, written, strict=True)}
+    samples = range(decoding.n_samples)
+    return [[answers[index, sample] for sample in samples] for index in range(len(questions))], seconds
 
 
 def end_tokens(model: Any) -> frozenset[int]:
@@ -157,33 +263,28 @@ def end_tokens(model: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def _prompt(tokenizer: Any, entry: Any, text: str) -> list[int]:
-    prompt = question_prompt(tokenizer, entry, text)
-    return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-
-
-def _name(prompt: list[int], sample: int) -> int:
+def _name(prompt: Sequence[int], sample: int) -> int:
     """A number for this answer's random draws: of what is asked and the sample's number, nothing else."""
     digest = hashlib.sha256(",".join(map(str, prompt)).encode()).digest()
     return mixed_seed(int.from_bytes(digest[:8], "big"), sample)
 
 
-def _batches(rows: list[_Row], decoding: Decoding, may_pad: bool) -> Iterator[list[_Row]]:
+def _batches(rows: Sequence[Row], decoding: Decoding, may_pad: bool) -> Iterator[tuple[Row, ...]]:
     rows = sorted(rows, key=lambda row: len(row.prompt))
     groups = [rows] if may_pad else [list(g) for _, g in itertools.groupby(rows, key=lambda r: len(r.prompt))]
     for group in groups:
-        batch: list[_Row] = []
+        batch: list[Row] = []
         for row in group:
             tokens = (len(batch) + 1) * (len(row.prompt) + decoding.max_new_tokens)  # the longest comes last
             if batch and (len(batch) == decoding.batch_size or tokens > decoding.batch_tokens):
-                yield batch
+                yield tuple(batch)
                 batch = []
             batch.append(row)
-        yield batch
+        yield tuple(batch)
 
 
 def _write(
-    model: Any, batch: list[_Row], decoding: Decoding, ends: frozenset[int], run: FlowRun | None
+    model: Any, batch: Sequence[Row], decoding: Decoding, ends: frozenset[int], run: FlowRun | None
 ) -> list[list[int]]:
     """New tokens of each row, up to and with the end marker."""
     if run is not None:
@@ -226,7 +327,9 @@ def _choose(
     return order.gather(-1, place)[:, 0]
 
 
-def _answer(tokenizer: Any, entry: Any, prompt: list[int], new: list[int], ends: frozenset[int]) -> Answer:
+def _answer(
+    tokenizer: Any, entry: Any, prompt: Sequence[int], new: list[int], ends: frozenset[int]
+) -> Answer:
     tokens = [*prompt, *new]
     thinking = summary = ""
     try:
@@ -235,6 +338,9 @@ def _answer(tokenizer: Any, entry: Any, prompt: list[int], new: list[int], ends:
             "".join(step.text for step in trace.steps if step.segment == segment)
             for segment in (Segment.THINKING, Segment.SUMMARY)
         )
-    except FormatError:  # a model may write anything; an answer that cannot be read is a wrong one
+    except (
+        FormatError,
+        TraceError,
+    ):  # a model may write anything; an answer that cannot be read is a wrong one
         pass
     return Answer(tuple(tokens), thinking, summary, len(new), bool(new) and new[-1] in ends)

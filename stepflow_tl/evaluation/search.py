@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stepflow_tl.evaluation.evaluation import PLAIN, Evaluation, evaluate
-from stepflow_tl.evaluation.generation import Decoding
+from stepflow_tl.evaluation.generation import Decoding, Prompting
 from stepflow_tl.evaluation.graders import exact
 from stepflow_tl.evaluation.grading import Grade, Grader, Question
 from stepflow_tl.stepflow.flow import StepFlow
@@ -82,7 +82,7 @@ def search(
     decoding: Decoding | None = None,
     grader: Grader | Grade | str = exact,
     allow_code_execution: bool = False,
-    format: Any = "auto",
+    prompting: Prompting | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Search:
@@ -96,7 +96,7 @@ def search(
         decoding: How to decode.
         grader: Says whether an answer is right, as in `evaluate`.
         allow_code_execution: As in `evaluate`.
-        format: The reasoning format.
+        prompting: How to ask.
         seed: Of the split and the resampling.
         progress: Called with one line of text when a candidate is done.
 
@@ -110,7 +110,7 @@ def search(
         decoding=decoding,
         grader=grader,
         allow_code_execution=allow_code_execution,
-        format=format,
+        prompting=prompting,
         seed=seed,
         progress=progress,
     )

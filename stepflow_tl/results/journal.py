@@ -10,8 +10,8 @@ an entry holds is the caller's business (`runs.manifest` keeps traces in one).
 3. Settings of the header that differ from the caller's are refused, or begin the journal anew with
    `overwrite`. A setting that only one of the two names is no difference, so settings can be added later;
    a kind may say what one of them is where it is not named.
-4. Appending is one `write` at the end of the file and one `fsync`. If the disk takes only part of a line,
-   that part is cut off again before the error is raised.
+4. Appending one entry, or several together, is one `write` at the end of the file and one `fsync`. If the
+   disk takes only part of it, that part is cut off again before the error is raised.
 5. In memory there is an index only: where in the file the last line of each id begins.
 
 Reading, by the writer and by `read_journal`, takes the file for hostile: every line must be UTF-8, one JSON
@@ -19,16 +19,18 @@ object without NaN or Infinity, no longer than `MAX_LINE_BYTES`. A damaged line 
 only; a header that cannot be read, or one of a later schema, costs the file. Lines of an unknown `kind` are
 a later version's and are passed over.
 
-Cost: an `fsync` per entry, milliseconds. Without `flock` (Windows) nothing keeps two writers apart.
+Cost: an `fsync` per call that appends, milliseconds. Without `flock` (Windows) nothing keeps two writers
+apart.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -181,6 +183,10 @@ class Journal:
         """Ids it has an entry for."""
         return len(self._index)
 
+    def __contains__(self, entry_id: str) -> bool:
+        """Whether there is an entry of that id."""
+        return entry_id in self._index
+
     def __iter__(self) -> Iterator[Any]:
         """The last entry of each id, in the order in which the ids first came; each is read from the file."""
         return map(self.last, list(self._index))
@@ -201,12 +207,27 @@ class Journal:
             ResultFileError: If the disk refuses for another reason.
             ValueError: If it is no such data.
         """
-        if not isinstance(entry.get("id"), str) or entry.get("kind") not in self._kind.entries:
-            raise ValueError(
-                f"an entry of a {self._kind.what} needs a string id and a kind of {self._kind.entries}, "
-                f"found id {entry.get('id')!r}, kind {entry.get('kind')!r}"
-            )
-        self._index[entry["id"]] = self._write(entry)
+        self.append_all([entry])
+
+    def append_all(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Add entries together, all on the disk when this returns.
+
+        A kill in the middle of it may leave the first ones only, each of them whole.
+
+        Args:
+            entries: As in `append`.
+
+        Raises:
+            DiskFullError: As `append`, and so the other errors.
+        """
+        for entry in entries:
+            if not isinstance(entry.get("id"), str) or entry.get("kind") not in self._kind.entries:
+                raise ValueError(
+                    f"an entry of a {self._kind.what} needs a string id and a kind of {self._kind.entries}, "
+                    f"found id {entry.get('id')!r}, kind {entry.get('kind')!r}"
+                )
+        begins = self._write(*entries)
+        self._index |= {entry["id"]: begin for entry, begin in zip(entries, begins, strict=True)}
 
     def _lock(self) -> None:
         try:
@@ -272,22 +293,22 @@ class Journal:
         os.lseek(self._file, offset, os.SEEK_SET)  # writing goes to the end all the same: O_APPEND
         return os.read(self._file, size)
 
-    def _write(self, data: Mapping[str, Any]) -> int:
-        """Add a line; where it begins."""
-        line = json.dumps(data, allow_nan=False).encode("ascii") + b"\n"
-        begin = os.fstat(self._file).st_size
+    def _write(self, *data: Mapping[str, Any]) -> list[int]:
+        """Add a line for each; where they begin."""
+        lines = [json.dumps(each, allow_nan=False).encode("ascii") + b"\n" for each in data]
+        begin, text = os.fstat(self._file).st_size, b"".join(lines)
         try:
-            written = os.write(self._file, line)
-            if written < len(line):  # the rest tells why
-                written += os.write(self._file, line[written:])
-            if written < len(line):
+            written = os.write(self._file, text)
+            if written < len(text):  # the rest tells why
+                written += os.write(self._file, text[written:])
+            if written < len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, begin)
             raise _refused(f"cannot write {self.path}", error) from error
-        return begin
+        return list(itertools.accumulate(map(len, lines), initial=begin))[: len(lines)]
 
 
 def _lines(file: BinaryIO, path: Path, kind: JournalKind) -> Iterator[Line]:

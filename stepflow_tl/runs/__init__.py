@@ -12,6 +12,9 @@ One JSON line passes these modules from `stepflow-tl analyze` to its result file
 Then what became of it goes into `runs.manifest` (a `results.journal`), and all traces of the folder together
 into `runs.summary`.
 
+Answers come by the same stairs: `cli.evaluate`, `runs.answer_options`, then `runs.answers` (the driver), the
+engines, `runs.answer_worker`, and the ledger `runs.answer_file`. `runs.study_run` does both and reports.
+
 The public names are imported on first use (PEP 562), so that the command line can read `runs.options` alone.
 """
 
@@ -21,6 +24,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stepflow_tl.runs.aggregate import Aggregate as Aggregate
     from stepflow_tl.runs.aggregate import DatasetReport as DatasetReport
+    from stepflow_tl.runs.answer_file import read_answers as read_answers
+    from stepflow_tl.runs.answer_options import AnswerOptions as AnswerOptions
+    from stepflow_tl.runs.answer_options import StudyOptions as StudyOptions
+    from stepflow_tl.runs.answers import AnswerWatcher as AnswerWatcher
+    from stepflow_tl.runs.answers import evaluate as evaluate
     from stepflow_tl.runs.flow_options import FlowOptions as FlowOptions
     from stepflow_tl.runs.manifest import manifest_path as manifest_path
     from stepflow_tl.runs.options import RunOptions as RunOptions
@@ -28,31 +36,50 @@ if TYPE_CHECKING:
     from stepflow_tl.runs.options import SummaryOptions as SummaryOptions
     from stepflow_tl.runs.run import Watcher as Watcher
     from stepflow_tl.runs.run import analyze_dataset as analyze_dataset
+    from stepflow_tl.runs.study_run import StudyReport as StudyReport
+    from stepflow_tl.runs.study_run import study as study
+    from stepflow_tl.runs.study_stages import StudyWatcher as StudyWatcher
     from stepflow_tl.runs.summary import summarize as summarize
 
 _HOME_OF = {
     "Aggregate": "stepflow_tl.runs.aggregate",
+    "AnswerOptions": "stepflow_tl.runs.answer_options",
+    "AnswerWatcher": "stepflow_tl.runs.answers",
     "DatasetReport": "stepflow_tl.runs.aggregate",
     "FlowOptions": "stepflow_tl.runs.flow_options",
     "RunOptions": "stepflow_tl.runs.options",
     "Shard": "stepflow_tl.runs.options",
+    "StudyOptions": "stepflow_tl.runs.answer_options",
+    "StudyReport": "stepflow_tl.runs.study_run",
+    "StudyWatcher": "stepflow_tl.runs.study_stages",
     "SummaryOptions": "stepflow_tl.runs.options",
     "Watcher": "stepflow_tl.runs.run",
     "analyze_dataset": "stepflow_tl.runs.run",
+    "evaluate": "stepflow_tl.runs.answers",
     "manifest_path": "stepflow_tl.runs.manifest",
+    "read_answers": "stepflow_tl.runs.answer_file",
+    "study": "stepflow_tl.runs.study_run",
     "summarize": "stepflow_tl.runs.summary",
 }
 
 __all__ = [
     "Aggregate",
+    "AnswerOptions",
+    "AnswerWatcher",
     "DatasetReport",
     "FlowOptions",
     "RunOptions",
     "Shard",
+    "StudyOptions",
+    "StudyReport",
+    "StudyWatcher",
     "SummaryOptions",
     "Watcher",
     "analyze_dataset",
+    "evaluate",
     "manifest_path",
+    "read_answers",
+    "study",
     "summarize",
 ]
 

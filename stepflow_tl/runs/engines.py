@@ -1,20 +1,20 @@
-"""Where traces are analysed: in this process, or on the replicas of a Ray cluster.
+"""Where a run's tasks are done: in this process, or on the replicas of a Ray cluster.
 
-The driver hands out tasks and takes back what became of them, in any order; it alone writes the manifest.
+The driver hands out tasks and takes back what became of them, in any order; it alone writes the ledger. What
+a task is, and what becomes of it, the worker knows: the same engines analyse traces and write answers.
 
 `RayEngine` has model replicas as Ray actors, one per GPU:
 
-1. Each replica is an actor with a `Worker` of its own. It writes result files itself, so the folder must be
-   one that all machines of the cluster see; manifest and report stay with the driver, their only writer.
+1. Each replica is an actor with a worker of its own. Where a worker writes files, their folder must be one
+   that all machines of the cluster see; ledger and report stay with the driver, their only writer.
 2. A replica has one task at work and one waiting. Tasks are drawn from the plan as replicas become free, so
    the plan streams here too.
 3. A replica that dies is started again, and its tasks are done again, first in the queue; a result that it
-   had saved is found and kept. A trace that was at work through `_MOST_DEATHS` deaths is a failure of that
-   trace.
+   had saved is found and kept. A task that was at work through `MOST_DEATHS` deaths is given up.
 4. On a CPU, cores are shared out over the replicas as torch threads: sums, and so bits, depend on that
    number.
 
-Actors and not `map_batches` of Ray Data, because only so the driver knows which trace a dead worker was at:
+Actors and not `map_batches` of Ray Data, because only so the driver knows which task a dead worker was at:
 Ray Data would run the block again without end, or give up the whole data set for one trace. A Ray cluster
 that is running is used (`RAY_ADDRESS`); else one is started on this machine and ended with the run.
 """
@@ -26,32 +26,51 @@ import logging
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from stepflow_tl.errors import MissingExtraError, ModelError, StepflowError
-from stepflow_tl.runs.manifest import RunSettings
-from stepflow_tl.runs.options import RunOptions
-from stepflow_tl.runs.outcomes import Outcome
-from stepflow_tl.runs.plan import Task
-from stepflow_tl.runs.worker import Worker, failure
+from stepflow_tl.models.loading import load_model
 
-_MOST_DEATHS = 3
+MOST_DEATHS = 3
 _TASKS_PER_REPLICA = 2
 
 Loader = Callable[[], Any]
+Task = TypeVar("Task")
+
+
+@runtime_checkable
+class Worker(Protocol):
+    """A loaded model, and what is done with one task."""
+
+    @property
+    def settings(self) -> Any:
+        """What the driver must know of the model before the first task."""
+        ...
+
+    def take(self, task: Any) -> Any:
+        """Deal with one task.
+
+        Raises:
+            StepflowError: If that ends the run.
+        """
+        ...
+
+
+MakeWorker = Callable[[], Worker]
+"""Makes a worker in the process that is to use it; for another process it must be one that pickles."""
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """What the driver needs of the place where traces are analysed."""
+    """What the driver needs of the place where tasks are done."""
 
-    settings: RunSettings
+    settings: Any
     replicas: int
 
-    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         """Each task with what became of it; tasks are asked for as they can be taken up."""
         ...
 
@@ -60,35 +79,47 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(load: Loader, options: RunOptions, out: Path) -> Engine:
-    """The engine that the options name, its models loaded.
+def open_engine(
+    make: MakeWorker, *, engine: str, replicas: int | None, given_up: Callable[[Any], Any]
+) -> Engine:
+    """The engine of that name, its models loaded.
 
     Args:
-        load: Loads the model, in the process that is to use it.
-        options: Of the run.
-        out: Folder for the results.
+        make: Makes a worker.
+        engine: "local" or "ray".
+        replicas: As in `RayEngine`.
+        given_up: What becomes of a task of which workers die.
 
     Raises:
-        StepflowError: As `load`, `Worker` and `RayEngine` do.
+        StepflowError: As `make` and `RayEngine` do.
     """
-    return RayEngine(load, options, out) if options.engine == "ray" else LocalEngine(load, options, out)
+    return RayEngine(make, replicas, given_up) if engine == "ray" else LocalEngine(make)
+
+
+def loader_of(model: Any) -> Loader:
+    """A function that loads the model: of a name or path, of a model in memory, or the function it is."""
+    if isinstance(model, str):
+        return partial(load_model, model)
+    if callable(model) and not hasattr(model, "cfg"):
+        return model
+    return lambda: model
 
 
 class LocalEngine:
-    """One model in this process, one trace after the other."""
+    """One model in this process, one task after the other."""
 
     replicas = 1
 
-    def __init__(self, load: Loader, options: RunOptions, out: Path) -> None:
+    def __init__(self, make: MakeWorker) -> None:
         """Load the model.
 
         Raises:
-            StepflowError: As `load` and `Worker` do.
+            StepflowError: As `make` does.
         """
-        self._worker = Worker(load(), options, out)
+        self._worker = make()
         self.settings = self._worker.settings
 
-    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         """Each task with what became of it, in order."""
         for task in tasks:
             yield task, self._worker.take(task)
@@ -100,21 +131,21 @@ class LocalEngine:
 class RayEngine:
     """A pool of replicas."""
 
-    def __init__(self, load: Loader, options: RunOptions, out: Path) -> None:
+    def __init__(self, make: MakeWorker, replicas: int | None, given_up: Callable[[Any], Any]) -> None:
         """Start Ray if it is not running, and the replicas.
 
         Args:
-            load: Loads the model, in the replica's process.
-            options: Of the run; `replicas` are one per GPU by default, or one if there is none.
-            out: Folder for the results, seen by all machines.
+            make: Makes a worker, in the replica's process.
+            replicas: Models at once; by default one per GPU, or one if there is none.
+            given_up: What becomes of a task that was at work through `MOST_DEATHS` deaths.
 
         Raises:
             MissingExtraError: If ray is not installed.
             ModelError: If a replica cannot be started.
-            StepflowError: As `load` and `Worker` do.
+            StepflowError: As `make` does.
         """
         self._ray = _import_ray()
-        self._options = options
+        self._given_up = given_up
         self._is_ours = not self._ray.is_initialized()
         if self._is_ours:
             self._ray.init(
@@ -127,13 +158,13 @@ class RayEngine:
         try:
             resources = self._ray.cluster_resources()
             n_gpus = int(resources.get("GPU", 0))
-            self.replicas = options.replicas or max(1, n_gpus)
+            self.replicas = replicas or max(1, n_gpus)
             n_cpus = int(resources.get("CPU", 1))
             gpus = 1 if n_gpus >= self.replicas else 0
             threads = None if gpus else max(1, n_cpus // self.replicas)
             # A replica on a CPU takes no slot of Ray's: its threads are counted above.
             kind = self._ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(_Replica)
-            self._new = lambda: kind.remote(load, options, out.resolve(), threads)
+            self._new = lambda: kind.remote(make, threads)
             self._actors = [self._new() for _ in range(self.replicas)]
             self.settings = self._unwrap(self._ray.get(self._actors[0].settings.remote()))
         except self._ray.exceptions.RayActorError as error:
@@ -143,17 +174,17 @@ class RayEngine:
             self.close()
             raise
 
-    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Outcome]]:
+    def results(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         """Each task with what became of it, as they come in.
 
         Raises:
-            DiskFullError: If a replica found no room for a result.
+            StepflowError: If a worker's `take` raised it, such as `DiskFullError`.
             ModelError: If a replica cannot be started again.
         """
         source, again = iter(tasks), deque[Task]()
         at_work: dict[Any, tuple[int, Task]] = {}
         queues: list[deque[Any]] = [deque() for _ in self._actors]
-        deaths: Counter[str] = Counter()
+        deaths: Counter[int] = Counter()  # by `id`: a task that waits to be done again is held in a queue
 
         def fill(replica: int) -> None:
             while len(queues[replica]) < _TASKS_PER_REPLICA:
@@ -177,11 +208,13 @@ class RayEngine:
                 queues[replica].clear()
                 self._actors[replica] = self._new()
                 culprit = lost[0]
-                deaths[culprit.record.id] += 1
-                if deaths[culprit.record.id] >= _MOST_DEATHS:
-                    yield lost.pop(0), self._given_up(culprit)
+                deaths[id(culprit)] += 1
+                if deaths[id(culprit)] >= MOST_DEATHS:
+                    del deaths[id(lost.pop(0))]
+                    yield culprit, self._given_up(culprit)
                 again.extendleft(reversed(lost))
             else:
+                deaths.pop(id(task), None)
                 del at_work[ref]
                 queues[replica].remove(ref)
                 yield task, outcome
@@ -200,10 +233,6 @@ class RayEngine:
         """Of the replicas, as the operating system knows them."""
         return self._ray.get([actor.process_id.remote() for actor in self._actors])
 
-    def _given_up(self, task: Task) -> Outcome:
-        reason = f"its worker died {_MOST_DEATHS} times on this trace, perhaps for want of memory"
-        return failure(task.record, reason, "WorkerDied", self._options)
-
     @staticmethod
     def _unwrap(found: Any) -> Any:
         if isinstance(found, StepflowError):
@@ -214,20 +243,20 @@ class RayEngine:
 class _Replica:
     """What runs in a worker process. Errors of ours are returned: ray would dress them up as its own."""
 
-    def __init__(self, load: Loader, options: RunOptions, out: Path, threads: int | None) -> None:
+    def __init__(self, make: MakeWorker, threads: int | None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self._worker: Worker | None = None
         self._error: StepflowError | None = None
         try:
-            self._worker = Worker(load(), options, out)
+            self._worker = make()
         except StepflowError as error:
             self._error = error
 
     def settings(self) -> Any:
         return self._error or (self._worker and self._worker.settings)
 
-    def take(self, task: Task) -> Any:
+    def take(self, task: Any) -> Any:
         if self._worker is None:
             return self._error
         try:

@@ -33,7 +33,7 @@ _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class OutOfMemoryError(StepflowError):
-    """A trace that did not fit in any of the ways that were tried."""
+    """A trace or an answer that did not fit in any of the ways that were tried."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,15 @@ def with_less_and_less(
             if rung is not rungs[0]:
                 note(f"not enough memory to run it as usual; done {rung.name}")
             return result
-        # The exception is gone here, and with it the frames that held the tensors.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        let_go()
     raise OutOfMemoryError(f"not enough memory for this trace{f' ({said})' if said else ''}")
+
+
+def let_go() -> None:
+    """Free what a failed attempt held, once its exception is gone, and with it the frames it held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def return_freed_memory() -> None:

@@ -22,17 +22,16 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from stepflow_tl.errors import DiskFullError, InputFileError, ResultFileError, require
-from stepflow_tl.models.loading import load_model
 from stepflow_tl.results.journal import Journal
 from stepflow_tl.runs.aggregate import DatasetReport, Stop
-from stepflow_tl.runs.engines import Engine, Loader, open_engine
+from stepflow_tl.runs.engines import MOST_DEATHS, Engine, Loader, loader_of, open_engine
 from stepflow_tl.runs.manifest import Done, Failed, RunSettings, manifest_path, open_manifest
 from stepflow_tl.runs.options import RunOptions
 from stepflow_tl.runs.outcomes import Outcome, with_file
 from stepflow_tl.runs.plan import Leftovers, Plan, Task
 from stepflow_tl.runs.records import Unreadable, open_traces, pair_field, read_records
 from stepflow_tl.runs.summary import report_run
-from stepflow_tl.runs.worker import KNOCKOUTS, digest
+from stepflow_tl.runs.worker import KNOCKOUTS, Worker, digest, failure
 
 # Failures that a look at the folder decides, which costs nothing and may have changed.
 _NOT_REMEMBERED = (ResultFileError.__name__, DiskFullError.__name__)
@@ -123,12 +122,17 @@ def analyze_dataset(
         raise InputFileError(f"{source} holds no {opened.unit} with {' and '.join(asked.where)}")
     if not total:
         raise InputFileError(f"{source} holds no {opened.unit}: expected one trace per {opened.unit}")
-    _make_folder(out)
+    make_folder(out)
     if asked.figures:
         require("matplotlib", purpose="Drawing figures", extra="plots")
     records = read_records(opened, group_by=asked.group_by, pair_by=pair_field(asked), limit=asked.limit)
     plan = Plan(records, total, shard=part)
-    engine = open_engine(_loader(model), asked, out)
+    engine = open_engine(
+        partial(_worker, loader_of(model), asked, out if asked.engine == "local" else out.resolve()),
+        engine=asked.engine,
+        replicas=asked.replicas,
+        given_up=partial(_given_up, options=asked),
+    )
     try:
         path = manifest_path(out, part)
         with open_manifest(path, engine.settings, overwrite=asked.overwrite, note=watch.note) as manifest:
@@ -249,15 +253,22 @@ class _Driver:
         self._watcher.note(f"{how} {len(self._dealt_with)} of {self._plan.total} traces; {what_next}")
 
 
-def _loader(model: Any) -> Loader:
-    if isinstance(model, str):
-        return partial(load_model, model)
-    if callable(model) and not hasattr(model, "cfg"):
-        return model
-    return lambda: model
+def _worker(load: Loader, options: RunOptions, out: Path) -> Worker:
+    """At module level, so that another process can call it."""
+    return Worker(load(), options, out)
 
 
-def _make_folder(folder: Path) -> None:
+def _given_up(task: Task, options: RunOptions) -> Outcome:
+    reason = f"its worker died {MOST_DEATHS} times on this trace, perhaps for want of memory"
+    return failure(task.record, reason, "WorkerDied", options)
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run's results, if it is not there.
+
+    Raises:
+        InputFileError: If it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepflow_tl.cli import evaluate
 from stepflow_tl.cli import main as command
+from stepflow_tl.testbed import model as testbed
 from stepflow_tl.testbed.model import new_model
 from stepflow_tl.testbed.vocabulary import build_tokenizer
 
@@ -21,7 +21,7 @@ def untrained(monkeypatch):
     model = TransformerBridge.boot_transformers(
         "Qwen/Qwen2-0.5B", hf_model=new_model(len(tokenizer)).eval(), tokenizer=tokenizer, device="cpu"
     )
-    monkeypatch.setattr(evaluate, "load_testbed_model", lambda *_: model)
+    monkeypatch.setattr(testbed, "load_testbed_model", lambda *_: model)
 
 
 def test_the_testbed_is_evaluated(untrained, tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 
 from stepflow_tl import ReasoningTrace, StepFlow
 from stepflow_tl.evaluation import Decoding, generation, write_answers
-from stepflow_tl.evaluation.generation import _answer, _batches, _choose, _Row, end_tokens
+from stepflow_tl.evaluation.generation import Row, _answer, _batches, _choose, end_tokens
 from stepflow_tl.models import cached_rows
 from stepflow_tl.testbed import ProblemSpec, make_problems
 from stepflow_tl.testbed.vocabulary import prompt_of
@@ -187,7 +187,7 @@ def test_tokens_are_drawn_from_the_nucleus_in_their_shares():
 
 
 def test_batches_are_filled_by_tokens_and_by_rows():
-    rows = [_Row(i, [0] * n, 0) for i, n in enumerate([30, 10, 10, 20, 100])]
+    rows = [Row(i, 0, (0,) * n, 0) for i, n in enumerate([30, 10, 10, 20, 100])]
 
     def lengths(**options):
         decoding = Decoding(max_new_tokens=10, **options)

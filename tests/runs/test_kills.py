@@ -7,6 +7,7 @@ import random
 import signal
 
 import pytest
+from dying import die_at, in_a_child
 
 from stepflow_tl.runs import analyze_dataset
 
@@ -16,47 +17,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     pytest.mark.usefixtures("remembered_saliency"),
 ]
-
-CALLS = ("open", "write", "fsync", "replace", "chmod", "close", "ftruncate", "unlink")
-
-
-def in_a_child(run, prepare):
-    """Run in a forked process after `prepare()`; its exit code, negative if it was killed."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            prepare()
-            code = 0 if run().is_complete else 3
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def die_at(number):
-    """From here on, the process dies at that call of `CALLS`: before it, after it, or half-way in a write.
-
-    Returns the counter of those calls; at number 0 they are only counted.
-    """
-    count = [0]
-
-    def armed(call, is_write):
-        def dying(*arguments, **options):
-            count[0] += 1
-            if count[0] != number:
-                return call(*arguments, **options)
-            if is_write:
-                call(arguments[0], arguments[1][: len(arguments[1]) // 2])
-            elif number % 2:
-                call(*arguments, **options)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        return dying
-
-    for name in CALLS:
-        setattr(os, name, armed(getattr(os, name), name == "write"))
-    return count
 
 
 def state(folder):

@@ -5,6 +5,7 @@ import torch
 from tiny_models import TINY_MODEL_KINDS
 
 from stepflow_tl import step_saliency
+from stepflow_tl.saliency import backends
 from stepflow_tl.saliency.hooks_backend import hooks_backend
 from stepflow_tl.saliency.objectives import Objective
 from stepflow_tl.stepflow import StepFlow

@@ -138,18 +138,24 @@ def render_parts(
     return "".join(part for part, _ in parts), spans
 
 
-def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str) -> str:
+def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str, system: str | None = None) -> str:
     """The prompt that asks a model to think about a question: the chat template, up to where it may begin.
 
     Thinking is switched on where the template closes it unless told otherwise, as in `render_parts`; a
     template that closes it all the same is taken as it is.
 
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        entry: The reasoning format.
+        question: The user's text.
+        system: System prompt, or None.
+
     Raises:
-        FormatError: The chat template refuses the message.
+        FormatError: The chat template refuses the messages.
     """
-    rendered = _render(tokenizer, question, None)
+    rendered = _render(tokenizer, question, system)
     if _ends_with(rendered, entry.thinking_ends):
-        return _render(tokenizer, question, None, **_THINKING_ON)
+        return _render(tokenizer, question, system, **_THINKING_ON)
     return rendered
 
 
