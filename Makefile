@@ -5,6 +5,7 @@
 #   make lint    ruff, formatting, pyright
 #   make bench   the scripts in benchmarks/ that need nothing but the package
 #   make reproduce   the study on the testbed, from problems to tables; out/reproduce/report.md
+#   make study   `stepflow-tl study` on 60 testbed problems; out/study/report.html
 # On a machine without CUDA, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes.
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=disabled
 # One worker a core and one thread a worker. A file stays on one worker, so its fixtures are made once.
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile
 
-.PHONY: setup demo test lint bench reproduce clean
+.PHONY: setup demo test lint bench reproduce study clean
 
 setup: .venv/.installed
 
@@ -72,6 +73,9 @@ bench: setup
 
 reproduce: setup
 	@$(OFFLINE) .venv/bin/python benchmarks/reproduce.py
+
+study: setup
+	@$(OFFLINE) .venv/bin/stepflow-tl study testbed --limit 60 --splitter line --max-new-tokens 400 --out out/study
 
 clean:
 	rm -rf .venv .tl39 out dist build .pytest_cache .ruff_cache .hypothesis
