@@ -126,7 +126,7 @@ class Prompting:
             )
 
     def turn(self, question: str) -> str:
-        """The user's turn that asks this question."""
+        """The user's turn that asks `question`."""
         return self.prompt.replace("{question}", question)
 
 

@@ -121,7 +121,7 @@ GRADERS: Mapping[str, Grader] = MappingProxyType(_graders)
 
 
 def register_grader(grader: Grader) -> Grader:
-    """Let a grader be called by its name; returns it.
+    """Let `grader` be called by its name; returns it.
 
     Raises:
         ValueError: If there is one of that name already.
