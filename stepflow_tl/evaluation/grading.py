@@ -121,7 +121,10 @@ GRADERS: Mapping[str, Grader] = MappingProxyType(_graders)
 
 
 def register_grader(grader: Grader) -> Grader:
-    """Let `grader` be called by its name; returns it.
+    """Let a grader be called by its name; returns it.
+
+    Args:
+        grader: What its name will stand for.
 
     Raises:
         ValueError: If there is one of that name already.
