@@ -296,11 +296,11 @@ def run_arguments(data: bytes) -> None:
 @contextlib.contextmanager
 def _without_commands() -> Iterator[list[Any]]:
     """The command line with commands that do nothing but take their arguments."""
-    from stepflow_tl.cli import analyze, main, report, summarize
+    from stepflow_tl.cli import analyze, evaluate, main, report, study, summarize
 
     ran: list[Any] = []
     with contextlib.ExitStack() as patches:
-        for module in (analyze, main, report, summarize):
+        for module in (analyze, evaluate, main, report, study, summarize):
             for name in [name for name in vars(module) if name == "_run" or name.startswith("_run_")]:
                 take = patches.enter_context(mock.patch.object(module, name))
                 take.side_effect = lambda arguments: ran.append(arguments) or 0

@@ -15,6 +15,7 @@ from tiny_models import TL_GENERATION, build_tiny_model
 import stepflow_tl
 from stepflow_tl import StepFlow, StepKnockout, StepSaliency, step_knockout, step_saliency
 from stepflow_tl.causal import StepPatching, step_patching
+from stepflow_tl.results.plain_data import to_plain
 from stepflow_tl.trace import ReasoningTrace
 
 KINDS = ("bridge", "hooked") if TL_GENERATION < 4 else ("bridge",)
@@ -113,4 +114,4 @@ def test_provenance_of_stored_results_names_what_made_them(kind, traces, tmp_pat
             assert kept.versions[package] == version(package)
         assert kept.versions["stepflow-tl"] == stepflow_tl.__version__
         assert kept.versions["python"] == platform.python_version()
-        json.dumps(kept.to_json())
+        json.dumps(to_plain(kept))
