@@ -25,12 +25,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from stepflow_tl import StepFlow
-from stepflow_tl.evaluation import Decoding, questions_of, read_questions
-from stepflow_tl.evaluation.generation import _batches, _name, _prompt, _Row, _write, end_tokens
+from stepflow_tl.evaluation import Decoding, Prompting, questions_of, read_questions
+from stepflow_tl.evaluation.generation import AnswerWriter, end_tokens
 from stepflow_tl.models.loading import load_model
 from stepflow_tl.models.passes import model_device
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
-from stepflow_tl.trace.formats.chat_template import resolve_format
 
 
 def main() -> None:
@@ -38,6 +37,8 @@ def main() -> None:
     parser.add_argument("--model", help="as for stepflow-tl evaluate; the testbed's by default")
     parser.add_argument("--questions", type=Path, help="JSON lines; testbed questions by default")
     parser.add_argument("--grader", default="exact", help="says which fields the questions have")
+    parser.add_argument("--format", default="auto")
+    parser.add_argument("--prompt", default="{question}")
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--rows", type=int, default=32, help="of a batch")
     parser.add_argument("--max-new-tokens", type=int, default=320)
@@ -53,20 +54,26 @@ def main() -> None:
     else:
         model = load_model(options.model, device=options.device, dtype=dtype)
     decoding = Decoding(max_new_tokens=options.max_new_tokens, batch_size=options.rows, batch_tokens=1 << 62)
-    entry = resolve_format(model.tokenizer, "auto")
-    prompts = [_prompt(model.tokenizer, entry, question.text) for question in _questions(options)]
-    rows = [_Row(index, prompt, _name(prompt, 0)) for index, prompt in enumerate(prompts)]
-    batches = list(_batches(rows, decoding, True))
-    flow, ends = StepFlow() if options.stepflow else None, end_tokens(model)
+    prompting = Prompting(format=options.format, prompt=options.prompt)
+    texts = [question.text for question in _questions(options)]
+    writer = AnswerWriter(model, texts, decoding, prompting)
+    flow = StepFlow() if options.stepflow else None
+
+    def rows_leave(batch) -> list[list[int]]:
+        answers, _ = writer.write(batch, flow)
+        return [list(answer.tokens[len(row.prompt) :]) for row, answer in zip(batch, answers, strict=True)]
+
+    def generate(batch) -> list[list[int]]:
+        on = nullcontext() if flow is None else flow.generating(model, model.tokenizer, format=writer.format)
+        with on, torch.no_grad():
+            return _generate(model, batch, decoding)
 
     def run(write) -> tuple[list[list[int]], float]:
-        start, written = time.perf_counter(), []
-        for batch in batches:
-            with nullcontext() if flow is None else flow.generating(model) as followed, torch.no_grad():
-                written += write(model, batch, decoding, ends, followed)
+        start = time.perf_counter()
+        written = [row for batch in writer.batches for row in write(batch)]
         return written, time.perf_counter() - start
 
-    ways, times = {"rows leave": _write, "generate": _generate}, {"rows leave": [], "generate": []}
+    ways, times = {"rows leave": rows_leave, "generate": generate}, {"rows leave": [], "generate": []}
     answers = {name: run(way)[0] for name, way in ways.items()}  # warm-up
     for turn in range(options.repeats):
         for name in list(ways)[:: 1 if turn % 2 else -1]:
@@ -74,7 +81,7 @@ def main() -> None:
     n_tokens = sum(map(len, answers["rows leave"]))
     ratios = [old / new for new, old in zip(times["rows leave"], times["generate"], strict=True)]
     found = {
-        "answers": len(rows),
+        "answers": len(texts),
         "tokens": n_tokens,
         "longest": max(map(len, answers["rows leave"])),
         "tokens_per_second": {name: n_tokens / statistics.median(spent) for name, spent in times.items()},
@@ -95,11 +102,11 @@ def _questions(options):
     return questions_of(make_problems(ProblemSpec(n_steps=n), 1, seed=i)[0] for i, n in enumerate(lengths))
 
 
-def _generate(model, batch, decoding, ends, followed):
+def _generate(model, batch, decoding):
     """The same batch through transformers' own decoding."""
-    longest, device = max(len(row.prompt) for row in batch), model_device(model)
+    longest, device, ends = max(len(row.prompt) for row in batch), model_device(model), end_tokens(model)
     pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else min(ends)
-    padded = [[pad] * (longest - len(row.prompt)) + row.prompt for row in batch]
+    padded = [[pad] * (longest - len(row.prompt)) + list(row.prompt) for row in batch]
     mask = [[0] * (longest - len(row.prompt)) + [1] * len(row.prompt) for row in batch]
     out = model.original_model.generate(
         torch.tensor(padded, device=device),

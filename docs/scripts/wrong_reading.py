@@ -31,7 +31,6 @@ from stepflow_tl.causal import step_knockout
 from stepflow_tl.diagnosis import row_shares
 from stepflow_tl.models.bands import shallow_band
 from stepflow_tl.rendering import save_figure
-from stepflow_tl.rendering.sheet import new_figure
 from stepflow_tl.statistics.resampling import bca_interval
 from stepflow_tl.testbed import Problem, ProblemSpec, make_problems
 from stepflow_tl.testbed.edges import edge_rows, trace_of
@@ -205,6 +204,7 @@ def with_interval(values: Any, rng: np.random.Generator, *, signed: bool = False
 
 def figure(problem: Problem, saliency: StepSaliency) -> Any:
     """One problem's thinking rows: what is needed, and the darkest earlier cell."""
+    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     n_layers = saliency.n_layers
@@ -218,7 +218,7 @@ def figure(problem: Problem, saliency: StepSaliency) -> Any:
     rows = needed_rows(problem, saliency.trace)
     first, last = min(rows), max(rows) + 1
     labels = saliency.labels
-    drawing = new_figure(10.0, 2.15)
+    drawing = Figure((10.0, 2.15), facecolor="white")
     axes = drawing.subplots(1, len(panels), sharey=True)
     for axis, (title, (pooling, layers)) in zip(axes, panels.items(), strict=True):
         step_map = shares(saliency, pooling, layers)[first:last, :last]
