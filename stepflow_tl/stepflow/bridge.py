@@ -230,7 +230,7 @@ def bridge_scores(
     else:
         log_masses = torch.where(seen, masses, 1.0).log()
     log_total = torch.where(seen, total, 2.0).log()
-    shifts = _shifts(log_masses, log_total, counts, seen, tau_max, max_bridge_share, heads)
+    shifts = shifts_of(log_masses, log_total, counts, seen, tau_max, max_bridge_share, heads)
     # -0.0 is the one number that changes no other when added to it, +0.0 and -0.0 included.
     shift = torch.where(groups[0], shifts.own, torch.where(groups[1], shifts.bridge, -0.0))
     return (x + shift).to(scores.dtype), shifts
@@ -255,14 +255,14 @@ def bridge_pattern(
     masses = (p * groups).sum(-1)
     seen = (counts > 0).all(0) & (masses > 0).all(0)
     log_masses = torch.where(seen, masses, 0.5).log()
-    shifts = _shifts(
+    shifts = shifts_of(
         log_masses, torch.zeros_like(log_masses[0]), counts, seen, tau_max, max_bridge_share, heads
     )
     factor = torch.where(groups[0], shifts.own.exp(), torch.where(groups[1], shifts.bridge.exp(), 1.0))
     return (p * factor).to(pattern.dtype), shifts
 
 
-def _shifts(
+def shifts_of(
     log_masses: Float[Tensor, "2 row head query"],
     log_total: Float[Tensor, "row head query"],
     counts: Int[Tensor, "2 row head query"],
@@ -271,6 +271,17 @@ def _shifts(
     max_bridge_share: float,
     heads: Bool[Tensor, "head 1"] | None,
 ) -> Shifts:
+    """What becomes of rows whose groups have these masses.
+
+    Args:
+        log_masses: Logarithms of the masses of S and B, less `log_total`.
+        log_total: Logarithm of what they are parts of.
+        counts: Keys of S and B that a row sees.
+        seen: Rows that see both.
+        tau_max: Highest floor.
+        max_bridge_share: Highest part of `p(S) + p(B)` that B may be raised to.
+        heads: Heads to act on; None for all.
+    """
     log_own, log_bridge = (log_masses - log_total).unbind(0)
     ratio = counts[1].to(log_own.dtype) / counts.sum(0).clamp_min(1)
     log_tau = 0.5 * ratio.clamp_max(tau_max**2).log()

@@ -54,6 +54,8 @@ class QuerySpan(NamedTuple):
         n_rows_acted_on: Rows of the batch in which both S and B have keys.
         groups: Keys of S and B.
         counted: Keys that set tau; `groups` itself, placebos excepted.
+        around_rest: Range of keys that holds all of B, and all that are in neither group.
+        around_own: Range of keys that holds all of B and S.
     """
 
     rows: slice
@@ -62,6 +64,8 @@ class QuerySpan(NamedTuple):
     n_rows_acted_on: int
     groups: Bool[Tensor, "2 row 1 1 key"]
     counted: Bool[Tensor, "2 row 1 1 key"]
+    around_rest: range
+    around_own: range
 
 
 class Injection(NamedTuple):
@@ -282,7 +286,14 @@ def _span(rows: slice, queries: slice, lowest: int, groups: _Groups, device: Any
         acted_on if groups.own is groups.counted_own else _key_masks(counted_own, counted_bridge, device)
     )
     n_rows = int((own.any(-1) & bridge.any(-1)).sum())
-    return QuerySpan(rows, queries, own.shape[-1], n_rows, acted_on, sets_tau)
+    around = (_around(bridge | ~(own | bridge)), _around(own | bridge))
+    return QuerySpan(rows, queries, own.shape[-1], n_rows, acted_on, sets_tau, *around)
+
+
+def _around(keys: np.ndarray) -> range:
+    """From the first to the last key that is in this set in any row."""
+    found = np.flatnonzero(keys.any(0))
+    return range(int(found[0]), int(found[-1]) + 1) if len(found) else range(0)
 
 
 def _key_masks(own: np.ndarray, bridge: np.ndarray, device: Any) -> Tensor:

@@ -1,0 +1,195 @@
+"""Plain attention with the logsumexp of its rows, as one call of a transformers attention module asks for it.
+
+1. On a CPU, PyTorch's flash kernel gives both, for causal calls, masks, grouped heads and single queries. It
+   is called in the layout in which transformers' own SDPA function calls it, so z has the same bits.
+2. On a GPU, flash attention where nothing is masked, the memory-efficient kernel where something is.
+3. Elsewhere (soft-cap, sinks, values of another width, other devices, or a gradient is wanted), scores are
+   formed for one block of queries at a time.
+
+Sinks are logits without a value that join the softmax: z shrinks by what they take.
+
+Memory: O(tokens); in the third way one block of `_BLOCK_ELEMENTS` scores, all of them under autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_BLOCK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which keys each query of a call sees.
+
+    Attributes:
+        n_queries: Number of queries, which are the last of the keys.
+        n_keys: Number of keys.
+        mask: True, or a number above half the dtype's lowest, where a query sees a key; None: a query sees
+            the earlier keys within the window, and its own.
+        window: How many keys a query sees where there is no mask, itself included; None for all.
+    """
+
+    n_queries: int
+    n_keys: int
+    mask: Tensor | None = None  # [batch or 1, 1, query, key]
+    window: int | None = None
+
+    def block(self, rows: slice, queries: slice, keys: range) -> Bool[Tensor, "row 1 query key"] | bool:
+        """For some rows, queries and keys; `True` where they all see all."""
+        if self.mask is not None:
+            part = self._rows(rows)[..., queries, keys.start : keys.stop]
+            return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+        first = self.n_keys - self.n_queries + queries.start
+        last = first + queries.stop - queries.start
+        if keys.stop - 1 <= first and (self.window is None or keys.start > last - 1 - self.window):
+            return True
+        at, key = torch.arange(first, last)[:, None], torch.arange(keys.start, keys.stop)
+        seen = key <= at
+        if self.window is not None:
+            seen &= key > at - self.window
+        return seen[None, None]
+
+    def counts(
+        self, rows: slice, queries: slice, groups: Bool[Tensor, "group row 1 1 key"]
+    ) -> Int[Tensor, "group row 1 query"]:
+        """How many keys of each group each query sees."""
+        n_keys = groups.shape[-1]
+        if self.mask is not None:
+            return (self.block(rows, queries, range(n_keys)) & groups).sum(-1)
+        so_far = torch.nn.functional.pad(groups[..., 0, :].cumsum(-1), (1, 0))
+        first = self.n_keys - self.n_queries + queries.start
+        at = torch.arange(first, first + queries.stop - queries.start, device=groups.device)
+        seen = so_far[..., (at + 1).clamp(max=n_keys)]
+        return seen if self.window is None else seen - so_far[..., (at + 1 - self.window).clamp(min=0)]
+
+    def _rows(self, rows: slice) -> Tensor:
+        assert self.mask is not None
+        return self.mask if self.mask.shape[0] == 1 else self.mask[rows]
+
+
+def attention_with_logsumexp(
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
+    value: Float[Tensor, "batch kv_head key d_value"],
+    visible: Visible,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Float[Tensor, " head"] | None = None,
+) -> tuple[Float[Tensor, "batch head query d_value"], Float[Tensor, "batch head query"]]:
+    """z, and the natural logarithm of each row's normaliser in at least float32.
+
+    Args:
+        query: Queries.
+        key: Keys; consecutive query heads share a KV head.
+        value: Values.
+        visible: Which keys a query sees.
+        scale: Factor on `q . k`.
+        softcap: Bound of the scores, `cap * tanh(score / cap)`.
+        sinks: One logit per head that joins the softmax without a value.
+    """
+    tensors = (query, key, value)
+    by_kernel = softcap is None and sinks is None and query.shape[-1] == value.shape[-1]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        by_kernel = False  # the kernels' logsumexp passes no gradient back
+    if by_kernel and visible.window is None and query.device.type == "cpu":
+        return _flash_on_cpu(*tensors, visible, scale)
+    if by_kernel and visible.window is None and query.is_cuda and query.shape[-1] % 8 == 0:
+        return _on_cuda(*tensors, visible, scale)
+    return _in_blocks(*tensors, visible, scale, softcap, sinks)
+
+
+def scores_of(
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Tensor, "batch head query key"]:
+    """Scores in at least float32, without a mask."""
+    work = torch.promote_types(query.dtype, torch.float32)
+    batch, n_heads, n_queries, width = query.shape
+    by_group = query.to(work).mul(scale).reshape(batch, key.shape[1], -1, width)
+    scores = (by_group @ key.to(work).transpose(-1, -2)).view(batch, n_heads, n_queries, key.shape[2])
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def weighted_values(
+    pattern: Float[Tensor, "batch head query key"], value: Float[Tensor, "batch kv_head key d_value"]
+) -> Float[Tensor, "batch head query d_value"]:
+    """Sum of the values by their weights; consecutive heads share a KV head."""
+    batch, n_heads, n_queries, n_keys = pattern.shape
+    by_group = pattern.reshape(batch, value.shape[1], -1, n_keys)
+    return (by_group @ value).view(batch, n_heads, n_queries, value.shape[-1])
+
+
+def _flash_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, n_heads, n_queries, width = query.shape
+    mask = _additive(visible.mask, query.dtype)
+    is_causal = mask is None and n_queries > 1
+    if is_causal and n_queries != key.shape[2]:
+        return _in_blocks(query, key, value, visible, scale, None, None)  # the kernel aligns the first rows
+    if n_queries == 1 and mask is not None:  # one KV head's queries as the rows of one head
+        query = query.reshape(batch, key.shape[1], -1, width)
+    z, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+    )
+    return z.reshape(batch, n_heads, n_queries, width), logsumexp.reshape(batch, n_heads, n_queries)
+
+
+def _on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float
+) -> tuple[Tensor, Tensor]:
+    n_queries = query.shape[2]
+    is_causal = visible.mask is None and n_queries > 1
+    whole = n_queries == key.shape[2] or not is_causal
+    if whole and visible.mask is None and query.dtype in (torch.float16, torch.bfloat16):
+        z, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, is_causal, scale=scale
+        )
+        return z, logsumexp
+    return _in_blocks(query, key, value, visible, scale, None, None)
+
+
+def _in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Visible,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, n_heads, n_queries, _ = query.shape
+    size = max(1, _BLOCK_ELEMENTS // (batch * n_heads * key.shape[2]))
+    everyone, offset = slice(0, batch), key.shape[2] - n_queries
+    parts: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, n_queries, size):
+        queries = slice(start, min(start + size, n_queries))
+        n_seen = key.shape[2] if visible.mask is not None else offset + queries.stop
+        scores = scores_of(query[:, :, queries], key[:, :, :n_seen], scale, softcap)
+        seen = visible.block(everyone, queries, range(n_seen))
+        if seen is not True:
+            scores = scores.masked_fill(~seen.to(scores.device), float("-inf"))
+        logsumexp = scores.logsumexp(-1)
+        if sinks is not None:
+            sink = sinks.to(query.dtype).to(logsumexp.dtype)[:, None]
+            logsumexp = torch.logaddexp(logsumexp, sink)
+        pattern = (scores - logsumexp.nan_to_num(neginf=0.0)[..., None]).exp()
+        z = weighted_values(pattern, value[:, :, :n_seen].to(pattern.dtype))
+        parts.append((z.to(query.dtype), logsumexp))
+    z, logsumexp = (torch.cat(found, dim=2) for found in zip(*parts, strict=True))
+    return z, logsumexp
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as numbers to add to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

@@ -1,0 +1,249 @@
+"""The bridge on one attention call, from z and the logsumexp alone: no score outlives its block.
+
+The bridge moves attention between two groups of a row and keeps the odds inside them. So with z the plain
+output, `z_S` and `z_B` the outputs of attention restricted to S and to B, and `delta = tau - p(B)`,
+
+    z' = z + delta * (z_B - z_S).
+
+1. `p(g) = exp(logsumexp_g - logsumexp)`. Two of the groups are computed, B and whichever of S and O needs the
+   shorter range of keys (while thinking: O, a few tokens of the prompt); the third is what is left to 1, and
+   if that is S, `p(S) z_S = z - p(B) z_B - p(O) z_O`. A small p(S) is lost in rounding, but so it is in z':
+   `delta * z_S = (delta / p(S)) * p(S) z_S`, and that quotient is at most 1. A row whose p(S) is all rounding
+   is left alone.
+2. `shifts_of` of `bridge` turns the masses into tau and the shifts of S and B, the same code as for hooks.
+3. Rows that are left alone keep their bits. Windows, padding and causality come from the mask, soft-cap and
+   sinks from the call, the controls' random regions from the spans.
+
+With `keep`, what a backward pass needs is returned as well (`BridgedRows`).
+
+Cost: per span, the scores of its queries on the range of keys that the two groups lie in: while thinking,
+the prompt; while summarising, all. Memory: one block of at most `_BLOCK_ELEMENTS` scores. While decoding: one
+row of scores of that range, and no copy of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from stepflow_tl.models.attention import Visible, scores_of, weighted_values
+from stepflow_tl.stepflow.bridge import Shifts, shifts_of
+from stepflow_tl.stepflow.report import LayerReport
+from stepflow_tl.stepflow.state import QuerySpan
+
+_BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """The bridge of one layer.
+
+    Attributes:
+        tau_max: Highest floor.
+        max_bridge_share: Highest part of `p(S) + p(B)` that the bridge may be raised to.
+        heads: Heads to act on; None for all.
+    """
+
+    tau_max: float
+    max_bridge_share: float
+    heads: Bool[Tensor, "head 1"] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call that has been computed without the bridge.
+
+    Attributes:
+        query: Queries.
+        key: Keys, shared by consecutive query heads.
+        value: Values.
+        z: Output, sinks included.
+        logsumexp: Natural logarithm of each row's normaliser, sinks included.
+        visible: Which keys a query sees.
+        scale: Factor on `q . k`.
+        softcap: Bound of the scores, or None.
+        sinks: One logit per head that joins the softmax without a value, or None.
+    """
+
+    query: Float[Tensor, "batch head query d_head"]
+    key: Float[Tensor, "batch kv_head key d_head"]
+    value: Float[Tensor, "batch kv_head key d_value"]
+    z: Float[Tensor, "batch head query d_value"]
+    logsumexp: Float[Tensor, "batch head query"]
+    visible: Visible
+    scale: float
+    softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
+
+
+@dataclass
+class BridgedRows:
+    """What the bridge did to each row of a call, and what its backward pass needs; zeros elsewhere.
+
+    Attributes:
+        spans: Which keys are S and B, by queries.
+        own: Logarithm of the factor on S.
+        bridge: Logarithm of the factor on B.
+        own_mass: p(S), before.
+        bridge_mass: p(B), before.
+        active: Rows that changed.
+        capped: Rows whose tau was capped.
+        z_own: p(S) times the output of attention restricted to S.
+        z_bridge: Output of attention restricted to B.
+    """
+
+    spans: tuple[QuerySpan, ...]
+    own: Float[Tensor, "batch head query"]
+    bridge: Float[Tensor, "batch head query"]
+    own_mass: Float[Tensor, "batch head query"]
+    bridge_mass: Float[Tensor, "batch head query"]
+    active: Bool[Tensor, "batch head query"]
+    capped: Bool[Tensor, "batch head query"]
+    z_own: Float[Tensor, "batch head query d_value"]
+    z_bridge: Float[Tensor, "batch head query d_value"]
+
+    @classmethod
+    def nothing(cls, spans: tuple[QuerySpan, ...], call: Call) -> BridgedRows:
+        """No row changed yet."""
+        rows = [torch.zeros_like(call.logsumexp) for _ in range(4)]
+        marks = [torch.zeros_like(rows[0], dtype=torch.bool) for _ in range(2)]
+        outputs = [torch.zeros_like(call.z, dtype=rows[0].dtype) for _ in range(2)]
+        return cls(spans, *rows, *marks, *outputs)
+
+
+def bridged_attention(
+    call: Call,
+    spans: tuple[QuerySpan, ...],
+    bridge: Bridge,
+    *,
+    counts: LayerReport | None = None,
+    kept: BridgedRows | None = None,
+) -> Float[Tensor, "batch head query d_value"]:
+    """The output of the call under the bridge.
+
+    Args:
+        call: The call, computed without it.
+        spans: Queries and their groups, from `FlowState.spans` for this number of keys.
+        bridge: What to do.
+        counts: Where to count what was done.
+        kept: Where to leave what a backward pass needs.
+
+    Returns:
+        z with some rows replaced; the same tensor if no row changes.
+    """
+    result = call.z
+    for span in spans:
+        for queries in _blocks(span, call):
+            groups = _groups_of(call, span, queries)
+            shifts = groups.shifts(bridge)
+            if counts is not None:
+                n_looked_at = span.n_rows_acted_on * call.z.shape[1] * (queries.stop - queries.start)
+                counts.add_bridge(shifts.active, shifts.capped, shifts.gain, n_looked_at)
+            at = (span.rows, slice(None), queries)
+            if kept is not None:
+                groups.keep(kept, at, shifts)
+            if not shifts.active.any():
+                continue
+            z = call.z[at]
+            # f_S = 1 - delta / p(S), so this is delta * (z_B - z_S).
+            moved = z + (shifts.gain * groups.z_bridge + torch.expm1(shifts.own) * groups.z_own).to(z.dtype)
+            moved = torch.where(shifts.active, moved, z)
+            if moved.shape == result.shape:  # the one block of a decoding pass
+                return moved
+            if result is call.z:
+                result = result.clone()
+            result[at] = moved
+    return result
+
+
+class _Groups(NamedTuple):
+    """Masses and outputs of S and B for a block of queries; `z_own` is p(S) times S's output."""
+
+    log_masses: Float[Tensor, "2 row head query"]
+    z_own: Float[Tensor, "row head query d_value"]
+    z_bridge: Float[Tensor, "row head query d_value"]
+    counts: Int[Tensor, "2 row 1 query"]
+    has_mass: Bool[Tensor, "row head query"]
+
+    def shifts(self, bridge: Bridge) -> Shifts:
+        """What becomes of each row."""
+        seen = (self.counts > 0).all(0) & self.has_mass
+        log_masses = torch.where(seen, self.log_masses, -1.0)
+        total = torch.zeros_like(log_masses[0])
+        return shifts_of(
+            log_masses, total, self.counts, seen, bridge.tau_max, bridge.max_bridge_share, bridge.heads
+        )
+
+    def keep(self, kept: BridgedRows, at: tuple[slice, slice, slice], shifts: Shifts) -> None:
+        """Write down what a backward pass needs."""
+        active = shifts.active[..., 0]
+        masses = torch.where(active, self.log_masses, -torch.inf).exp()
+        for name, found in (
+            ("own", shifts.own[..., 0]),
+            ("bridge", shifts.bridge[..., 0]),
+            ("own_mass", masses[0]),
+            ("bridge_mass", masses[1]),
+            ("active", active),
+            ("capped", active & shifts.capped[..., 0]),
+            ("z_own", self.z_own),
+            ("z_bridge", self.z_bridge),
+        ):
+            getattr(kept, name)[at] = found
+
+
+def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
+    """Group masses and outputs of these queries of the span."""
+    at = (span.rows, slice(None), queries)
+    logsumexp = call.logsumexp[at]
+    own, bridge = span.groups
+    rest_is_computed = len(span.around_rest) <= len(span.around_own)
+    keys = span.around_rest if rest_is_computed else span.around_own
+    inside = slice(keys.start, keys.stop)
+    scores = scores_of(call.query[at], call.key[span.rows, :, inside], call.scale, call.softcap)
+    value = call.value[span.rows, :, inside].to(scores.dtype)
+    visible = call.visible.block(span.rows, queries, keys)
+    second = (~(own | bridge) if rest_is_computed else own)[..., inside]
+    log_bridge, z_bridge = _restricted(scores, bridge[..., inside] & visible, value)
+    log_second, z_second = _restricted(scores, second & visible, value)
+    log_bridge, log_second = log_bridge - logsumexp, log_second - logsumexp
+    z_second = log_second.exp()[..., None] * z_second
+    counts = call.visible.counts(span.rows, queries, span.counted)
+    has_mass = log_bridge.isfinite()
+    if not rest_is_computed:
+        has_mass = has_mass & log_second.isfinite()
+        return _Groups(torch.stack([log_second, log_bridge]), z_second, z_bridge, counts, has_mass)
+    bridge_mass, rest = log_bridge.exp(), log_second.exp()
+    if call.sinks is not None:
+        sink = call.sinks.to(call.query.dtype).to(rest.dtype)[:, None]
+        rest = rest + (sink - logsumexp).exp()
+    own_mass = 1 - rest - bridge_mass
+    z_own = call.z[at].to(rest.dtype) - bridge_mass[..., None] * z_bridge - z_second
+    no_mass = 8 * torch.finfo(rest.dtype).eps
+    has_mass = has_mass & (own_mass > no_mass)
+    log_own = own_mass.clamp_min(no_mass).log()
+    return _Groups(torch.stack([log_own, log_bridge]), z_own, z_bridge, counts, has_mass)
+
+
+def _restricted(
+    scores: Float[Tensor, "row head query key"],
+    keys: Bool[Tensor, "row 1 query key"],
+    value: Float[Tensor, "row kv_head key d_value"],
+) -> tuple[Float[Tensor, "row head query"], Float[Tensor, "row head query d_value"]]:
+    """Logsumexp and output of attention to these keys alone; minus infinity and zeros if there are none."""
+    scores = scores.masked_fill(~keys, -torch.inf)
+    logsumexp = scores.logsumexp(-1)
+    pattern = (scores - logsumexp.nan_to_num(neginf=0.0)[..., None]).exp()
+    return logsumexp, weighted_values(pattern, value)
+
+
+def _blocks(span: QuerySpan, call: Call) -> Iterator[slice]:
+    start, stop = span.queries.start, span.queries.stop
+    n_keys = min(len(span.around_rest), len(span.around_own))
+    size = max(8, _BLOCK_ELEMENTS // max(1, (span.rows.stop - span.rows.start) * call.z.shape[1] * n_keys))
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
