@@ -138,6 +138,8 @@ def bridged_attention(
     """
     result = call.z
     for span in spans:
+        if not span.n_rows_acted_on:  # a sliding window has left one of the groups behind
+            continue
         for queries in _blocks(span, call):
             groups = _groups_of(call, span, queries)
             shifts = groups.shifts(bridge)
@@ -231,7 +233,7 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
 
 def _restricted(
     scores: Float[Tensor, "row head query key"],
-    keys: Bool[Tensor, "row 1 query key"],
+    keys: Bool[Tensor, "row 1 #query key"],
     value: Float[Tensor, "row kv_head key d_value"],
 ) -> tuple[Float[Tensor, "row head query"], Float[Tensor, "row head query d_value"]]:
     """Logsumexp and output of attention to these keys alone; minus infinity and zeros if there are none."""
