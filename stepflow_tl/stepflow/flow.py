@@ -241,11 +241,17 @@ class StepFlow:
     ) -> Iterator[FlowRun]:
         """Keep StepFlow on `model` for the time of the context, whatever runs it.
 
-        Works around `generate` of TransformerBridge and HookedTransformer, `hf_generate`, and passes made by
-        hand, with or without a KV cache, for batches, and for several sequences in turn.
+        Works around `generate` of TransformerBridge, HookedTransformer and transformers, `hf_generate`,
+        pipelines, and passes made by hand, with or without a KV cache, for batches, and for several sequences
+        in turn.
+
+        Where attention goes through transformers' attention interface, no scores are formed: all layers run
+        SDPA, and those of the bridge correct its output (`bridged_attention`). On a TransformerBridge, a layer
+        where a hook listens at the scores or the pattern computes them, for as long as it does. Other models
+        run their eager attention with `bridge_hook`.
 
         Args:
-            model: A TransformerLens model.
+            model: A TransformerLens model or a transformers causal LM.
             tokenizer: The model's own by default.
             format: Name of the reasoning format, a `ReasoningFormat`, or "auto" for the tokenizer's own.
             splitter: Cuts thinking into steps; default: paragraphs.
