@@ -246,9 +246,9 @@ class StepFlow:
         in turn.
 
         Where attention goes through transformers' attention interface, no scores are formed: all layers run
-        SDPA, and those of the bridge correct its output (`bridged_attention`). On a TransformerBridge, a layer
-        where a hook listens at the scores or the pattern computes them, for as long as it does. Other models
-        run their eager attention with `bridge_hook`.
+        SDPA, and those of the bridge correct its output (`bridged_attention`). On a TransformerBridge, a
+        layer where a hook listens at the scores or the pattern computes them, for as long as it does. Other
+        models run their eager attention with `bridge_hook`.
 
         Args:
             model: A TransformerLens model or a transformers causal LM.
