@@ -4,7 +4,7 @@
    against its annotation. The annotations are the format: nothing else lists the fields or their types.
 2. The other checks take an object and the name of a field and return the value.
 
-All raise what `results.files` and `results.journal` take for damage: `KeyError` for a missing field,
+All raise what `results.files` and `results.journal_lines` take for `DAMAGE`: `KeyError` for a missing field,
 `TypeError`, `ValueError` and `OverflowError` for a wrong one.
 """
 
@@ -17,6 +17,14 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What is raised where data does not hold what it should."""
+
+
+def damage(error: BaseException) -> str:
+    """A `DAMAGE` in words."""
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
 def to_plain(value: Any) -> Any:

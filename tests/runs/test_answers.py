@@ -325,7 +325,7 @@ def test_other_settings_are_refused_or_begin_anew(model, questions, calm, change
     with pytest.raises(ResultFileError, match=f"holds another evaluation, with {named} .*--overwrite"):
         ask(model, asked, calm, **change)
     assert (calm / "answers.jsonl").read_bytes() == before
-    with pytest.raises(ResultFileError, match=f"answers.jsonl has {named} .*folder of its own"):
+    with pytest.raises(ResultFileError, match=f"answers.jsonl: a header with {named} .*folder of its own"):
         ask(model, asked, calm, shard="0/2", **change)  # another ledger of the same folder
     (calm / "answers-0-of-2.jsonl").unlink()
     found = ask(model, asked, calm, overwrite=True, **change)
@@ -391,7 +391,7 @@ def test_a_header_is_not_believed(calm, settings, said):
     data = json.loads(header)
     data["settings"] |= settings
     path.write_text("\n".join([json.dumps(data), *rest]) + "\n")
-    with pytest.raises(ResultFileError, match="the settings of its ledgers cannot be read") as refused:
+    with pytest.raises(ResultFileError, match="the settings of its header cannot be read") as refused:
         read_answers(calm)
     assert said in str(refused.value)
 
