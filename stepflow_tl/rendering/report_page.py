@@ -45,7 +45,7 @@ from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.rendering.document import asset, hash_source
 from stepflow_tl.rendering.layout import DECADES, PER_PAIR, require_steps, saliency_words
 from stepflow_tl.results.files import write_atomically
-from stepflow_tl.results.tables import nan_to_none
+from stepflow_tl.results.plain_data import to_plain
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.version import __version__
@@ -161,11 +161,9 @@ def _profiles(saliency: StepSaliency, pooling: Pooling) -> dict[str, Any]:
     except (TraceError, GradientError) as error:
         return {"refusal": str(error)}
     return {
-        "metrics": {
-            name: list(map(nan_to_none, column.tolist())) for name, column in diagnosis.metrics.items()
-        },
+        "metrics": to_plain(diagnosis.metrics),
         "labels": {name: metric.label for name, metric in LAYER_METRICS.items()},
-        "decay_slope": nan_to_none(diagnosis.decay_slope),
+        "decay_slope": to_plain(diagnosis.decay_slope),
         "reasons": dict(diagnosis.reasons),
     }
 

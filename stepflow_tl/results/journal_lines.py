@@ -122,8 +122,8 @@ def refuse_other_run(
     if differing := check_settings({**kind.defaults, **found}, others):
         name, own, other = differing
         raise ResultFileError(
-            f"{path}: a header with {name} {own!r}, another header of this folder has {other!r}: put each "
-            f"{kind.of} into a folder of its own, and read one at a time"
+            f"{path}: a header with {name} {own!r}, another header of this folder has {other!r}: read "
+            f"one run at a time, each {kind.of} from a folder of its own"
         )
 
 

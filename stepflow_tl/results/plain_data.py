@@ -28,16 +28,28 @@ def damage(error: BaseException) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """The value as `json` can write it; what has a `to_json` of its own is written by that."""
+    """The value as `json` can write it; what has a `to_json` of its own is written by that.
+
+    A number that is not finite, which JSON has not, is None.
+    """
     if hasattr(value, "to_json"):
         return value.to_json()
     if is_dataclass(value):
-        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+        return plain_fields(value)
+    if hasattr(value, "tolist"):  # a tensor or an array
+        return to_plain(value.tolist())
     if isinstance(value, Mapping):
         return {name: to_plain(entry) for name, entry in value.items()}
     if isinstance(value, (tuple, list)):
         return [to_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     return int(value) if isinstance(value, IntEnum) else value
+
+
+def plain_fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, each by `to_plain`; for a `to_json` that adds to them."""
+    return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
 
 
 def from_plain(kind: type[T], data: Any, **ready: Any) -> T:
@@ -120,7 +132,12 @@ def count(data: Mapping[str, Any], name: str) -> int:
 def number(data: Mapping[str, Any], name: str) -> float:
     """A finite number; null is NaN."""
     check_numbers([data[name]])
-    return math.nan if data[name] is None else float(data[name])
+    return none_to_nan(data[name])
+
+
+def none_to_nan(value: float | None) -> float:
+    """A number that `to_plain` wrote, read back."""
+    return math.nan if value is None else float(value)
 
 
 def check_numbers(values: Any) -> None:

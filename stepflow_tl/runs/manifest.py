@@ -304,7 +304,7 @@ def _diagnosis(data: dict[str, Any]) -> Diagnosis:
     return Diagnosis.from_json(
         {
             **_DIAGNOSIS,
-            "layers": layers,
+            "layers": list(layers),
             **metrics,
             "rows_without_mass": whole_numbers(stated["rows_without_mass"]),
             "decay_slope": data["decay_slope"],
