@@ -22,6 +22,7 @@ from stepflow_tl.models import loading as models
 from stepflow_tl.results.files import write_atomically
 from stepflow_tl.results.tables import printable
 from stepflow_tl.runs.records import Record, read_records
+from stepflow_tl.runs.run import make_folder
 from stepflow_tl.saliency import step_saliency
 from stepflow_tl.trace import ReasoningTrace
 
@@ -53,10 +54,7 @@ def demo(options: DemoOptions) -> int:
         MissingExtraError: If the embedded model is not installed.
         InputFileError: If the folder cannot be made.
     """
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputFileError(f"--out {options.out} cannot be made: {error.strerror or error}") from error
+    make_folder(options.out)
     started = time.perf_counter()
     say("loading the embedded model")
     model = models.load_default_model()

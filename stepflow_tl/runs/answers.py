@@ -70,7 +70,7 @@ class AnswerWatcher(Protocol):
             settings: What all answers have in common.
             replicas: Models that work at once.
         """
-        ...
+        pass
 
     def note(self, message: str) -> None:
         """Something worth saying happened.
@@ -78,7 +78,7 @@ class AnswerWatcher(Protocol):
         Args:
             message: What.
         """
-        ...
+        pass
 
     def advance(self, n_answers: int, n_tokens: int, seconds: float, tokens_left: float) -> None:
         """A batch is on the disk.
@@ -89,20 +89,11 @@ class AnswerWatcher(Protocol):
             seconds: Wall-clock time of the writing.
             tokens_left: Tokens still to be written, estimated from the answers of this run so far.
         """
-        ...
+        pass
 
 
-class _Silence:
+class _Silence(AnswerWatcher):
     """Nobody watches."""
-
-    def begin(self, total: int, done: int, settings: AnswerSettings, replicas: int) -> None:
-        """Say nothing."""
-
-    def note(self, message: str) -> None:
-        """Say nothing."""
-
-    def advance(self, n_answers: int, n_tokens: int, seconds: float, tokens_left: float) -> None:
-        """Say nothing."""
 
 
 def evaluate(
@@ -164,7 +155,7 @@ def evaluate(
     grader = grader_named(grader) if isinstance(grader, str) else grader
     if isinstance(questions, str | Path):
         questions = read_questions(questions, grader if isinstance(grader, Grader) else "exact")
-    part = shard if isinstance(shard, Shard) else Shard() if shard is None else Shard.parse(shard)
+    part = Shard.of(shard)
     asked = Asked(
         tuple(questions),
         part,

@@ -49,7 +49,7 @@ class Watcher(Protocol):
             settings: What all results have in common.
             replicas: Models that work at once.
         """
-        ...
+        pass
 
     def note(self, message: str) -> None:
         """Something worth saying happened.
@@ -57,7 +57,7 @@ class Watcher(Protocol):
         Args:
             message: What.
         """
-        ...
+        pass
 
     def advance(self, n_tokens: int, seconds: float, tokens_left: float) -> None:
         """A row is dealt with.
@@ -67,20 +67,11 @@ class Watcher(Protocol):
             seconds: Wall-clock time of its analysis; 0 where there was none.
             tokens_left: Tokens of the rows still to come, estimated from the rows read so far.
         """
-        ...
+        pass
 
 
-class _Silence:
+class _Silence(Watcher):
     """Nobody watches."""
-
-    def begin(self, total: int, settings: RunSettings, replicas: int) -> None:
-        """Say nothing."""
-
-    def note(self, message: str) -> None:
-        """Say nothing."""
-
-    def advance(self, n_tokens: int, seconds: float, tokens_left: float) -> None:
-        """Say nothing."""
 
 
 def analyze_dataset(

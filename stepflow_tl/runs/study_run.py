@@ -159,8 +159,7 @@ class _Once:
 
 def _settings(out: Path, shard: str | Shard | None) -> AnswerSettings:
     """What all answers have in common, from the ledger that this run has written."""
-    part = shard if isinstance(shard, Shard) else Shard() if shard is None else Shard.parse(shard)
-    header = next(read_journal(answers_path(out, part), ANSWERS))
+    header = next(read_journal(answers_path(out, Shard.of(shard)), ANSWERS))
     return AnswerSettings.from_json(header.settings or {})
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from dying import die_at, in_a_child
+from dying import die_at, in_a_child, losing_a_replica
 from tiny_models import build_tiny_model
 
 from stepflow_tl import StepFlow, evaluate, evaluation
@@ -525,17 +525,8 @@ def test_two_replicas_of_which_one_is_killed_write_the_same_answers(questions, t
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     ask(load_tiny, questions, tmp_path / "local", grader="exact")
-    engine_of, killed = engines.RayEngine, []
-
-    class Killing(engine_of):
-        def results(self, tasks):
-            for n_done, found in enumerate(super().results(tasks)):
-                if n_done == 2 and not killed:
-                    killed.append(self.process_ids()[0])
-                    os.kill(killed[0], signal.SIGKILL)
-                yield found
-
-    monkeypatch.setattr(engines, "RayEngine", Killing)
+    killed = []
+    monkeypatch.setattr(engines, "RayEngine", losing_a_replica(engines.RayEngine, killed))
     try:
         found = ask(load_tiny, questions, tmp_path / "ray", grader="exact", engine="ray", replicas=2)
     finally:
