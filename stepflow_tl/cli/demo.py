@@ -26,6 +26,7 @@ from stepflow_tl.runs.run import make_folder
 from stepflow_tl.saliency import step_saliency
 from stepflow_tl.trace import ReasoningTrace
 
+_DATA = files("stepflow_tl.cli").joinpath("data")
 _FIGURE_DPI = 200
 _ANSWER_START = "Final answer:"
 
@@ -69,18 +70,12 @@ def demo(options: DemoOptions) -> int:
 
 def bundled_question() -> str:
     """The question that the model thinks about."""
-    return (
-        files("stepflow_tl.cli")
-        .joinpath("data")
-        .joinpath("demo_question.txt")
-        .read_text(encoding="utf-8")
-        .strip()
-    )
+    return _DATA.joinpath("demo_question.txt").read_text(encoding="utf-8").strip()
 
 
 def bundled_record() -> Record:
     """The written trace."""
-    with as_file(files("stepflow_tl.cli").joinpath("data").joinpath("written_trace.jsonl")) as path:
+    with as_file(_DATA.joinpath("written_trace.jsonl")) as path:
         record = next(read_records(path))
     if not isinstance(record, Record):
         raise InputFileError(f"the bundled trace is damaged: {record.reason}. Install stepflow-tl again")

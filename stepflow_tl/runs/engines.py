@@ -21,7 +21,6 @@ that is running is used (`RAY_ADDRESS`); else one is started on this machine and
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections import Counter, deque
@@ -31,7 +30,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from stepflow_tl.errors import DiskFullError, MissingExtraError, ModelError, StepflowError
+from stepflow_tl.errors import DiskFullError, ModelError, StepflowError, require
 from stepflow_tl.models.loading import load_model
 
 MOST_DEATHS = 3
@@ -287,11 +286,6 @@ class _Replica:
 def _import_ray() -> Any:
     # Replicas that ask Ray for no GPU see what the machine has, as every other process does.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        ray = importlib.import_module("ray")
-        importlib.import_module("ray.exceptions")
-    except ImportError as error:
-        raise MissingExtraError(
-            'engine="ray" needs the package ray. Install with:\n    pip install "stepflow-tl[ray]"'
-        ) from error
+    ray = require("ray", purpose='engine="ray"', extra="ray")
+    require("ray.exceptions", purpose='engine="ray"', extra="ray")
     return ray
