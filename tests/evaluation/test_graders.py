@@ -19,6 +19,7 @@ from stepflow_tl.evaluation import (
     exact,
     grading,
     maths,
+    maths_grader,
     questions_of,
     read_questions,
     register_grader,
@@ -56,7 +57,30 @@ def test_exact_grading_ignores_white_space_only():
 )
 def test_maths_grading(right, summary, verdict):
     pytest.importorskip("math_verify")
-    assert maths(Question("a", "?", right), answer(summary)) == verdict
+    assert bool(maths(Question("a", "?", right), answer(summary))) == verdict
+
+
+def test_a_value_that_no_machine_holds_is_a_wrong_answer_and_the_next_is_graded(monkeypatch):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(maths_grader, "SECONDS", 1.5)
+    for summary in (r"\boxed{9^{9^{9}}}", r"\boxed{10^{10^{10}}}"):
+        verdict = maths(Question("a", "?", "18"), answer(summary))
+        assert not verdict and ("within 1.5 s" in verdict.reason or "memory" in verdict.reason)
+        assert maths(Question("a", "?", "18"), answer(r"\boxed{18}"))
+
+
+def test_the_comparing_process_may_die_and_ends_with_its_parent():
+    pytest.importorskip("math_verify")
+    question = Question("a", "?", "18")
+    assert maths(question, answer("18"))
+    process = maths_grader._CHILD._process
+    process.kill()
+    process.wait()
+    assert "without an answer" in maths(question, answer("18")).reason
+    assert maths(question, answer("18"))
+    again = maths_grader._CHILD._process
+    maths_grader._CHILD.end()
+    assert again.poll() is not None and maths_grader._CHILD._process is None
 
 
 def test_maths_without_the_library_says_what_to_install(monkeypatch, model, questions):
