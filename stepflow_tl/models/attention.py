@@ -175,7 +175,7 @@ def _in_blocks(
         n_seen = key.shape[2] if visible.mask is not None else offset + queries.stop
         scores = scores_of(query[:, :, queries], key[:, :, :n_seen], scale, softcap)
         seen = visible.block(everyone, queries, range(n_seen))
-        if seen is not True:
+        if not isinstance(seen, bool):
             scores = scores.masked_fill(~seen.to(scores.device), float("-inf"))
         logsumexp = scores.logsumexp(-1)
         if sinks is not None:

@@ -143,7 +143,14 @@ def check_heads(model: Any, heads: Sequence[int] | None) -> tuple[int, ...] | No
     Raises:
         ModelError: If a head does not exist or is named twice, or there is none.
     """
-    return None if heads is None else _checked("heads", heads, int(model.cfg.n_heads))
+    return None if heads is None else _checked("heads", heads, count_heads(model))
+
+
+def count_heads(model: Any) -> int:
+    """Number of query heads of each layer."""
+    if is_transformerlens(model):
+        return int(model.cfg.n_heads)
+    return int(model.config.get_text_config().num_attention_heads)
 
 
 def _checked(kind: str, chosen: Sequence[int], n: int) -> tuple[int, ...]:

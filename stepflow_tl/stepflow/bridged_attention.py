@@ -206,7 +206,7 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
     inside = slice(keys.start, keys.stop)
     scores = scores_of(call.query[at], call.key[span.rows, :, inside], call.scale, call.softcap)
     value = call.value[span.rows, :, inside].to(scores.dtype)
-    visible = call.visible.block(span.rows, queries, keys)
+    visible = torch.as_tensor(call.visible.block(span.rows, queries, keys), device=scores.device)
     second = (~(own | bridge) if rest_is_computed else own)[..., inside]
     log_bridge, z_bridge = _restricted(scores, bridge[..., inside] & visible, value)
     log_second, z_second = _restricted(scores, second & visible, value)

@@ -7,6 +7,8 @@
    strength is 0 attaches nothing.
 3. `hooks` gives them for passes over given traces, `generating` keeps them on a model while it decodes. Hook
    points are named by their own names, never an alias, so that compatibility mode runs each hook once.
+4. `calls` gives the same for passes over given traces in which no scores are formed, on transformers models
+   without hook points as well.
 
 Controls of matched size come with it (`placebo`): a random region in place of the bridge, a random direction
 in place of the momentum; everything else, tau and norm included, is the same.
@@ -21,12 +23,25 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
+import torch
+
 from stepflow_tl.errors import ModelError
 from stepflow_tl.models.bands import deep_band, shallow_band
-from stepflow_tl.models.facts import attention_sinks, check_heads, check_layers, model_facts, tokenizer_of
+from stepflow_tl.models.facts import (
+    attention_sinks,
+    check_heads,
+    check_layers,
+    count_heads,
+    head_mask,
+    is_transformerlens,
+    model_facts,
+    tokenizer_of,
+)
 from stepflow_tl.models.hook_names import LayerHooks, by_heads, refuse_delegated, resolve_hooks
 from stepflow_tl.models.passes import NamedHook, attached
 from stepflow_tl.stepflow.bridge import bridge_hook, bridge_pattern_hook, check_bridge
+from stepflow_tl.stepflow.bridged_attention import Bridge
+from stepflow_tl.stepflow.calls import FlowCalls, Momentum
 from stepflow_tl.stepflow.momentum import capture_values_hook, momentum_hook
 from stepflow_tl.stepflow.report import FlowReport
 from stepflow_tl.stepflow.state import Boundaries, FlowState, Granularity
@@ -189,6 +204,29 @@ class StepFlow:
         report = FlowReport(*self.bands(model))
         return FlowHooks(self._pairs(model, state, report, detach_values), report)
 
+    def calls(
+        self,
+        model: Any,
+        trace: ReasoningTrace | Sequence[ReasoningTrace],
+        *,
+        detach_values: bool = False,
+        padding_side: Literal["left", "right"] = "left",
+    ) -> FlowCalls:
+        """The same for attention calls that form no scores, in passes over exactly the tokens of `trace`.
+
+        Args:
+            model: A TransformerBridge or a transformers causal LM.
+            trace: As in `hooks`.
+            detach_values: As in `hooks`.
+            padding_side: As in `hooks`.
+
+        Raises:
+            ModelError: If a layer or head does not exist.
+        """
+        traces = [trace] if isinstance(trace, ReasoningTrace) else list(trace)
+        state = FlowState.from_traces(traces, padding_side)
+        return self._calls(model, state, FlowReport(*self.bands(model)), detach_values)
+
     @contextmanager
     def generating(
         self,
@@ -245,6 +283,31 @@ class StepFlow:
                 pairs += self._momentum(model, hooks, shared, detach_values)
         return pairs
 
+    def _calls(self, model: Any, state: FlowState, report: FlowReport, detach_values: bool) -> FlowCalls:
+        bridges: dict[int, Bridge] = {}
+        momenta: dict[int, Momentum] = {}
+        hooks: list[NamedHook] = []
+        for layer in sorted({*report.shallow, *report.deep}):
+            heads = self._heads_of(model, layer)
+            if heads == ():
+                continue
+            if layer in report.shallow:
+                mask = None if heads is None else head_mask(heads, count_heads(model), torch.device("cpu"))
+                bridges[layer] = Bridge(self.tau_max, self.max_bridge_share, mask)
+            if layer in report.deep:
+                shared = dict(state=state, heads=heads, report=report)
+                if is_transformerlens(model):
+                    (points,) = resolve_hooks(model, [layer]).layers
+                    hooks += self._momentum(model, points, shared, detach_values)
+                else:
+                    momenta[layer] = self._momentum_of(shared, detach_values)
+        granularity: Any = self.granularity
+        return FlowCalls(state, report, bridges, granularity, self._seed_of("bridge"), momenta, hooks)
+
+    def _seed_of(self, half: str) -> int | None:
+        """The seed of a half's control; None where the half itself is in force."""
+        return self.seed if self.placebo in (half, "both") else None
+
     def _heads_of(self, model: Any, layer: int) -> tuple[int, ...] | None:
         """Heads to act on in a layer: None for all, () for a layer that is left alone."""
         heads = self.heads.get(layer, ()) if isinstance(self.heads, Mapping) else self.heads
@@ -257,7 +320,7 @@ class StepFlow:
             tau_max=self.tau_max,
             max_bridge_share=self.max_bridge_share,
             granularity=self.granularity,
-            placebo_seed=self.seed if self.placebo in ("bridge", "both") else None,
+            placebo_seed=self._seed_of("bridge"),
             **shared,
         )
         if hooks.scores is None:
@@ -272,17 +335,20 @@ class StepFlow:
                 f"layer {hooks.layer} has no hook point for its values or its z, which momentum needs: leave "
                 "the layer out with deep=[...], or use alpha=0 for the bridge alone"
             )
-        capture = partial(capture_values_hook, state=shared["state"], detach=detach_values)
+        capture, inject = self._momentum_of(shared, detach_values)
+        pairs = ((hooks.value, capture), (hooks.z, inject))
+        return [(name, by_heads(model, name, function)) for name, function in pairs]
+
+    def _momentum_of(self, shared: dict[str, Any], detach_values: bool) -> Momentum:
         inject = partial(
             momentum_hook,
             alpha=self.alpha,
             window=self.window,
             boundaries=self.boundaries,  # pyright: ignore[reportArgumentType]  # checked when made
-            placebo_seed=self.seed if self.placebo in ("momentum", "both") else None,
+            placebo_seed=self._seed_of("momentum"),
             **shared,
         )
-        pairs = ((hooks.value, capture), (hooks.z, inject))
-        return [(name, by_heads(model, name, function)) for name, function in pairs]
+        return Momentum(partial(capture_values_hook, state=shared["state"], detach=detach_values), inject)
 
 
 FwdHooks = Sequence[NamedHook] | Callable[[ReasoningTrace], Sequence[NamedHook]]

@@ -1,0 +1,121 @@
+"""StepFlow inside attention calls: for passes in which nobody forms scores, on any transformers model.
+
+1. A layer of the bridge: the call computes plain attention with its logsumexp, and `bridged` turns its output
+   into that under the bridge (`bridged_attention`).
+2. A layer of momentum, on a model without hook points: the call's values are kept and z is moved, by the same
+   functions that serve as hooks (`momentum`). On a model with hook points they stay hooks, which go with the
+   calls as `hooks`: the points of values and z live on this path too.
+
+Which tokens queries and keys are says the `FlowState`, as everywhere; a call gives the number of its keys.
+
+Memory: values of the momentum layers as in `momentum`; where the call hands over a whole KV cache, a copy of
+what the pass added, since a view would keep the cache alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stepflow_tl.models.passes import NamedHook
+from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, Call, bridged_attention
+from stepflow_tl.stepflow.report import FlowReport, LayerReport
+from stepflow_tl.stepflow.state import FlowState, Granularity, QuerySpan
+
+
+class Momentum(NamedTuple):
+    """What momentum does in one layer: the two hooks of `stepflow.momentum`, their options filled in."""
+
+    capture: Callable[[Tensor, Any], None]
+    inject: Callable[[Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class FlowCalls:
+    """What StepFlow does in the attention calls of a run.
+
+    Attributes:
+        state: Which tokens the queries and keys of the current pass are.
+        report: Where it is counted.
+        bridges: The bridge of each layer that has one; its heads lie on the CPU.
+        granularity: What the groups of keys are, see `stepflow.state`.
+        placebo_seed: If given, the bridge is its control.
+        momenta: Momentum of each layer that gets it inside the call.
+        hooks: What is to be attached to the model's hook points beside it.
+    """
+
+    state: FlowState
+    report: FlowReport
+    bridges: Mapping[int, Bridge] = field(default_factory=dict)
+    granularity: Granularity = "segment"
+    placebo_seed: int | None = None
+    momenta: Mapping[int, Momentum] = field(default_factory=dict)
+    hooks: Sequence[NamedHook] = ()
+
+    def bridge_of(self, layer: int, device: torch.device | str = "cpu") -> Bridge | None:
+        """The bridge of a layer, on the device of its call; None where it has none."""
+        bridge = self.bridges.get(layer)
+        if bridge is None or bridge.heads is None or bridge.heads.device == torch.device(device):
+            return bridge
+        return Bridge(bridge.tau_max, bridge.max_bridge_share, bridge.heads.to(device))
+
+    def spans(self, n_keys: int, device: torch.device | str = "cpu") -> tuple[QuerySpan, ...]:
+        """Queries of this pass and their groups of keys, in a layer with so many keys."""
+        return self.state.spans(
+            n_keys, self.granularity, placebo_seed=self.placebo_seed, device=torch.device(device)
+        )
+
+    def counts(self, layer: int) -> LayerReport:
+        """Where the layer's rows are counted."""
+        return self.report.of(layer)
+
+    def bridged(
+        self, layer: int, call: Call, kept: BridgedRows | None = None
+    ) -> Float[Tensor, "batch head query d_value"]:
+        """The output of the layer's call under its bridge; the same tensor where nothing changes.
+
+        Raises:
+            ModelError: If the pass is not the one that `state` describes.
+        """
+        bridge = self.bridge_of(layer, call.z.device)
+        if bridge is None:
+            return call.z
+        n_rows, _, n_queries, _ = call.query.shape
+        self.state.check_shape(n_rows, n_queries, _Place.of(layer, "z").name)
+        spans = self.spans(call.key.shape[2], call.z.device)
+        return bridged_attention(call, spans, bridge, counts=self.counts(layer), kept=kept)
+
+    def injected(
+        self,
+        layer: int,
+        value: Float[Tensor, "batch kv_head key d_value"],
+        z: Float[Tensor, "batch query head d_value"],
+    ) -> Float[Tensor, "batch query head d_value"]:
+        """The output of the layer's call, which has these values, with momentum; the same tensor without any.
+
+        Raises:
+            ModelError: If the pass is not the one that `state` describes, or values are missing.
+        """
+        momentum = self.momenta.get(layer)
+        if momentum is None:
+            return z
+        own = value[:, :, value.shape[2] - z.shape[1] :]
+        if own.shape != value.shape:
+            own = own.clone()
+        momentum.capture(own.transpose(1, 2), _Place.of(layer, "v"))
+        return momentum.inject(z, _Place.of(layer, "z"))
+
+
+class _Place(NamedTuple):
+    """What hooks ask of a hook point."""
+
+    name: str
+
+    @classmethod
+    def of(cls, layer: int, what: str) -> _Place:
+        return cls(f"blocks.{layer}.attn.hook_{what}")
