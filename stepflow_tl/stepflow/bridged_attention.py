@@ -24,7 +24,7 @@ row of scores of that range, and no copy of the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -114,6 +114,10 @@ class BridgedRows:
         marks = [torch.zeros_like(rows[0], dtype=torch.bool) for _ in range(2)]
         outputs = [torch.zeros_like(call.z, dtype=rows[0].dtype) for _ in range(2)]
         return cls(spans, *rows, *marks, *outputs)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All but the spans, in order."""
+        return tuple(getattr(self, field.name) for field in fields(self)[1:])
 
 
 def bridged_attention(
