@@ -25,9 +25,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from stepflow_tl.errors import FusedRefusal, ModelError
+from stepflow_tl.models.attention_interface import refusal_reason
 from stepflow_tl.models.facts import is_transformerlens, model_facts
 from stepflow_tl.models.hook_names import hook_counts
-from stepflow_tl.saliency.fused.install import refusal_reason
 from stepflow_tl.saliency.fused.run import fused_backend
 from stepflow_tl.saliency.hooks_backend import hooks_backend
 from stepflow_tl.saliency.layerwise import layerwise_backend

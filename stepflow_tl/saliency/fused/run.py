@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed_call
 
 from stepflow_tl.errors import FusedRefusal, GradientError
+from stepflow_tl.models.attention_interface import installed, transformers_model
 from stepflow_tl.models.facts import is_bridge
 from stepflow_tl.models.passes import frozen, replaced_forward
-from stepflow_tl.saliency.fused.install import installed, transformers_model
 from stepflow_tl.saliency.fused.session import FusedSession
 from stepflow_tl.saliency.fused.steps import StepTiles
 from stepflow_tl.saliency.objectives import Objective

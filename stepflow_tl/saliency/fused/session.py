@@ -1,10 +1,5 @@
 """One run's attention calls: what each layer is to do, which keys it sees, where its pooled map ends up.
 
-transformers looks attention functions up by name in `AttentionInterface` and hands them the attention
-module. The one function registered here finds its run through the module's configuration object, so several
-models can be analysed at once and a backward pass on another thread (checkpointing on a GPU) finds its run
-as well.
-
 Which keys a query sees is read off the mask function (batch, head, query, key) by which transformers
 describes its mask. Ours needs one number, the window:
 
@@ -20,28 +15,26 @@ run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from stepflow_tl.errors import FusedRefusal
+from stepflow_tl.models.attention_interface import AttentionCalls
 from stepflow_tl.saliency.fused.attention import saliency_attention
 from stepflow_tl.saliency.fused.call import AttentionSpec, accumulation_dtype
 from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
 
-IMPLEMENTATION = "stepflow_tl_fused"
 # Keyword arguments of attention functions that change what is computed, and that nothing here implements.
 _UNSUPPORTED = "position_bias cu_seq_lens_q cu_seq_lens_k indices block_indices head_mask cache".split()
 _MASK_ENTRIES_PER_BLOCK = 1 << 22
-_ACTIVE: dict[int, FusedSession] = {}
 
 
 @dataclass
-class FusedSession:
+class FusedSession(AttentionCalls):
     """What the attention calls of one forward and backward pass share.
 
     Attributes:
@@ -53,6 +46,8 @@ class FusedSession:
         seen: Every layer that has come through here.
         closed: Whether no layer should run now, since only the unembedding was asked for.
     """
+
+    name: ClassVar[str] = "stepflow_tl_fused"
 
     tiles: StepTiles
     layers: frozenset[int]
@@ -116,6 +111,11 @@ class FusedSession:
         z = saliency_attention(query, key, value, spec, sums=sums, sinks=sinks, anchor=anchor)
         return z.transpose(1, 2).contiguous(), None
 
+    @staticmethod
+    def mask(**kwargs: Any) -> Tensor:
+        """Entry of transformers' `AttentionMaskInterface`."""
+        return band_mask(**kwargs)
+
     def check_seen(self, n_layers: int) -> None:
         """Refuse a model of which one of the `n_layers` layers has not come through here."""
         missing = sorted(set(range(n_layers)) - self.seen)
@@ -124,39 +124,6 @@ class FusedSession:
                 f"layer(s) {missing} did not call transformers' attention interface (a state-space, "
                 "convolution or linear-attention layer, or an attention of its own)"
             )
-
-
-@contextmanager
-def active(session: FusedSession, configs: list[Any]) -> Iterator[None]:
-    """Switch these configuration objects to the attention function here, and bind `session` to them.
-
-    Raises:
-        FusedRefusal: If one of them is bound to a session already: the model is being analysed elsewhere.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, band_mask)
-    if any(id(config) in _ACTIVE for config in configs):
-        raise FusedRefusal("another fused run of the same model is under way")
-    before = [config._attn_implementation_internal for config in configs]
-    try:
-        for config in configs:
-            _ACTIVE[id(config)] = session
-            # The public setter also rewrites nested configurations, which could not be restored one by one.
-            config._attn_implementation_internal = IMPLEMENTATION
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            _ACTIVE.pop(id(config), None)
-            config._attn_implementation_internal = implementation
-
-
-def _attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    session = _ACTIVE.get(id(module.config))
-    if session is None:
-        raise FusedRefusal(f"{type(module).__name__} was called outside the run that switched its attention")
-    return session.attend(module, *args, **kwargs)
 
 
 def band_mask(
@@ -170,7 +137,7 @@ def band_mask(
     device: Any = None,
     **_: Any,
 ) -> Tensor:
-    """Entry of transformers' `AttentionMaskInterface`: an empty `[0, window]` tensor for a causal band.
+    """An empty `[0, window]` tensor for a causal band, from what transformers says of a mask.
 
     Every mask that is not a causal band over one unpadded sequence is refused.
     """

@@ -9,8 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from stepflow_tl.errors import GradientError, ObjectiveError
+from stepflow_tl.models.attention_interface import installed
 from stepflow_tl.saliency.fused import run
-from stepflow_tl.saliency.fused.install import installed
 from stepflow_tl.saliency.fused.run import fused_backend
 from stepflow_tl.saliency.fused.session import FusedSession
 from stepflow_tl.saliency.fused.steps import StepTiles

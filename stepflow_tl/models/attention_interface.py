@@ -1,7 +1,9 @@
-"""Make a model's attention run through a `FusedSession`, and put everything back.
+"""Run a model's attention through a function of ours, and put everything back.
 
 A plain transformers model needs one switch: `config._attn_implementation` names the attention function of
-every layer.
+every layer, which transformers looks up in `AttentionInterface` and hands the attention module. The function
+registered here finds what is installed through the module's configuration object, so several models can be
+in use at once, and a backward pass on another thread (checkpointing on a GPU) finds it as well.
 
 A TransformerBridge wraps the same modules in components that fire hooks, and most of its attention
 components compute attention themselves. While installed:
@@ -13,15 +15,16 @@ components compute attention themselves. While installed:
    projection is replaced by one that calls the bridge's three and puts their outputs into the joint order.
    That order is read off the bridge's own splitting function: it is given weights that are numbered by row;
 3. every other hook point of the component does not exist on this path. A hook on one of them is a reason to
-   refuse.
+   refuse; or, if there is an `eager` way, that layer takes it for as long as somebody listens.
 """
 
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +32,6 @@ from torch import Tensor, nn
 from stepflow_tl.errors import FusedRefusal
 from stepflow_tl.models.facts import class_names, computes_pattern_inside, is_bridge, wrapped_model
 from stepflow_tl.models.passes import replaced_forward
-from stepflow_tl.saliency.fused.session import FusedSession, active
 
 # Components that hand over to the wrapped attention module: by name, since TransformerLens is not imported
 # here.
@@ -39,6 +41,33 @@ _LATENT = "MLAAttentionBridge"
 _JOINT = ("JointQKVPositionEmbeddingsAttentionBridge", "JointQKVAttentionBridge")
 _DELEGATING = "AttentionBridge"
 _LIVE_PROJECTIONS = ("q", "k", "v", "o")
+
+_ACTIVE: dict[int, AttentionCalls] = {}
+
+
+class AttentionCalls(ABC):
+    """What computes attention while it is installed.
+
+    Attributes:
+        name: Under which transformers finds it; one per class.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Entry of transformers' `AttentionInterface`; returns z as `[batch, token, head, d_head]`."""
+
+    @staticmethod
+    @abstractmethod
+    def mask(**kwargs: Any) -> Any:
+        """Entry of transformers' `AttentionMaskInterface`."""
+
+
+Eager = Callable[[int], AbstractContextManager[Any]]
+"""What is put on while a layer computes attention itself, by layer."""
 
 
 def transformers_model(model: Any) -> Any:
@@ -58,23 +87,30 @@ def transformers_model(model: Any) -> Any:
     return inner
 
 
-def refusal_reason(model: Any) -> str | None:
-    """Why the fused backend cannot serve `model` as it is now, hooks included; None where it can.
+def refusal_reason(model: Any, *, may_listen: bool = False) -> str | None:
+    """Why nothing can be installed in `model` as it is now; None where it can.
 
     Masks and per-call options are only known in the forward pass and may still raise `FusedRefusal` there.
+    `may_listen` says that hooks on scores and the like are no reason.
     """
     try:
         transformers_model(model)
         for component in _attention_components(model):
-            _check_component(component)
+            _check_component(component, may_listen)
     except FusedRefusal as refusal:
         return refusal.reason
     return None
 
 
 @contextmanager
-def installed(model: Any, session: FusedSession) -> Iterator[None]:
-    """Run the attention of every layer of `model` through `session` inside the block.
+def installed(model: Any, calls: AttentionCalls, eager: Eager | None = None) -> Iterator[None]:
+    """Run the attention of every layer of `model` through `calls` inside the block.
+
+    Args:
+        model: A transformers causal LM, or a TransformerBridge.
+        calls: What computes attention.
+        eager: What to put on a layer that computes attention itself because a hook listens where `calls` has
+            no hook point; without it such a hook is refused.
 
     Raises:
         FusedRefusal: If the model's attention cannot be served; the message says why.
@@ -82,18 +118,52 @@ def installed(model: Any, session: FusedSession) -> Iterator[None]:
     inner = transformers_model(model)
     orders: dict[tuple, Tensor | None] = {}
     with ExitStack() as stack:
-        for component in _attention_components(model):
-            kind = _check_component(component)
+        for layer, component in enumerate(_attention_components(model)):
+            kind = _check_component(component, eager is not None)
             if kind == _DELEGATING:
                 continue
             if kind in _JOINT:
                 stack.enter_context(replaced_forward(*_split_projection(component, orders)))
-            stack.enter_context(replaced_forward(component, _handing_over(component)))
+            own_way = None if eager is None else (component.forward, eager, layer)
+            stack.enter_context(replaced_forward(component, _handing_over(component, own_way)))
         # Every transformers configuration object that some module of the model reads.
         configs = (module.__dict__.get("config") for module in inner.modules())
         found = {id(c): c for c in configs if hasattr(c, "_attn_implementation_internal")}
-        stack.enter_context(active(session, list(found.values())))
+        stack.enter_context(_switched(calls, list(found.values())))
         yield
+
+
+@contextmanager
+def _switched(calls: AttentionCalls, configs: list[Any]) -> Iterator[None]:
+    """Let these configuration objects name `calls` as their attention.
+
+    Raises:
+        FusedRefusal: If one of them is in use already: the model is being run elsewhere.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(calls.name, _attention)
+    AttentionMaskInterface.register(calls.name, type(calls).mask)
+    if any(id(config) in _ACTIVE for config in configs):
+        raise FusedRefusal("another run of the same model is under way")
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            _ACTIVE[id(config)] = calls
+            # The public setter also rewrites nested configurations, which could not be restored one by one.
+            config._attn_implementation_internal = calls.name
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            _ACTIVE.pop(id(config), None)
+            config._attn_implementation_internal = implementation
+
+
+def _attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    calls = _ACTIVE.get(id(module.config))
+    if calls is None:
+        raise FusedRefusal(f"{type(module).__name__} was called outside the run that switched its attention")
+    return calls.attend(module, *args, **kwargs)
 
 
 def _attention_components(model: Any) -> list[Any]:
@@ -112,18 +182,15 @@ def _attention_components(model: Any) -> list[Any]:
     return found
 
 
-def _check_component(component: Any) -> str:
+def _check_component(component: Any, may_listen: bool) -> str:
     """The kind of a bridge's attention component, once nothing speaks against handing over."""
     names = class_names(component)
     config = component.config
     for flag in ("use_split_qkv_input", "use_attn_in", "use_attn_result"):
         if getattr(config, flag, False):
             raise FusedRefusal(f"`cfg.{flag}` is set, and those hook points do not exist on this path")
-    for name, hook in component.named_modules():
-        if "_original_component" in name or not hasattr(hook, "fwd_hooks"):
-            continue
-        live = name in ("hook_in", "hook_out") or name.rpartition(".")[0] in _LIVE_PROJECTIONS
-        if not live and (hook.fwd_hooks or hook.bwd_hooks):
+    for name, hook in _silent_points(component):
+        if not may_listen and (hook.fwd_hooks or hook.bwd_hooks):
             raise FusedRefusal(
                 f"a hook is attached at {component.name}.{name}, which does not exist on this path: "
                 "scores and pattern are never formed, and the wrapped module makes queries and keys"
@@ -137,10 +204,29 @@ def _check_component(component: Any) -> str:
     raise FusedRefusal(f"attention components of type {names[0]} are not known here")
 
 
-def _handing_over(component: Any) -> Callable[..., tuple[Tensor, None]]:
-    """A forward that lets the wrapped attention module do the work, between hook_in and hook_out."""
+def _silent_points(component: Any) -> Iterator[tuple[str, Any]]:
+    """The component's hook points that do not fire once it hands over."""
+    for name, hook in component.named_modules():
+        if "_original_component" in name or not hasattr(hook, "fwd_hooks"):
+            continue
+        if name not in ("hook_in", "hook_out") and name.rpartition(".")[0] not in _LIVE_PROJECTIONS:
+            yield name, hook
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+
+def _handing_over(
+    component: Any, own_way: tuple[Callable[..., Any], Eager, int] | None
+) -> Callable[..., Any]:
+    """A forward that lets the wrapped attention module do the work, between hook_in and hook_out.
+
+    With an own way, it is taken while somebody listens at a point that would not fire.
+    """
+    points = [] if own_way is None else [point for _, point in _silent_points(component)]
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if own_way is not None and any(point.fwd_hooks or point.bwd_hooks for point in points):
+            compute, eager, layer = own_way
+            with eager(layer):
+                return compute(hidden_states, *args, **kwargs)
         output = component.original_component(component.hook_in(hidden_states), *args, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
         return component.hook_out(output), None

@@ -7,8 +7,9 @@ from tiny_architectures import build_bridge, build_hf_model
 from tiny_models import TL_GENERATION, build_tiny_model, count_hooks
 
 from stepflow_tl.errors import FusedRefusal
-from stepflow_tl.saliency.fused import attention, session
-from stepflow_tl.saliency.fused.install import installed, refusal_reason
+from stepflow_tl.models import attention_interface
+from stepflow_tl.models.attention_interface import installed, refusal_reason
+from stepflow_tl.saliency.fused import attention
 from stepflow_tl.saliency.fused.run import fused_backend
 from stepflow_tl.saliency.fused.session import FusedSession, band_mask, window_of
 from stepflow_tl.saliency.fused.steps import StepTiles
@@ -57,7 +58,7 @@ def test_everything_is_restored(kind, per_token):
     model = MODELS[kind]()
     before, logits = state_of(model), logits_of(model)
     fused_backend(model, TOKENS, STEP_IDS, per_token, ALL_LAYERS, checkpoint=True)
-    assert state_of(model) == before and not session._ACTIVE
+    assert state_of(model) == before and not attention_interface._ACTIVE
     torch.testing.assert_close(logits_of(model), logits, rtol=0, atol=0)
 
 
@@ -77,7 +78,7 @@ def test_everything_is_restored_after_an_exception(kind, where, per_token, monke
         chosen = Objective("failing", None, function=fail)
     with pytest.raises(InterruptedError, match=where):
         fused_backend(model, TOKENS, STEP_IDS, chosen, ALL_LAYERS, checkpoint=True)
-    assert state_of(model) == before and not session._ACTIVE
+    assert state_of(model) == before and not attention_interface._ACTIVE
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_oss"])
@@ -193,7 +194,7 @@ def test_a_model_is_not_installed_twice(per_token):
     before = state_of(model)
     run = FusedSession(StepTiles(STEP_IDS, 5), frozenset(ALL_LAYERS), diagonal_only=True)
     with installed(model, run):
-        with pytest.raises(FusedRefusal, match="another fused run"):
+        with pytest.raises(FusedRefusal, match="another run of the same model"):
             fused_backend(model, TOKENS, STEP_IDS, per_token, ALL_LAYERS)
     assert state_of(model) == before
 
