@@ -265,7 +265,7 @@ def bridge_pattern(
 def shifts_of(
     log_masses: Float[Tensor, "2 row head query"],
     log_total: Float[Tensor, "row head query"],
-    counts: Int[Tensor, "2 row head query"],
+    counts: Int[Tensor, "2 row #head query"],
     seen: Bool[Tensor, "row head query"],
     tau_max: float,
     max_bridge_share: float,

@@ -235,7 +235,7 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
 
 def _restricted(
     scores: Float[Tensor, "row head query key"],
-    keys: Bool[Tensor, "row 1 query key"],
+    keys: Bool[Tensor, "row 1 #query key"],
     value: Float[Tensor, "row kv_head key d_value"],
 ) -> tuple[Float[Tensor, "row head query"], Float[Tensor, "row head query d_value"]]:
     """Logsumexp and output of attention to these keys alone; minus infinity and zeros if there are none."""

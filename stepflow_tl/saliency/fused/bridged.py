@@ -1,4 +1,4 @@
-"""The bridge in a call's backward pass: per row, a factor on the pattern and what to subtract, by group of keys.
+"""The bridge in a call's backward pass: a factor on the pattern and what to subtract, by row and key group.
 
 Let p be the pattern without the bridge, `q = f_g(k) p_k` the one under it, `c_k = <dz, v_k>`, and for each
 group g of keys (S the own segment, B the bridge, O the rest, sinks included) p(g) its mass before and
@@ -11,7 +11,8 @@ group g of keys (S the own segment, B the bridge, O the rest, sinks included) p(
 
        E_S = f_S D_S + R - p(O) M,    E_B = f_B D_B + R - p(O) M,    E_O = R + (1 - p(O)) M.
 
-3. `M = D_S` where tau is a constant, `M = c D_B + (1 - c) D_S` where it is capped at the share c of `1 - p(O)`.
+3. `M = D_S` where tau is a constant, and `M = c D_B + (1 - c) D_S` where it is capped at the share c of
+   `1 - p(O)`.
 4. A sink is in O: `ds = -p E_O`. dq, dk and dv follow as without the bridge, dv from q.
 
 A tile whose rows see one group each costs what it costs without the bridge. One that is cut by the edge of a
@@ -125,7 +126,7 @@ class BridgedTerms:
         bridge_worth = (dz * kept.z_bridge).sum(-1)
         own_worth = own_part / torch.where(kept.active, kept.own_mass, 1.0)
         rest = delta - own_part - kept.bridge_mass * bridge_worth
-        share = torch.where(kept.capped, bridging.bridge.max_bridge_share, 0.0)
+        share = kept.capped.to(delta.dtype) * bridging.bridge.max_bridge_share
         moved = torch.lerp(own_worth, bridge_worth, share)
         movable = kept.own_mass + kept.bridge_mass
         shared = rest - (1 - movable) * moved
