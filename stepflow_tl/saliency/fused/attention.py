@@ -28,8 +28,8 @@ On a CPU the tiles of `sweep` do all of this. On an NVIDIA GPU:
   else of the softmax. It adds up dq in no fixed order unless PyTorch is told otherwise, so it is told.
 * Backward, `diagonal_only`: `pool_on_device` gives the map and dq in one sweep of three matrix products; dk
   and dv are the diagonal's. The flash backward would spend five products to throw two gradients away.
-* What is not served so (float64, ordinary objectives under a window, a soft-cap or the bridge, the bridge's
-  control, no Triton) goes through the tiles, on any device.
+* What is not served so (float64, ordinary objectives under a window, a soft-cap or the bridge, no Triton)
+  goes through the tiles, on any device.
 
 Memory beyond the inputs: q, k, v, z and one number per row saved; two or three tile buffers while backward
 runs, or what the two kernels need on a GPU (`triton_pooling.LINE_BYTES`, and flash attention's float32 copy
@@ -181,7 +181,8 @@ def kernels_serve(
     """Whether `kernel_backward` computes this call, its pooled map included if there is `pooling`."""
     kernel = query.is_cuda and available(query.device, query.dtype)
     if spec.diagonal_only:
-        return kernel and bridged is None
+        return kernel
+    # The flash backward knows nothing of the bridge.
     return bridged is None and (kernel or not pooling) and flash_serves(query, key, value, spec)
 
 

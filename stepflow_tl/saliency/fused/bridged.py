@@ -145,6 +145,11 @@ class BridgedTerms:
         """Those of some heads of one sequence."""
         return replace(self, factors=self.factors[heads], offsets=self.offsets[heads])
 
+    def in_float32(self) -> BridgedTerms:
+        """The same as dense float32 numbers, for kernels."""
+        factors, offsets = (x.to(torch.float32).contiguous() for x in (self.factors, self.offsets))
+        return replace(self, factors=factors, offsets=offsets)
+
     def diagonal(self) -> tuple[Float[Tensor, "batch head token"], Float[Tensor, "batch head token"]]:
         """The f and E of each query for its own key."""
         own = torch.stack([groups.own() for groups in self.groups]).to(self.factors.device)
