@@ -20,7 +20,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,8 +29,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepflow_tl.errors import FormatError, ModelError, TraceError
+from stepflow_tl.models.attention_interface import without_scores
 from stepflow_tl.models.cached_rows import cached_rows, takes_padding
-from stepflow_tl.models.facts import is_bridge
+from stepflow_tl.models.facts import is_bridge, tokenizer_of
 from stepflow_tl.stepflow.flow import FlowRun, StepFlow
 from stepflow_tl.stepflow.placebo import mixed_seed
 from stepflow_tl.trace import ReasoningTrace
@@ -161,7 +162,7 @@ class AnswerWriter:
         """Plan the batches; nothing is written yet.
 
         Args:
-            model: A TransformerLens model with a tokenizer.
+            model: A TransformerLens model, or a transformers causal LM, with a tokenizer (`model.tokenizer`).
             questions: The users' texts.
             decoding: How to decode.
             prompting: How to ask; by default the question alone, in the tokenizer's own format.
@@ -171,7 +172,7 @@ class AnswerWriter:
             FormatError: If the format is unknown, or the template refuses a message.
             TraceError: If the splitter is unknown.
         """
-        tokenizer = model.tokenizer
+        tokenizer = tokenizer_of(model)
         if not getattr(tokenizer, "chat_template", None):
             raise ModelError("the model's tokenizer has no chat template, which must open each question")
         self._model, self._decoding, self._prompting = model, decoding, prompting or Prompting()
@@ -198,12 +199,15 @@ class AnswerWriter:
         tokenizer, decoding = self._model.tokenizer, self._decoding
         splitter = self._prompting.splitter
         start = time.perf_counter()
-        on = (
-            nullcontext()
-            if flow is None
-            else flow.generating(self._model, tokenizer, format=self.format, splitter=splitter)
-        )
-        with on as run, torch.no_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            run = None
+            if flow is None or not any(flow.bands(self._model)):
+                stack.enter_context(without_scores(self._model))  # the same attention under every condition
+            else:
+                run = stack.enter_context(
+                    flow.generating(self._model, tokenizer, format=self.format, splitter=splitter)
+                )
             written = _write(self._model, rows, decoding, self._ends, run)
         seconds = time.perf_counter() - start
         answers = [
@@ -229,7 +233,7 @@ def write_answers(
     """Answers to each question, and the seconds it took to write them.
 
     Args:
-        model: A TransformerLens model with a tokenizer.
+        model: A TransformerLens model, or a transformers causal LM, with a tokenizer (`model.tokenizer`).
         questions: The users' texts.
         flow: What is on the model meanwhile; None for nothing.
         decoding: How to decode.

@@ -23,13 +23,14 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from stepflow_tl.errors import FusedRefusal
+from stepflow_tl.models.attention import Visible, attention_with_logsumexp
 from stepflow_tl.models.facts import class_names, computes_pattern_inside, is_bridge, wrapped_model
 from stepflow_tl.models.passes import replaced_forward
 
@@ -64,6 +65,48 @@ class AttentionCalls(ABC):
     @abstractmethod
     def mask(**kwargs: Any) -> Any:
         """Entry of transformers' `AttentionMaskInterface`."""
+
+
+class PlainAttention(AttentionCalls):
+    """Attention as transformers computes it with "sdpa"; what that cannot do, in blocks of queries.
+
+    Subclasses change what a call gives.
+    """
+
+    name: ClassVar[str] = "stepflow_tl_plain"
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Z of one call, as `[batch, token, head, d_head]`."""
+        sinks = kwargs.get("s_aux", kwargs.get("sinks"))
+        if softcap is None and sinks is None:
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+            )
+        visible = Visible(query.shape[2], key.shape[2], attention_mask)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        z, _ = attention_with_logsumexp(query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks)
+        return z.transpose(1, 2).contiguous(), None
+
+    @staticmethod
+    def mask(**kwargs: Any) -> Tensor | None:
+        """The mask of "sdpa"."""
+        from transformers.masking_utils import sdpa_mask
+
+        return sdpa_mask(**kwargs)
 
 
 Eager = Callable[[int], AbstractContextManager[Any]]
@@ -130,6 +173,19 @@ def installed(model: Any, calls: AttentionCalls, eager: Eager | None = None) -> 
         configs = (module.__dict__.get("config") for module in inner.modules())
         found = {id(c): c for c in configs if hasattr(c, "_attn_implementation_internal")}
         stack.enter_context(_switched(calls, list(found.values())))
+        yield
+
+
+@contextmanager
+def without_scores(model: Any) -> Iterator[None]:
+    """Plain attention that forms no scores inside the block, for layers where nobody listens at them.
+
+    A model that cannot be switched stays as it is.
+    """
+    if refusal_reason(model, may_listen=True) is None:
+        with installed(model, PlainAttention(), lambda layer: nullcontext()):
+            yield
+    else:
         yield
 
 

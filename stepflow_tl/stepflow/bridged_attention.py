@@ -142,6 +142,8 @@ def bridged_attention(
     """
     result = call.z
     for span in spans:
+        if not span.n_rows_acted_on:  # a sliding window has left one of the groups behind
+            continue
         for queries in _blocks(span, call):
             groups = _groups_of(call, span, queries)
             shifts = groups.shifts(bridge)

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepflow_tl.errors import ModelError
+from stepflow_tl.models.attention import Visible, attention_with_logsumexp
+from stepflow_tl.models.attention_interface import PlainAttention
 from stepflow_tl.models.passes import NamedHook
 from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, Call, bridged_attention
 from stepflow_tl.stepflow.report import FlowReport, LayerReport
@@ -109,6 +112,61 @@ class FlowCalls:
             own = own.clone()
         momentum.capture(own.transpose(1, 2), _Place.of(layer, "v"))
         return momentum.inject(z, _Place.of(layer, "z"))
+
+
+class FlowAttention(PlainAttention):
+    """Attention under StepFlow while a model generates: "sdpa", and the bridge in its layers."""
+
+    name: ClassVar[str] = "stepflow_tl_flow"
+
+    def __init__(self, calls: FlowCalls) -> None:
+        """Attention that does what `calls` say."""
+        self._calls = calls
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Z of one call, as `[batch, token, head, d_head]`.
+
+        Raises:
+            ModelError: If a layer of the bridge wants what cannot be told apart by groups of keys.
+        """
+        layer = getattr(module, "layer_idx", None)
+        spans = layer in self._calls.bridges and self._calls.spans(key.shape[2], query.device)
+        if layer is not None and spans:
+            for name in _UNSERVED:
+                if kwargs.get(name) is not None:
+                    raise ModelError(
+                        f"layer {layer}'s attention takes `{name}`, with which its bridge cannot be "
+                        "computed here: leave the layer out with shallow=[...]"
+                    )
+            visible = Visible(query.shape[2], key.shape[2], attention_mask)
+            scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+            sinks = kwargs.get("s_aux", kwargs.get("sinks"))
+            plain, logsumexp = attention_with_logsumexp(
+                query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks
+            )
+            call = Call(query, key, value, plain, logsumexp, visible, scale, softcap, sinks)
+            z = self._calls.bridged(layer, call)
+            z = z.transpose(1, 2).contiguous()
+        else:
+            shape = (scaling, dropout, softcap, is_causal)
+            z, _ = super().attend(module, query, key, value, attention_mask, *shape, **kwargs)
+        return z if layer is None else self._calls.injected(layer, value, z), None
+
+
+#: Arguments of attention functions that change scores in a way of their own.
+_UNSERVED = ("position_bias", "head_mask", "indices", "block_indices", "cu_seq_lens_q", "cache")
 
 
 class _Place(NamedTuple):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.models.attention_interface import installed, refusal_reason
 from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.models.facts import (
     attention_sinks,
@@ -41,7 +42,7 @@ from stepflow_tl.models.hook_names import LayerHooks, by_heads, refuse_delegated
 from stepflow_tl.models.passes import NamedHook, attached
 from stepflow_tl.stepflow.bridge import bridge_hook, bridge_pattern_hook, check_bridge
 from stepflow_tl.stepflow.bridged_attention import Bridge
-from stepflow_tl.stepflow.calls import FlowCalls, Momentum
+from stepflow_tl.stepflow.calls import FlowAttention, FlowCalls, Momentum
 from stepflow_tl.stepflow.momentum import capture_values_hook, momentum_hook
 from stepflow_tl.stepflow.report import FlowReport
 from stepflow_tl.stepflow.state import Boundaries, FlowState, Granularity
@@ -240,11 +241,17 @@ class StepFlow:
     ) -> Iterator[FlowRun]:
         """Keep StepFlow on `model` for the time of the context, whatever runs it.
 
-        Works around `generate` of TransformerBridge and HookedTransformer, `hf_generate`, and passes made by
-        hand, with or without a KV cache, for batches, and for several sequences in turn.
+        Works around `generate` of TransformerBridge, HookedTransformer and transformers, `hf_generate`,
+        pipelines, and passes made by hand, with or without a KV cache, for batches, and for several sequences
+        in turn.
+
+        Where attention goes through transformers' attention interface, no scores are formed: all layers run
+        SDPA, and those of the bridge correct its output (`bridged_attention`). On a TransformerBridge, a
+        layer where a hook listens at the scores or the pattern computes them, for as long as it does. Other
+        models run their eager attention with `bridge_hook`.
 
         Args:
-            model: A TransformerLens model.
+            model: A TransformerLens model or a transformers causal LM.
             tokenizer: The model's own by default.
             format: Name of the reasoning format, a `ReasoningFormat`, or "auto" for the tokenizer's own.
             splitter: Cuts thinking into steps; default: paragraphs.
@@ -264,9 +271,33 @@ class StepFlow:
         splitters = (splitter, summary_splitter, question_splitter)
         stream = TokenStream(lambda: TokenTracker(tokenizer, entry, *splitters))
         report = FlowReport(*self.bands(model))
-        pairs = self._pairs(model, stream.state, report, detach_values=False)
-        with following(model, stream) if pairs else nullcontext(), attached(model, last=pairs):
+        with ExitStack() as stack:
+            if report.shallow or report.deep:
+                stack.enter_context(following(model, stream))
+                stack.enter_context(self._on(model, stream.state, report))
             yield FlowRun(stream, report)
+
+    @contextmanager
+    def _on(self, model: Any, state: FlowState, report: FlowReport) -> Iterator[None]:
+        """Keep it on the model: inside attention calls where that serves, else as hooks."""
+        reason = refusal_reason(model, may_listen=True)
+        if reason is not None and not is_transformerlens(model):
+            raise ModelError(f"StepFlow cannot act on this model while it generates: {reason}")
+        if reason is not None:
+            with attached(model, last=self._pairs(model, state, report, detach_values=False)):
+                yield
+            return
+        calls = self._calls(model, state, report, detach_values=False)
+
+        def eager(layer: int) -> AbstractContextManager[None]:
+            if layer not in calls.bridges:
+                return nullcontext()
+            (hooks,) = resolve_hooks(model, [layer]).layers
+            shared = dict(state=state, heads=self._heads_of(model, layer), report=report)
+            return attached(model, last=[self._bridge(model, hooks, shared)])
+
+        with attached(model, last=calls.hooks), installed(model, FlowAttention(calls), eager):
+            yield
 
     def _pairs(
         self, model: Any, state: FlowState, report: FlowReport, detach_values: bool

@@ -30,7 +30,7 @@ import numpy as np
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.models.facts import wrapped_model
+from stepflow_tl.models.facts import is_transformerlens, wrapped_model
 from stepflow_tl.models.passes import replaced_forward
 from stepflow_tl.stepflow.columns import NEVER, LabelTable
 from stepflow_tl.stepflow.state import FlowState, Pass
@@ -171,7 +171,8 @@ def following(model: Any, stream: TokenStream) -> Iterator[None]:
         finally:
             follower.after_pass()
 
-    handle = model.embed.register_forward_pre_hook(follower.before_embedding, with_kwargs=True)
+    embedding = model.embed if is_transformerlens(model) else model.get_input_embeddings()
+    handle = embedding.register_forward_pre_hook(follower.before_embedding, with_kwargs=True)
     try:
         # Not a module hook: HookedTransformer.generate calls `self.forward`, which runs none.
         with replaced_forward(runner, forward):

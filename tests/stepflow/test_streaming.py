@@ -4,6 +4,7 @@ text."""
 import numpy as np
 import pytest
 import torch
+from float64 import float64_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TINY_MODEL_KINDS, TL_GENERATION
@@ -192,10 +193,12 @@ def test_hf_generate_and_sampling_are_followed(flow_model, make_trace, tokenizer
 def test_several_sequences_in_turn_do_not_know_of_each_other(flow_model, make_trace, kind):
     model, flow = flow_model(kind), StepFlow(**STRENGTH)
     traces = [make_trace(), make_trace("Why?", "It is so.\n\nYes.", "So."), make_trace()]
-    with flow.generating(model):
+    with float64_everywhere(), flow.generating(model):
         found = [model(trace.tokens[None], return_type="logits") for trace in traces]
     for trace, logits in zip(traces, found, strict=True):
-        expected, _ = one_pass(model, flow, [trace], trace.tokens[None], torch.ones_like(trace.tokens[None]))
+        ids = trace.tokens[None]
+        with float64_everywhere():
+            expected, _ = one_pass(model, flow, [trace], ids, torch.ones_like(ids))
         assert torch.allclose(logits, expected, atol=1e-10)
 
 
@@ -285,8 +288,9 @@ def test_embeddings_of_unknown_tokens_are_refused_and_known_ones_followed(flow_m
     model, flow, trace = flow_model("llama"), StepFlow(**STRENGTH), make_trace()
     ids = trace.tokens[None]
     outside = model.embed(ids)
-    expected, _ = one_pass(model, flow, [trace], ids, torch.ones_like(ids))
-    with flow.generating(model):
+    with float64_everywhere():
+        expected, _ = one_pass(model, flow, [trace], ids, torch.ones_like(ids))
+    with float64_everywhere(), flow.generating(model):
         with pytest.raises(ModelError, match="token ids are not known"):
             model(outside)
         found = model(model.embed(ids), return_type="logits")

@@ -259,7 +259,14 @@ BUILT_IN = (
         answer_begins_with=("\\boxed{",),
         marks_empty_thinking=False,
         **_CHATML,
-    ),  # asked for by name: no template tells what the user's prompt will say
+    ),  # this one and the next are asked for by name: no template tells what the user's prompt will say
+    ReasoningFormat(
+        name="fenced",  # the same, told to think first and then to write one block of code
+        opens_as=Segment.THINKING,
+        answer_begins_with=("```",),
+        marks_empty_thinking=False,
+        **_CHATML,
+    ),
     ReasoningFormat(
         name="plain", opens_as=Segment.THINKING, thinking_close="\n\n", marks_empty_thinking=False
     ),
