@@ -8,7 +8,8 @@ plan. `tests/test_storeys.py` holds the package to the same rules.
 1. A *module* is a file, a *face* is an `__init__.py`, a *room* is what stands right below `stepflow_tl`.
 2. Every import of the package's own modules counts, wherever it stands: at the top, inside a function, under
    TYPE_CHECKING. `from a import b` is an import of the module `a.b` where there is one, and else of `a`. The
-   module strings by which a face resolves names lazily count like imports.
+   module strings by which a face resolves names lazily count like imports; what `lazy.lazy_face` resolves
+   stands below TYPE_CHECKING.
    What Python runs on the way (importing `a.b` runs the face `a`) does not count: every room with a face
    would be a circle. So a module may not import the face of a folder it stands in, only its siblings.
 3. A module imports lower storeys, its own room, or the neighbours that its room may name.
@@ -30,7 +31,7 @@ from pathlib import Path
 PACKAGE = "stepflow_tl"
 #: Rooms by storey, the lowest first. The room called like the package is its face.
 STOREYS = (
-    ("errors", "version", "trace", "results", "statistics"),
+    ("errors", "lazy", "version", "trace", "results", "statistics"),
     ("models", "testbed"),
     ("stepflow", "saliency"),
     ("causal", "diagnosis", "evaluation"),
@@ -132,6 +133,8 @@ class _Reader(ast.NodeVisitor):
         self.function_depth = self.typing_depth = 0
         tree = ast.parse(path.read_text(encoding="utf-8"))
         defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assigned = [node for top in tree.body if isinstance(top, ast.Assign) for node in ast.walk(top)]
+        defined |= {node.id for node in assigned if isinstance(node, ast.Name)}
         if "__getattr__" in defined and not self.is_face:
             self.faults.append(f"{module} resolves names lazily (__getattr__), which only faces may")
         self.resolves_lazily = self.is_face and "__getattr__" in defined

@@ -8,9 +8,9 @@ The public names below are imported on first use (PEP 562), so `import stepflow_
 nothing heavier than the standard library is loaded until a name is asked for.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
+from stepflow_tl.lazy import lazy_face
 from stepflow_tl.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -35,42 +35,4 @@ if TYPE_CHECKING:
     from stepflow_tl.trace import Segment as Segment
     from stepflow_tl.trace import Step as Step
 
-_HOME_OF = {
-    "ReasoningTrace": "stepflow_tl.trace",
-    "Segment": "stepflow_tl.trace",
-    "Step": "stepflow_tl.trace",
-    "StepFlow": "stepflow_tl.stepflow",
-    "StepKnockout": "stepflow_tl.causal",
-    "StepSaliency": "stepflow_tl.saliency",
-    "analyze_dataset": "stepflow_tl.runs",
-    "bridge_hook": "stepflow_tl.stepflow",
-    "compare": "stepflow_tl.diagnosis",
-    "diagnose": "stepflow_tl.diagnosis",
-    "evaluate": "stepflow_tl.runs",
-    "load_default_model": "stepflow_tl.models.loading",
-    "load_model": "stepflow_tl.models.loading",
-    "load_testbed_model": "stepflow_tl.testbed.model",
-    "momentum_hook": "stepflow_tl.stepflow",
-    "report": "stepflow_tl.rendering",
-    "show": "stepflow_tl.rendering",
-    "step_knockout": "stepflow_tl.causal",
-    "step_saliency": "stepflow_tl.saliency",
-    "summarize": "stepflow_tl.runs",
-}
-
-__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> object:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(
-            f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}"
-        )
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_face(__name__)

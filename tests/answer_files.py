@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stepflow_tl.trace import ReasoningTrace, Segment
+
 HEADER = {
     "schema": 1,
     "kind": "header",
@@ -22,8 +24,6 @@ def answer(
     **changes: Any,
 ) -> dict[str, Any]:
     """One answer's line; right and wrong answers, samples and conditions differ in their text."""
-    from stepflow_tl.trace import ReasoningTrace, Segment
-
     question = changes.pop("question", f"What is {question_id}+1?")
     thinking = changes.pop("thinking", f"{question_id} and {sample}.\n\n{'So it is' if right else 'Or not'}.")
     trace = ReasoningTrace.from_parts(tokenizer, question, thinking, f"{condition} {right}")

@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+# The jaxtyping plugin instruments stepflow_tl once the conftests are there, and refuses to start where it is
+# imported before. So no conftest, nor a helper that one loads, imports it at the top: its fixtures do.
 import pytest
 from float64 import float64_everywhere
 from hypothesis import HealthCheck, settings

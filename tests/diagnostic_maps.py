@@ -5,13 +5,16 @@ from typing import Any
 
 import torch
 
+from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis
+from stepflow_tl.results.provenance import Provenance
+from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.trace import ReasoningTrace, Segment, Step
+
 LETTERS = {"Q": "QUESTION", "T": "THINKING", "S": "SUMMARY"}
 
 
 def make_trace(segments: str, lengths: Sequence[int] | None = None) -> Any:
     """A trace with one step a letter of `segments` ("QTTS") after one TEMPLATE token; a character a token."""
-    from stepflow_tl.trace import ReasoningTrace, Segment, Step
-
     lengths = [1] * len(segments) if lengths is None else lengths
     steps, end = [], 1
     for index, (letter, length) in enumerate(zip(segments, lengths, strict=True)):
@@ -51,9 +54,6 @@ def make_saliency(
     objective: str = "per_token",
 ) -> Any:
     """A StepSaliency whose mean-pooled map is the given `[layer, step, step]` times each head's gain."""
-    from stepflow_tl.results.provenance import Provenance
-    from stepflow_tl.saliency.result import StepSaliency
-
     trace = make_trace(segments, lengths)
     length = trace.step_lengths.to(torch.float64)
     sums = mean_map.to(torch.float64)[:, None] * torch.tensor(head_gains, dtype=torch.float64)[:, None, None]
@@ -85,8 +85,6 @@ def random_saliency(
 
 def make_diagnosis(metrics: dict[str, Sequence[float]], **options: Any) -> Any:
     """A Diagnosis with the given columns; the other metrics are 0.5 everywhere."""
-    from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis
-
     n_layers = len(next(iter(metrics.values())))
     columns = {
         name: torch.tensor(metrics.get(name, [0.5] * n_layers), dtype=torch.float64) for name in LAYER_METRICS

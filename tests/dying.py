@@ -1,5 +1,6 @@
-"""Runs in a forked process that dies at a chosen system call."""
+"""Runs that end early: killed at a chosen system call, by Ctrl-C, or losing a replica."""
 
+import itertools
 import os
 import signal
 
@@ -43,3 +44,29 @@ def die_at(number):
     for name in CALLS:
         setattr(os, name, armed(getattr(os, name), name == "write"))
     return count
+
+
+def interrupted_at(number, compute):
+    """`compute`, but Ctrl-C comes in the call of that number."""
+    calls = itertools.count(1)
+
+    def interrupted(*arguments, **options):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return compute(*arguments, **options)
+
+    return interrupted
+
+
+def losing_a_replica(engine, killed):
+    """An engine of replicas of which one is killed once two tasks are done; its id goes to `killed`."""
+
+    class Losing(engine):
+        def results(self, tasks):
+            for n_done, found in enumerate(super().results(tasks)):
+                if n_done == 2 and not killed:
+                    killed.append(self.process_ids()[0])
+                    os.kill(killed[0], signal.SIGKILL)
+                yield found
+
+    return Losing

@@ -10,6 +10,7 @@ coverage of some.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -30,7 +31,7 @@ from run_folders import failed, make_run, result
 from tiny_gguf import write_tiny_gguf
 from tiny_models import build_tiny_tokenizer
 
-from stepflow_tl import ReasoningTrace, StepKnockout, StepSaliency, diagnose
+from stepflow_tl import ReasoningTrace, StepKnockout, StepSaliency, diagnose, summarize
 from stepflow_tl.causal.alignment import StepMatch
 from stepflow_tl.causal.patching_result import StepPatching
 from stepflow_tl.cli import main as cli
@@ -96,8 +97,6 @@ def own_errors() -> Iterator[None]:
 @functools.cache
 def scratch() -> Path:
     """A folder for files, in memory where the machine has such a place; it is removed at the end."""
-    import atexit
-
     shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="stepflow-fuzz-", dir=shared if shared.is_dir() else None))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -258,8 +257,6 @@ def run_manifest(data: bytes) -> None:
 
 def run_folder(data: bytes) -> None:
     """A whole run folder with this manifest, summarised into a table."""
-    from stepflow_tl import summarize
-
     folder = _folder_with_results()
     (folder / "manifest.jsonl").write_bytes(data)
     with own_errors():

@@ -4,6 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
+from stepflow_tl.causal import StepKnockout, StepPatching
+from stepflow_tl.causal.alignment import StepMatch
+from stepflow_tl.results.provenance import Provenance
+from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.trace import ReasoningTrace, Segment, Step
+
 
 def labels_of(n_thinking: int, n_summary: int) -> list[str]:
     return ["Q", *(f"T{i + 1}" for i in range(n_thinking)), *(f"S{i + 1}" for i in range(n_summary))]
@@ -11,8 +17,6 @@ def labels_of(n_thinking: int, n_summary: int) -> list[str]:
 
 def make_trace(n_thinking: int, n_summary: int, text: str | Sequence[str] = "abcd "):
     """One template token, then steps of one token per character; `text` is every step's, or one per step."""
-    from stepflow_tl.trace import ReasoningTrace, Segment, Step
-
     segments = [Segment.QUESTION] + [Segment.THINKING] * n_thinking + [Segment.SUMMARY] * n_summary
     texts = [text] * len(segments) if isinstance(text, str) else list(text)
     ends = [1 + sum(len(text) for text in texts[: i + 1]) for i in range(len(texts))]
@@ -55,9 +59,6 @@ def make_saliency(
     sums=None,
 ):
     """Causal sums over about five decades; no two entries of the lower triangle are equal."""
-    from stepflow_tl.results.provenance import Provenance
-    from stepflow_tl.saliency.result import StepSaliency
-
     n = 1 + n_thinking + n_summary
     if sums is None:
         generator = torch.Generator().manual_seed(n)
@@ -76,8 +77,6 @@ def make_saliency(
 
 def make_knockout(saliency, effects=None, measured=None):
     """Effects of every pair by default, of both signs and alike in size to the saliency."""
-    from stepflow_tl.causal import StepKnockout
-
     n = len(saliency.labels)
     measured = torch.ones(n, n, dtype=torch.bool).tril(-1) if measured is None else measured
     if effects is None:
@@ -98,9 +97,6 @@ def make_knockout(saliency, effects=None, measured=None):
 
 def make_patching(saliency, steps: Sequence[str] | None = None):
     """Effects of both signs on these steps (all by default), layers from the last to the first."""
-    from stepflow_tl.causal import StepPatching
-    from stepflow_tl.causal.alignment import StepMatch
-
     chosen = [step for step in saliency.trace.steps if steps is None or step.label in steps]
     generator = torch.Generator().manual_seed(len(chosen))
     return StepPatching(

@@ -6,6 +6,10 @@ from typing import Any
 
 from diagnostic_maps import random_saliency
 
+from stepflow_tl import diagnose
+from stepflow_tl.results.files import file_digest
+from stepflow_tl.runs.manifest import Done
+
 HEADER = {
     "schema": 1,
     "kind": "header",
@@ -29,10 +33,6 @@ def result(seed: int, **options: Any) -> Any:
 
 def done(folder: Path, name: str, saliency: Any, **changes: Any) -> dict[str, Any]:
     """Save a result and return its manifest line."""
-    from stepflow_tl import diagnose
-    from stepflow_tl.results.files import file_digest
-    from stepflow_tl.runs.manifest import Done
-
     path = saliency.save(folder / f"{name}.safetensors")
     line = Done(
         id=name,

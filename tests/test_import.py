@@ -1,6 +1,8 @@
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,8 +61,8 @@ def test_everything_public_adds_under_a_second_on_top_of_torch():
 
 
 def test_the_package_itself_loads_nothing_but_itself():
-    modules = run_fresh("import stepflow_tl", setup="import importlib, typing")["modules"]
-    assert modules == ["stepflow_tl", "stepflow_tl.version"]
+    modules = run_fresh("import stepflow_tl", setup="import ast, importlib, typing")["modules"]
+    assert modules == ["stepflow_tl", "stepflow_tl.lazy", "stepflow_tl.version"]
 
 
 def test_every_public_name_resolves_to_an_object_of_that_name():
@@ -70,7 +72,9 @@ def test_every_public_name_resolves_to_an_object_of_that_name():
 
 
 def test_the_names_typed_for_editors_are_the_names_exported():
-    assert sorted(stepflow_tl._HOME_OF) == sorted(stepflow_tl.__all__)
+    source = Path(stepflow_tl.__file__).read_text(encoding="utf-8")
+    typed = re.findall(r"^    from stepflow_tl\.\S+ import (\w+) as \1$", source, re.MULTILINE)
+    assert typed and sorted(typed) == stepflow_tl.__all__
 
 
 def test_an_unknown_name_is_refused_with_the_public_ones():

@@ -91,6 +91,7 @@ UPWARD = r"files:\d imports stepflow_tl\.rendering\.page: results stands on stor
         ({"results/files.py": "from . import other"}, r"results\.files:1 is a relative import"),
         ({"results/files.py": "import stepflow_tl.nowhere"}, "stepflow_tl.nowhere, which does not exist"),
         ({"results/files.py": RESOLVER}, "resolves names lazily"),
+        ({"results/files.py": "__getattr__, __all__ = lazy_face(__name__)"}, "resolves names lazily"),
         (
             {"results/files.py": "import importlib\nimportlib.import_module('stepflow_tl.errors')"},
             "imports stepflow_tl.errors by import_module",

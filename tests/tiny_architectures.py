@@ -21,6 +21,7 @@ from architectures.architecture import SHAPE, Architecture
 from architectures.others import OTHERS
 from architectures.reasoning import REASONING
 from tiny_models import build_tiny_tokenizer
+from transformer_lens.model_bridge import TransformerBridge
 
 ARCHITECTURES: dict[str, Architecture] = {**REASONING, **OTHERS}
 
@@ -66,8 +67,6 @@ def build_bridge(
     name: str, *, compatibility_mode: bool = False, tokenizer: Any = None, **options: Any
 ) -> Any:
     """The same model behind a TransformerBridge."""
-    from transformer_lens.model_bridge import TransformerBridge
-
     model = build_hf_model(name, **options)
     bridge = TransformerBridge.boot_transformers(
         f"tiny-{name}",

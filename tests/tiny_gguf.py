@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quantize
+from tokenizers import pre_tokenizers
 
 D_MLP, N_HEADS, N_KV_HEADS = 256, 4, 2
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -18,8 +20,6 @@ _SCALES_AT = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 
 def vocabulary() -> list[str]:
     """The special tokens, the alphabet of bytes, and what the merges make."""
-    from tokenizers import pre_tokenizers
-
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return [*CONTROL, *USER_DEFINED, *alphabet, *(merge.replace(" ", "") for merge in MERGES), UNMERGED]
 
@@ -54,8 +54,6 @@ def write_tiny_gguf(
         without: A tensor that is left out.
         seed: Of the weights.
     """
-    from gguf import GGMLQuantizationType, GGUFWriter
-
     generator = np.random.default_rng(seed)
     tokens = vocabulary()
     head_dim = 128 if architecture == "qwen3" else d_model // N_HEADS
@@ -154,8 +152,6 @@ def _vectors(architecture: str, d_model: int, head_dim: int, n_layers: int) -> I
 
 
 def _blocks(generator: np.random.Generator, shape: tuple[int, int], quantization: str) -> np.ndarray:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quantize
-
     kind = GGMLQuantizationType[quantization]
     if quantization not in _SCALES_AT:
         return quantize(0.3 * generator.standard_normal(shape).astype(np.float32), kind)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 TL_GENERATION = int(version("transformer-lens").split(".")[0])
@@ -160,8 +161,6 @@ def _bridged(
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerFast,
 ) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),

@@ -30,7 +30,8 @@ from jaxtyping import Bool, Float
 
 from stepflow_tl.causal.knockout_result import StepKnockout
 from stepflow_tl.errors import ComparisonError, ResultFileError
-from stepflow_tl.results.tables import nan_to_none, none_to_nan, number, text_table
+from stepflow_tl.results.plain_data import DAMAGE, from_plain, none_to_nan, to_plain
+from stepflow_tl.results.tables import number, text_table
 from stepflow_tl.saliency.baselines import baseline_maps
 from stepflow_tl.saliency.pooling import Pooling, normalise
 from stepflow_tl.saliency.result import StepSaliency
@@ -61,15 +62,9 @@ class TraceAgreement:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; NaN is written as None."""
-        return {
-            "k": self.k,
-            "top_k_chance": nan_to_none(self.top_k_chance),
-            "n_pairs": self.n_pairs,
-            "values": [
-                {"scores": list(pair), **{name: nan_to_none(value) for name, value in values.items()}}
-                for pair, values in self.values.items()
-            ],
-        }
+        values = [{"scores": pair, **values} for pair, values in self.values.items()]
+        own = {name: getattr(self, name) for name in ("k", "top_k_chance", "n_pairs")}
+        return to_plain({**own, "values": values})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TraceAgreement:
@@ -81,8 +76,8 @@ class TraceAgreement:
                 }
                 for row in data["values"]
             }
-            return cls(values, data["k"], none_to_nan(data["top_k_chance"]), data["n_pairs"])
-        except (KeyError, TypeError, IndexError) as error:
+            return from_plain(cls, data, values=values, top_k_chance=none_to_nan(data["top_k_chance"]))
+        except (*DAMAGE, IndexError) as error:
             raise ResultFileError(f"an inconsistent agreement ({error!r})") from error
 
 
@@ -201,18 +196,16 @@ class AgreementSummary:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; a value that does not exist is null."""
-        return {
-            "n_traces": self.n_traces,
-            "n_pairs": self.n_pairs,
-            "k": self.k,
-            "top_k_chance": nan_to_none(self.top_k_chance),
-            "confidence": self.confidence,
-            "rows": [
-                {"scores": list(pair), "measure": measure, "mean": nan_to_none(cell[0]),
-                 "low": nan_to_none(cell[1]), "high": nan_to_none(cell[2]), "n_traces": cell[3]}
-                for pair, cells in self.rows.items() for measure, cell in cells.items()
-            ],
-        }  # fmt: skip
+        columns = ("mean", "low", "high", "n_traces")
+        rows = [
+            {"scores": pair, "measure": measure, **dict(zip(columns, cell, strict=True))}
+            for pair, cells in self.rows.items()
+            for measure, cell in cells.items()
+        ]
+        own = {
+            name: getattr(self, name) for name in ("n_traces", "n_pairs", "k", "top_k_chance", "confidence")
+        }
+        return to_plain({**own, "rows": rows})
 
 
 def summarise_agreement(

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from stepflow_tl import runs
-from stepflow_tl.cli.arguments import DEFAULT_MODEL, LAYOUT, add_options, add_weights, options_of
-from stepflow_tl.cli.console import Progress, say
+from stepflow_tl.cli.arguments import DEFAULT_MODEL, add_command, add_options, add_weights, options_of
+from stepflow_tl.cli.console import Progress, Watcher, say
 from stepflow_tl.runs.flow_options import FlowOptions
 from stepflow_tl.runs.options import RunOptions
 
@@ -56,9 +56,7 @@ could not start; 130 after Ctrl-C.
 def add_analyze(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     summary = "Step-Saliency of every trace of a data set"
-    command = commands.add_parser(
-        "analyze", help=summary, description=summary, epilog=_EPILOG, formatter_class=LAYOUT
-    )
+    command = add_command(commands, "analyze", summary, _run, _EPILOG)
     add = command.add_argument
     add("traces", type=Path, metavar="TRACES", help="the traces: JSON lines, Parquet, or a saved data set")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
@@ -73,11 +71,11 @@ def add_analyze(commands: argparse._SubParsersAction) -> None:
     flow.add_argument("--stepflow", action="store_true", help=RunOptions.helps().get("stepflow"))
     add_options(flow, FlowOptions)
     add_weights(command)
-    add("--device-map", metavar="MAP", help="auto spreads a model larger than one GPU over all")
-    command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from stepflow_tl.cli.device import load
+
     options, flow = options_of(arguments, RunOptions), options_of(arguments, FlowOptions)
     if arguments.stepflow:
         options = replace(options, stepflow=flow.flow())
@@ -104,49 +102,19 @@ def _run(arguments: argparse.Namespace) -> int:
     return 130 if report.stopped == "interrupted" else 0 if report.is_complete else 1
 
 
-def load(name: str, device: str, dtype: str, device_map: str | None) -> Any:
-    """The model of the command line; at module level, so that another process can call it.
-
-    Raises:
-        ModelError: If it cannot be loaded, or the device is not there.
-    """
-    import torch
-
-    from stepflow_tl.cli.device import present_device
-    from stepflow_tl.models import loading as models
-
-    where = present_device(device)
-    place = {} if device_map is None else {"device_map": device_map}
-    return models.load_model(name, device=where, dtype=getattr(torch, dtype), **place)
-
-
-class _Terminal:
+class _Terminal(Watcher):
     """Progress of the run on stderr."""
 
     def __init__(self, traces: Path, out: Path, options: RunOptions) -> None:
+        super().__init__()
         self._traces, self._out, self._options = traces, out, options
-        self._progress: Progress | None = None
 
     def begin(self, total: int, settings: Any, replicas: int) -> None:
         part = "" if self._options.shard is None else f", shard {self._options.shard}"
         where = "" if self._options.engine == "local" else f", {replicas} replicas by {self._options.engine}"
         traces = f"{total} traces from {self._traces}{part}"
         say(f"{traces}, model {settings.model_name}{where}, results in {self._out}")
-        self._progress = Progress(total, replicas)
-
-    def note(self, message: str) -> None:
-        if self._progress is None:
-            say(message)
-        else:
-            self._progress.note(message)
-
-    def advance(self, n_tokens: int, seconds: float, tokens_left: float) -> None:
-        assert self._progress is not None
-        self._progress.advance(n_tokens, seconds, tokens_left)
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.close()
+        self.progress = Progress(total, replicas)
 
 
 def _print(options: RunOptions, report: runs.DatasetReport) -> None:

@@ -40,6 +40,21 @@ def device_name(text: str) -> str:
     return text
 
 
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    summary: str,
+    run: Callable[[argparse.Namespace], int],
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    """Add a command that `run` runs; returns its parser."""
+    command = commands.add_parser(
+        name, help=summary, description=summary, epilog=epilog, formatter_class=LAYOUT
+    )
+    command.set_defaults(run=run)
+    return command
+
+
 def add_options(
     parser: argparse._ActionsContainer, kind: type[OptionSet], *, without: Collection[str] = ()
 ) -> None:
@@ -81,6 +96,9 @@ def options_of(
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Where a model's weights go, and in which precision."""
+    """Where a model's weights go, and in which precision: what `device.load` takes after the name."""
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(float32)")
     parser.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    parser.add_argument(
+        "--device-map", metavar="MAP", help="auto spreads a model larger than one GPU over all"
+    )

@@ -102,6 +102,11 @@ class Watcher:
         else:
             self.progress.note(message)
 
+    def advance(self, n_tokens: int, seconds: float, tokens_left: float) -> None:
+        """A trace is dealt with."""
+        assert self.progress is not None
+        self.progress.advance(n_tokens, seconds, tokens_left)
+
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self.progress is not None:

@@ -22,9 +22,11 @@ from stepflow_tl.models import loading as models
 from stepflow_tl.results.files import write_atomically
 from stepflow_tl.results.tables import printable
 from stepflow_tl.runs.records import Record, read_records
+from stepflow_tl.runs.run import make_folder
 from stepflow_tl.saliency import step_saliency
 from stepflow_tl.trace import ReasoningTrace
 
+_DATA = files("stepflow_tl.cli").joinpath("data")
 _FIGURE_DPI = 200
 _ANSWER_START = "Final answer:"
 
@@ -53,10 +55,7 @@ def demo(options: DemoOptions) -> int:
         MissingExtraError: If the embedded model is not installed.
         InputFileError: If the folder cannot be made.
     """
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputFileError(f"--out {options.out} cannot be made: {error.strerror or error}") from error
+    make_folder(options.out)
     started = time.perf_counter()
     say("loading the embedded model")
     model = models.load_default_model()
@@ -71,12 +70,12 @@ def demo(options: DemoOptions) -> int:
 
 def bundled_question() -> str:
     """The question that the model thinks about."""
-    return files("stepflow_tl.cli.data").joinpath("demo_question.txt").read_text(encoding="utf-8").strip()
+    return _DATA.joinpath("demo_question.txt").read_text(encoding="utf-8").strip()
 
 
 def bundled_record() -> Record:
     """The written trace."""
-    with as_file(files("stepflow_tl.cli.data").joinpath("written_trace.jsonl")) as path:
+    with as_file(_DATA.joinpath("written_trace.jsonl")) as path:
         record = next(read_records(path))
     if not isinstance(record, Record):
         raise InputFileError(f"the bundled trace is damaged: {record.reason}. Install stepflow-tl again")

@@ -1,17 +1,35 @@
-"""The device that a command line names, if it is there."""
+"""The model that a command line names, on the device that it names."""
+
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.models import loading as models
+from stepflow_tl.testbed import model as testbed
+
+TESTBED = "testbed"
 
 
-def present_device(name: str) -> torch.device:
-    """The device `--device` names.
+def load(name: str, device: str, dtype: str, device_map: str | None) -> Any:
+    """The model of the command line; at module level, so that another process can call it.
+
+    Args:
+        name: As for `models.load_model`, "testbed", or a folder of a testbed model.
+        device: Where it goes.
+        dtype: Of its weights.
+        device_map: In place of `device`, as for `models.load_model`.
 
     Raises:
-        ModelError: If it is a GPU, and torch sees none.
+        ModelError: If it cannot be loaded, or the device is a GPU and torch sees none.
     """
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"--device {name}: there is no CUDA device here, or torch was built without")
-    return device
+    where, kind = torch.device(device), getattr(torch, dtype)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"--device {device}: there is no CUDA device here, or torch was built without")
+    if name == TESTBED:
+        return testbed.load_testbed_model(where, kind)
+    if (Path(name) / "checksums.json").is_file():
+        return testbed.load_testbed_model(where, kind, folder=name)
+    place = {} if device_map is None else {"device_map": device_map}
+    return models.load_model(name, device=where, dtype=kind, **place)

@@ -1,7 +1,7 @@
 """`stepflow-tl evaluate`: right answers with and without StepFlow, its halves and their controls.
 
 The command line of `runs.evaluate`: here arguments go in, and progress, tables and the exit code come out.
-What the options mean (`arguments_of`, `questions_of_command`, `load`) is shared with `stepflow-tl study`.
+What the options mean (`arguments_of`, `questions_of_command`, `model_name`), `stepflow-tl study` shares.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stepflow_tl import runs
-from stepflow_tl.cli.arguments import LAYOUT, add_options, add_weights, options_of
+from stepflow_tl.cli.arguments import DEFAULT_MODEL, add_command, add_options, add_weights, options_of
 from stepflow_tl.cli.console import Progress, Watcher, say
 from stepflow_tl.errors import InputFileError
 from stepflow_tl.runs.answer_options import AnswerOptions
@@ -46,9 +46,7 @@ Ctrl-C.
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     summary = "right answers with and without StepFlow, paired, against controls of equal size"
-    command = commands.add_parser(
-        "evaluate", help=summary, description=summary, epilog=_EPILOG, formatter_class=LAYOUT
-    )
+    command = add_command(commands, "evaluate", summary, _run, _EPILOG)
     add = command.add_argument
     add("questions", metavar="QUESTIONS.jsonl", help='the questions, or "testbed"')
     add(
@@ -60,11 +58,10 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     add_options(command, AnswerOptions)
     add_options(command, FlowOptions, without=_DECIDED_HERE)
     add_weights(command)
-    add("--device-map", metavar="MAP", help="auto spreads a model larger than one GPU over all")
-    command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from stepflow_tl.cli.device import load
     from stepflow_tl.results.files import write_atomically
 
     options = options_of(arguments, AnswerOptions)
@@ -75,13 +72,10 @@ def _run(arguments: argparse.Namespace) -> int:
     file = out if out is not None and out.suffix == ".json" else None
     if file is not None and not file.parent.is_dir():
         raise InputFileError(f"--out {file}: there is no folder {file.parent}")
-    place = arguments.device, arguments.dtype, arguments.device_map
-    name = arguments.model or (TESTBED if arguments.questions == TESTBED else None)
+    model = partial(load, model_name(arguments), arguments.device, arguments.dtype, arguments.device_map)
     watcher = AnswersWatcher()
     try:
-        found = runs.evaluate(
-            partial(load, name, *place), questions, None if file else out, watcher=watcher, **asked
-        )
+        found = runs.evaluate(model, questions, None if file else out, watcher=watcher, **asked)
     finally:
         watcher.close()
     print(found.table())
@@ -93,6 +87,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if written:
         print("\nwritten:", *map(str, written), sep="\n  ")
     return 130 if found.stopped == "interrupted" else 1 if found.stopped else 0
+
+
+def model_name(arguments: argparse.Namespace) -> str:
+    """The model of a command: the one it names, that of the testbed for its problems, or the default."""
+    return arguments.model or (TESTBED if arguments.questions == TESTBED else DEFAULT_MODEL)
 
 
 def arguments_of(options: AnswerOptions, flow: FlowOptions) -> dict[str, Any]:
@@ -167,33 +166,6 @@ def questions_of_command(source: str, options: AnswerOptions) -> list[Any]:
         for n_steps, n in zip(TESTBED_STEPS, counts, strict=True)
         for problem in make_problems(ProblemSpec(n_steps=n_steps), n, seed=options.seed)
     )
-
-
-def load(name: str | None, device: str, dtype: str, device_map: str | None) -> Any:
-    """The model that is asked; at module level, so that another process can call it.
-
-    Args:
-        name: As for `models.load_model`, "testbed", a folder of a testbed model, or None for the default.
-        device: Where it goes.
-        dtype: Of its weights.
-        device_map: In place of `device`, as for `models.load_model`.
-
-    Raises:
-        ModelError: If it cannot be loaded, or the device is not there.
-    """
-    import torch
-
-    from stepflow_tl.cli.device import present_device
-    from stepflow_tl.models import loading as models
-    from stepflow_tl.testbed import model as testbed
-
-    where, kind = present_device(device), getattr(torch, dtype)
-    if name == TESTBED:
-        return testbed.load_testbed_model(where, kind)
-    if name is not None and (Path(name) / "checksums.json").is_file():
-        return testbed.load_testbed_model(where, kind, folder=name)
-    place = {} if device_map is None else {"device_map": device_map}
-    return models.load_model(name or models.DEFAULT_MODEL, device=where, dtype=kind, **place)
 
 
 class AnswersWatcher(Watcher):

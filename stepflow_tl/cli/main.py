@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepflow_tl.cli.analyze import add_analyze
-from stepflow_tl.cli.arguments import LAYOUT, whole_number
+from stepflow_tl.cli.arguments import LAYOUT, add_command, whole_number
 from stepflow_tl.cli.evaluate import add_evaluate
 from stepflow_tl.cli.report import add_report
 from stepflow_tl.cli.study import add_study
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 def add_demo(commands: argparse._SubParsersAction) -> None:
     """Add the command `demo`."""
     summary = "two traces of the embedded model, analysed and drawn, offline, in about a minute"
-    demo = commands.add_parser("demo", help=summary, description=summary)
+    demo = add_command(commands, "demo", summary, _run_demo)
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the files (out/demo)")
     demo.add_argument(
         "--thinking-budget", type=whole_number, default=200, metavar="N", help="most thinking tokens (200)"
@@ -81,16 +81,9 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument(
         "--answer-budget", type=whole_number, default=60, metavar="N", help="most answer tokens (60)"
     )
-    demo.set_defaults(run=_run_demo)
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
     from stepflow_tl.cli.demo import DemoOptions, demo
 
-    return demo(
-        DemoOptions(
-            arguments.out,
-            thinking_budget=arguments.thinking_budget,
-            answer_budget=arguments.answer_budget,
-        )
-    )
+    return demo(DemoOptions(arguments.out, arguments.thinking_budget, arguments.answer_budget))

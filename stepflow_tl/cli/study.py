@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from stepflow_tl import runs
-from stepflow_tl.cli.arguments import DTYPES, LAYOUT, add_options, add_weights, options_of
+from stepflow_tl.cli.arguments import DTYPES, add_command, add_options, add_weights, options_of
 from stepflow_tl.cli.console import Progress, Watcher, say
-from stepflow_tl.cli.evaluate import TESTBED, AnswersWatcher, arguments_of, load, questions_of_command
+from stepflow_tl.cli.evaluate import AnswersWatcher, arguments_of, model_name, questions_of_command
 from stepflow_tl.runs.answer_options import AnswerOptions, StudyOptions
 from stepflow_tl.runs.flow_options import FlowOptions
 
@@ -45,9 +45,7 @@ Ctrl-C.
 def add_study(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     summary = "answers, maps, right against wrong, with StepFlow and without, and one report of it all"
-    command = commands.add_parser(
-        "study", help=summary, description=summary, epilog=_EPILOG, formatter_class=LAYOUT
-    )
+    command = add_command(commands, "study", summary, _run, _EPILOG)
     add = command.add_argument
     add("questions", metavar="QUESTIONS.jsonl", help='the questions, or "testbed"')
     add("--model", metavar="NAME_OR_PATH", help="as for evaluate")
@@ -59,19 +57,17 @@ def add_study(commands: argparse._SubParsersAction) -> None:
     add_options(command, FlowOptions, without=_DECIDED_HERE)
     add_weights(command)
     add("--map-dtype", choices=DTYPES, default="float32", help="weights that are mapped (float32)")
-    add("--device-map", metavar="MAP", help="auto spreads a model larger than one GPU over all")
-    command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from stepflow_tl.cli.device import load
     from stepflow_tl.rendering.study_conclusions import in_short
 
     options = options_of(arguments, AnswerOptions, without=("conditions",))
     options = replace(options, conditions=tuple(arguments.conditions))
     asked = arguments_of(options, options_of(arguments, FlowOptions, without=_DECIDED_HERE))
-    name = arguments.model or (TESTBED if arguments.questions == TESTBED else None)
     loaders = {
-        dtype: partial(load, name, arguments.device, dtype, arguments.device_map)
+        dtype: partial(load, model_name(arguments), arguments.device, dtype, arguments.device_map)
         for dtype in (arguments.dtype, arguments.map_dtype)
     }
     watcher = _Terminal()
@@ -120,7 +116,3 @@ class _MapsWatcher(Watcher):
     def begin(self, total: int, settings: Any, replicas: int) -> None:
         say(f"{total} traces, {settings.model_name} in {settings.dtype}")
         self.progress = Progress(total, replicas)
-
-    def advance(self, n_tokens: int, seconds: float, tokens_left: float) -> None:
-        assert self.progress is not None
-        self.progress.advance(n_tokens, seconds, tokens_left)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from stepflow_tl import runs
-from stepflow_tl.cli.arguments import LAYOUT, add_options, options_of
+from stepflow_tl.cli.arguments import add_command, add_options, options_of
 from stepflow_tl.cli.console import say
 from stepflow_tl.errors import InputFileError
 from stepflow_tl.runs.options import SummaryOptions
@@ -33,15 +33,12 @@ done; 2 it could not start.
 def add_summarize(commands: argparse._SubParsersAction) -> None:
     """Add the command."""
     summary = "the numbers of a whole run: band means, the comparison of two groups, one Parquet table"
-    command = commands.add_parser(
-        "summarize", help=summary, description=summary, epilog=_EPILOG, formatter_class=LAYOUT
-    )
+    command = add_command(commands, "summarize", summary, _run, _EPILOG)
     add = command.add_argument
     add("folder", type=Path, metavar="DIR", help="the run")
     add("--out", type=Path, metavar="FILE.parquet", help=f"the table (DIR/{TABLE_NAME})")
     add_options(command, SummaryOptions)
     add("--labels", type=Path, metavar="TRACES.jsonl", help="take groups and pairs from here, by id")
-    command.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

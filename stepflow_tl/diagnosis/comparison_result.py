@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from stepflow_tl.diagnosis.groups import Pairing
 from stepflow_tl.diagnosis.layer_metrics import LAYER_METRICS
 from stepflow_tl.errors import ComparisonError
-from stepflow_tl.results.tables import dataframe, html_table, nan_to_none, number, probability, text_table
+from stepflow_tl.results.plain_data import plain_fields
+from stepflow_tl.results.tables import dataframe, html_table, number, probability, text_table
 from stepflow_tl.statistics.effects import Correction, Effect, Resampling
 
 _SHOWN = ("mean", "other_mean", "difference", "low", "high", "effect_size")
@@ -43,10 +44,7 @@ class PairMatching:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; what is not a finite number is written as None."""
-        data = asdict(self)
-        for name in ("imbalance_before", "imbalance"):
-            data[name] = [value if math.isfinite(value) else None for value in data[name]]
-        return data
+        return plain_fields(self)
 
     def lines(self, names: tuple[str, str]) -> list[str]:
         """In words, for the foot of a table.
@@ -139,15 +137,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; NaN is written as None, so that any JSON reader takes it."""
-        data = asdict(replace(self, matching=None, matched=None))
-        data["matching"] = None if self.matching is None else self.matching.to_json()
-        data["matched"] = None if self.matched is None else self.matched.to_json()
-        for family in ("headline", "by_layer"):
-            data[family] = [
-                {key: nan_to_none(value) if isinstance(value, float) else value for key, value in row.items()}
-                for row in data[family]
-            ]
-        return data
+        return plain_fields(self)
 
     def table(self, metric: str | None = None) -> str:
         """The headline as text, or one `metric` over the layers.

@@ -24,7 +24,8 @@ from stepflow_tl.diagnosis.layer_metrics import HEADLINE, LAYER_METRICS, Band, d
 from stepflow_tl.diagnosis.shares import MapShares
 from stepflow_tl.errors import GradientError, ResultFileError, TraceError
 from stepflow_tl.models.bands import deep_band, shallow_band
-from stepflow_tl.results.tables import dataframe, html_table, nan_to_none, none_to_nan, number, text_table
+from stepflow_tl.results.plain_data import DAMAGE, count, from_plain, none_to_nan, plain_fields
+from stepflow_tl.results.tables import dataframe, html_table, number, text_table
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.trace import Segment
@@ -32,17 +33,6 @@ from stepflow_tl.trace import Segment
 _SCHEMA = "stepflow_tl.Diagnosis"
 _VERSION = 1
 _NEWER = "the stored diagnosis was written before this metric existed"
-_SETTINGS = (
-    "window",
-    "recent",
-    "pooling",
-    "model_name",
-    "objective",
-    "n_question",
-    "n_thinking",
-    "n_summary",
-    "n_tokens",
-)
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -161,17 +151,9 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; NaN is written as None, so that any JSON reader takes it."""
-        return {
-            "schema": _SCHEMA,
-            "version": _VERSION,
-            "layers": list(self.layers),
-            "n_layers": self.n_layers,
-            **{name: list(map(nan_to_none, column.tolist())) for name, column in self.metrics.items()},
-            "rows_without_mass": self.rows_without_mass.tolist(),
-            "decay_slope": nan_to_none(self.decay_slope),
-            **{name: getattr(self, name) for name in _SETTINGS},
-            "reasons": dict(self.reasons),
-        }
+        own = plain_fields(self)
+        layers = {name: own.pop(name) for name in ("layers", "n_layers")}
+        return {"schema": _SCHEMA, "version": _VERSION, **layers, **own.pop("metrics"), **own}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Diagnosis:
@@ -188,9 +170,9 @@ class Diagnosis:
                 f"not a diagnosis this stepflow_tl reads: {found}, expected {_SCHEMA!r}, {_VERSION}"
             )
         try:
-            return cls(
-                layers=tuple(map(int, data["layers"])),
-                n_layers=int(data["n_layers"]),
+            return from_plain(
+                cls,
+                dict(data),
                 metrics={
                     name: torch.tensor(list(map(none_to_nan, data[name])), dtype=torch.float64)
                     for name in LAYER_METRICS
@@ -198,11 +180,10 @@ class Diagnosis:
                 },
                 rows_without_mass=torch.tensor(list(map(int, data["rows_without_mass"])), dtype=torch.int64),
                 decay_slope=none_to_nan(data["decay_slope"]),
-                **{name: data[name] for name in _SETTINGS if name != "n_tokens"},
-                n_tokens=None if data.get("n_tokens") is None else int(data["n_tokens"]),
+                n_tokens=None if data.get("n_tokens") is None else count(data, "n_tokens"),
                 reasons={**dict.fromkeys(set(LAYER_METRICS) - set(data), _NEWER), **data["reasons"]},
             )
-        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        except (*DAMAGE, RuntimeError) as error:
             raise ResultFileError(f"an inconsistent diagnosis ({error!r}): diagnose again") from error
 
     def __str__(self) -> str:

@@ -65,6 +65,18 @@ def standard_conditions(flow: StepFlow | None = None) -> dict[str, StepFlow | No
     }
 
 
+def refuse_nothing(questions: Sequence[Question], conditions: Mapping[str, StepFlow | None]) -> None:
+    """Refuse an evaluation without a question or a condition.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not questions:
+        raise ValueError("no questions: expected at least one")
+    if not conditions:
+        raise ValueError("no conditions: expected at least one, such as {'plain': None}")
+
+
 def controls(names: Iterable[str]) -> dict[str, str]:
     """The control of each of these conditions that has one among them."""
     present = set(names)
@@ -304,11 +316,8 @@ def evaluate(
         ModelError: If the model cannot be asked, or a condition does not fit it.
         StepflowError: If the grader cannot work: see `grading.prepared`. Nothing is asked then.
     """
-    if not questions:
-        raise ValueError("no questions: expected at least one")
     conditions = standard_conditions() if conditions is None else conditions
-    if not conditions:
-        raise ValueError("no conditions: expected at least one, such as {'plain': None}")
+    refuse_nothing(questions, conditions)
     grade = prepared(grader, questions, allow_code_execution=allow_code_execution)
     decoding = Decoding() if decoding is None else decoding
     results: dict[str, ConditionResult] = {}

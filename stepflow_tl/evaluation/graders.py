@@ -6,9 +6,10 @@ so that `\frac{1}{2}` is 0.5; `steps` asks, on the testbed, that every thinking 
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
-from stepflow_tl.errors import MissingExtraError, ProblemError
+from stepflow_tl.errors import ProblemError, require
 from stepflow_tl.evaluation.generation import Answer
 from stepflow_tl.evaluation.grading import FieldKind, Grader, Question, register_grader
 from stepflow_tl.testbed.grading import grade
@@ -32,11 +33,11 @@ def maths(question: Question, answer: Answer) -> bool:
     Raises:
         MissingExtraError: If math-verify is not installed.
     """
-    parse, verify = _math_verify()
+    library = _math_verify()
     # The time limits of math-verify use signals, which only a main thread may; the texts are short.
     unlimited: dict[str, Any] = {"parsing_timeout": None}
-    right = parse(f"${question.answer}$", **unlimited)
-    return verify(right, parse(answer.summary, **unlimited), timeout_seconds=None)
+    right = library.parse(f"${question.answer}$", **unlimited)
+    return library.verify(right, library.parse(answer.summary, **unlimited), timeout_seconds=None)
 
 
 def steps(question: Question, answer: Answer) -> bool:
@@ -55,14 +56,8 @@ def steps(question: Question, answer: Answer) -> bool:
     return grade(question.problem, answer.thinking, answer.summary).error is None
 
 
-def _math_verify() -> tuple[Any, Any]:
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise MissingExtraError(
-            "Grading maths needs math-verify: pip install 'stepflow-tl[maths]', or use the grader 'exact'."
-        ) from error
-    return parse, verify
+def _math_verify() -> ModuleType:
+    return require("math_verify", purpose="The grader 'maths'", extra="maths")
 
 
 _FIELDS: dict[str, FieldKind] = {"question": "text", "answer": "text"}

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from stepflow_tl.evaluation.evaluation import PLAIN, Evaluation, evaluate
-from stepflow_tl.evaluation.generation import Decoding, Prompting
-from stepflow_tl.evaluation.graders import exact
-from stepflow_tl.evaluation.grading import Grade, Grader, Question
+from stepflow_tl.evaluation.grading import Question
 from stepflow_tl.stepflow.flow import StepFlow
 
 
@@ -79,12 +78,8 @@ def search(
     candidates: Sequence[StepFlow],
     *,
     validation_part: float = 0.3,
-    decoding: Decoding | None = None,
-    grader: Grader | Grade | str = exact,
-    allow_code_execution: bool = False,
-    prompting: Prompting | None = None,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    **asked: Any,
 ) -> Search:
     """Choose among `candidates` on one part of the questions and report on the rest.
 
@@ -93,12 +88,8 @@ def search(
         questions: All questions.
         candidates: What to choose from; see `grid`.
         validation_part: Share of the questions to choose on.
-        decoding: How to decode.
-        grader: Says whether an answer is right, as in `evaluate`.
-        allow_code_execution: As in `evaluate`.
-        prompting: How to ask.
         seed: Of the split and the resampling.
-        progress: Called with one line of text when a candidate is done.
+        **asked: Others of `evaluate`, by name: decoding, grader, allow_code_execution, prompting, progress.
 
     Raises:
         ValueError: If there is no candidate, or too few questions.
@@ -106,20 +97,13 @@ def search(
     if not candidates:
         raise ValueError("no candidates: expected at least one StepFlow, see grid()")
     validation, test = split(questions, validation_part, seed)
-    shared: dict[str, Any] = dict(
-        decoding=decoding,
-        grader=grader,
-        allow_code_execution=allow_code_execution,
-        prompting=prompting,
-        seed=seed,
-        progress=progress,
-    )
-    tried = evaluate(model, validation, conditions={repr(flow): flow for flow in candidates}, **shared)
+    ask = partial(evaluate, model, seed=seed, **asked)
+    tried = ask(validation, conditions={repr(flow): flow for flow in candidates})
     scores = tuple((flow, tried.accuracy(repr(flow))) for flow in candidates)
     chosen = max(scores, key=lambda pair: pair[1])[0]
     control = replace(chosen, placebo=_control_of(chosen))
     conditions = {PLAIN: None, "StepFlow": chosen, "StepFlow control": control}
-    return Search(chosen, scores, evaluate(model, test, conditions=conditions, **shared))
+    return Search(chosen, scores, ask(test, conditions=conditions))
 
 
 def _control_of(flow: StepFlow) -> str:

@@ -6,8 +6,9 @@ No function here touches the network or pyplot's global state: a figure belongs 
 `save_figure`; a view is displayed by a notebook, and its `.save(path)` writes a page.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from stepflow_tl.lazy import lazy_face
 
 if TYPE_CHECKING:
     from stepflow_tl.rendering.agreement_scatter import agreement_figure as agreement_figure
@@ -25,34 +26,4 @@ if TYPE_CHECKING:
     from stepflow_tl.rendering.views import show_step_maps as show_step_maps
     from stepflow_tl.rendering.views import show_text as show_text
 
-_HOME_OF = {
-    "CircuitsvisView": "circuitsvis_view",
-    "agreement_figure": "agreement_scatter",
-    "arc_figure": "arcs",
-    "comparison_figure": "profiles",
-    "flow_figure": "change_maps",
-    "patching_figure": "change_maps",
-    "profile_figure": "profiles",
-    "report": "report_page",
-    "save_figure": "sheet",
-    "show": "notebook",
-    "show_knockout": "views",
-    "show_step_maps": "views",
-    "show_text": "views",
-    "step_map_figure": "step_maps",
-}
-
-__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
-        public = ", ".join(__all__)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {public}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_face(__name__)

@@ -123,10 +123,8 @@ def markdown(blocks: Sequence[Block]) -> str:
 
 def html_page(blocks: Sequence[Block], title: str) -> str:
     """The report as one page; its links are relative to where it lies."""
-    style = files("stepflow_tl.rendering").joinpath("assets").joinpath("study.css").read_text("utf-8")
-    style = style.replace("\r\n", "\n") + RULES
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    style = asset("shared.css") + asset("study.css") + RULES
+    policy = f"default-src 'none'; style-src {hash_source(style)}; base-uri 'none'; form-action 'none'"
     body = "\n".join(map(_html_block, blocks))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -136,6 +134,17 @@ def html_page(blocks: Sequence[Block], title: str) -> str:
         f"<title>{escape(printable(title))}</title>\n<style>{style}</style>\n</head>\n<body>\n"
         f"<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+def asset(name: str) -> str:
+    """A file of `assets/`, with the line ends a browser would make of it before it takes the hash."""
+    text = files("stepflow_tl.rendering").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
+    return text.replace("\r\n", "\n")
+
+
+def hash_source(text: str) -> str:
+    """A style or script as a content security policy allows it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _markdown_block(block: Block) -> str:

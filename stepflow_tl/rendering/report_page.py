@@ -25,12 +25,10 @@ few copies of one map.
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import json
 import zlib
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any, Literal
@@ -44,9 +42,10 @@ from stepflow_tl.diagnosis import diagnose
 from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
 from stepflow_tl.errors import GradientError, ResultFileError, TraceError
 from stepflow_tl.models.bands import deep_band, shallow_band
+from stepflow_tl.rendering.document import asset, hash_source
 from stepflow_tl.rendering.layout import DECADES, PER_PAIR, require_steps, saliency_words
 from stepflow_tl.results.files import write_atomically
-from stepflow_tl.results.tables import nan_to_none
+from stepflow_tl.results.plain_data import to_plain
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.version import __version__
@@ -86,13 +85,13 @@ def report(
         raise ResultFileError(f"cannot write a report as {target.name!r}: expected a name that ends in .html")
     heading = title if title is not None else f"Step-Saliency: {saliency.provenance.model_name}"
     data = json.dumps(report_payload(saliency, pooling=pooling), separators=(",", ":"))
-    style = _asset("page.css")
-    script = "(() => {\n'use strict';\n" + "\n".join(map(_asset, _SCRIPTS)) + "})();\n"
+    style = asset("shared.css") + asset("page.css")
+    script = "(() => {\n'use strict';\n" + "\n".join(map(asset, _SCRIPTS)) + "})();\n"
     policy = (
-        f"default-src 'none'; script-src {_hash_source(script)}; style-src {_hash_source(style)}; "
+        f"default-src 'none'; script-src {hash_source(script)}; style-src {hash_source(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    page = Template(_asset("page.html")).substitute(
+    page = Template(asset("page.html")).substitute(
         policy=html.escape(policy, quote=False),
         title=html.escape(heading),
         style=style,
@@ -162,11 +161,9 @@ def _profiles(saliency: StepSaliency, pooling: Pooling) -> dict[str, Any]:
     except (TraceError, GradientError) as error:
         return {"refusal": str(error)}
     return {
-        "metrics": {
-            name: list(map(nan_to_none, column.tolist())) for name, column in diagnosis.metrics.items()
-        },
+        "metrics": to_plain(diagnosis.metrics),
         "labels": {name: metric.label for name, metric in LAYER_METRICS.items()},
-        "decay_slope": nan_to_none(diagnosis.decay_slope),
+        "decay_slope": to_plain(diagnosis.decay_slope),
         "reasons": dict(diagnosis.reasons),
     }
 
@@ -249,13 +246,3 @@ def quantise(maps: Float[Tensor, "map query_step key_step"], bits: Bits) -> Quan
 
 def _highest_code(bits: Bits) -> int:
     return 2**bits - 1
-
-
-def _asset(name: str) -> str:
-    """A file of `assets/`, with the line ends a browser would make of it before it takes the hash."""
-    text = files("stepflow_tl.rendering").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
-    return text.replace("\r\n", "\n")
-
-
-def _hash_source(text: str) -> str:
-    return f"'sha256-{_base64(hashlib.sha256(text.encode('utf-8')).digest())}'"

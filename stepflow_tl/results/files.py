@@ -32,6 +32,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from torch import Tensor
 
 from stepflow_tl.errors import DiskFullError, ResultFileError, StepflowError
+from stepflow_tl.results.plain_data import DAMAGE
 
 Result = TypeVar("Result")
 
@@ -139,15 +140,7 @@ def _opened(source: Path, schema: Schema) -> Iterator[tuple[Any, dict[str, Any]]
             f"{source} is not a whole safetensors file ({error}): it was cut off or is something else. Run "
             "the analysis of this trace again."
         ) from error
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        StepflowError,
-    ) as error:
+    except (*DAMAGE, StepflowError) as error:
         raise ResultFileError(
             f"{source} calls itself {schema.name} version {schema.version} but its content is inconsistent "
             f"({error!r}). Run the analysis of this trace again."

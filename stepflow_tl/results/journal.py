@@ -1,23 +1,15 @@
 """A journal: an append-only file of JSON lines that survives a kill between any two system calls.
 
-The first line is a header: `{"schema", "kind": "header", "settings": {...}, "stepflow_tl": version}`. Every
-other line is an entry: a JSON object with a `kind` and a string `id`, of which the last one counts. What else
-an entry holds is the caller's business (`runs.manifest` keeps traces in one).
+What its lines are, and how they are read: `results.journal_lines`. This is the one who writes:
 
 1. Opening takes an exclusive lock (`flock`), which the operating system gives back when the process ends,
    however it ends. A second writer is refused.
 2. A last line without its newline was being written when an earlier writer was killed: it is cut off.
 3. Settings of the header that differ from the caller's are refused, or begin the journal anew with
-   `overwrite`. A setting that only one of the two names is no difference, so settings can be added later;
-   a kind may say what one of them is where it is not named.
+   `overwrite`.
 4. Appending one entry, or several together, is one `write` at the end of the file and one `fsync`. If the
    disk takes only part of it, that part is cut off again before the error is raised.
 5. In memory there is an index only: where in the file the last line of each id begins.
-
-Reading, by the writer and by `read_journal`, takes the file for hostile: every line must be UTF-8, one JSON
-object without NaN or Infinity, no longer than `MAX_LINE_BYTES`. A damaged line is reported and costs itself
-only; a header that cannot be read, or one of a later schema, costs the file. Lines of an unknown `kind` are
-a later version's and are passed over.
 
 Cost: an `fsync` per call that appends, milliseconds. Without `flock` (Windows) nothing keeps two writers
 apart.
@@ -31,94 +23,13 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from stepflow_tl.errors import DiskFullError, ResultFileError
 from stepflow_tl.results.files import is_disk_full
+from stepflow_tl.results.journal_lines import JournalKind, check_settings, lines_of
 from stepflow_tl.version import __version__
-
-MAX_LINE_BYTES = 64 * 2**20
-"""Longest line that is read."""
-
-# What a check raises where a line does not hold what it should.
-_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-
-
-@dataclass(frozen=True)
-class JournalKind:
-    """A kind of journal.
-
-    Attributes:
-        what: In words, for messages: "manifest".
-        of: What it records, for messages: "analysis".
-        schema: Highest schema that can be read, and the one that is written.
-        entries: The kinds of entry: lines of another kind are passed over.
-        check: Makes of an entry's data whatever it stands for; a `KeyError`, `TypeError`, `ValueError` or
-            the like means that the line is damaged.
-        when_in_use: What to do where another writer holds the lock.
-        defaults: What a setting is where a header does not name it.
-    """
-
-    what: str
-    of: str
-    schema: int
-    entries: tuple[str, ...]
-    check: Callable[[dict[str, Any]], Any]
-    when_in_use: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
-class _LaterSchemaError(ResultFileError):
-    """The whole file is a later version's."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of a journal that is a header, an entry, or damaged.
-
-    Attributes:
-        offset: Where it begins, in bytes.
-        settings: Those of a header; None in other lines.
-        entry: What the kind's `check` made of an entry; None in other lines.
-        id: The entry's id; empty in other lines.
-        damage: Why the line cannot be read; empty where it can.
-    """
-
-    offset: int
-    settings: dict[str, Any] | None = None
-    entry: Any = None
-    id: str = ""
-    damage: str = ""
-
-
-def read_journal(path: Path, kind: JournalKind) -> Iterator[Line]:
-    """The lines of a journal in order, without locking it; its writer may be at work.
-
-    A last line that is cut off is passed over; so are blank lines and lines of an unknown kind.
-
-    Args:
-        path: The file.
-        kind: What it must be.
-
-    Raises:
-        ResultFileError: If the file cannot be read, does not begin with a header, a header is of a later
-            schema, or a line exceeds `MAX_LINE_BYTES`.
-    """
-    try:
-        with path.open("rb") as file:
-            yield from _lines(file, path, kind)
-    except OSError as error:
-        raise ResultFileError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def check_settings(found: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first setting that both name with different values, or None: its name and both values."""
-    for name, value in expected.items():
-        if name in found and found[name] != value:
-            return name, found[name], value
-    return None
 
 
 class Journal:
@@ -194,7 +105,10 @@ class Journal:
     def last(self, entry_id: str) -> Any | None:
         """The last entry of an id as the kind's `check` makes it, read from the file; None without one."""
         offset = self._index.get(entry_id)
-        return None if offset is None else self._kind.check(json.loads(self._line_at(offset)))
+        if offset is None:
+            return None
+        with self._reader(offset) as file:
+            return self._kind.check(json.loads(file.readline()))
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add an entry, on the disk when this returns.
@@ -237,20 +151,21 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            together = "; --shard i/n lets several runs share a folder" if self._kind.stem else ""
             raise ResultFileError(
-                f"{self.path} is in use: another run works in this folder. {self._kind.when_in_use}"
+                f"{self.path} is in use: another run works in this folder. Wait for it, end it, or choose "
+                f"another --out{together}"
             ) from error
 
     def _cut_torn_line(self) -> None:
-        size = os.fstat(self._file).st_size
-        end = size
-        while end:
-            first = max(0, end - 65536)
-            found = self._at(first, end - first).rfind(b"\n")
-            if found >= 0:
-                end = first + found + 1
-                break
-            end = first
+        end = size = os.fstat(self._file).st_size
+        found = -1
+        with self._reader(0) as file:
+            while end and found < 0:
+                begin = max(0, end - 65536)
+                file.seek(begin)
+                found = file.read(end - begin).rfind(b"\n")
+                end = begin + found + 1
         if end != size:
             os.ftruncate(self._file, end)
             self._note(f"{self.path.name}: cut off the {size - end} bytes of a line that was never finished")
@@ -258,10 +173,8 @@ class Journal:
     def _is_continued(self, settings: Mapping[str, Any], overwrite: bool) -> bool:
         """Fill the index; False in an empty file and where a journal of other settings is to be replaced."""
         is_there = False
-        # A copy of the descriptor: it shares the lock, and closing it gives nothing back.
-        with os.fdopen(os.dup(self._file), "rb") as file:
-            file.seek(0)
-            for line in _lines(file, self.path, self._kind):
+        with self._reader(0) as file:
+            for line in lines_of(file, self.path, self._kind):
                 if line.damage:
                     self._note(f"{self.path.name}: ignored a line that is damaged: {line.damage}")
                 elif line.settings is None:
@@ -279,19 +192,11 @@ class Journal:
                         )
         return is_there
 
-    def _line_at(self, offset: int) -> bytes:
-        chunks, chunk = [], b""
-        while b"\n" not in chunk:
-            chunk = self._at(offset, 65536)
-            if not chunk:
-                break
-            chunks.append(chunk)
-            offset += len(chunk)
-        return b"".join(chunks).partition(b"\n")[0]
-
-    def _at(self, offset: int, size: int) -> bytes:
-        os.lseek(self._file, offset, os.SEEK_SET)  # writing goes to the end all the same: O_APPEND
-        return os.read(self._file, size)
+    def _reader(self, offset: int) -> BinaryIO:
+        """The file from a place on. A copy of the descriptor: it shares the lock, closing it keeps that."""
+        file = os.fdopen(os.dup(self._file), "rb")
+        file.seek(offset)  # writing goes to the end all the same: O_APPEND
+        return file
 
     def _write(self, *data: Mapping[str, Any]) -> list[int]:
         """Add a line for each; where they begin."""
@@ -309,64 +214,6 @@ class Journal:
                 os.ftruncate(self._file, begin)
             raise _refused(f"cannot write {self.path}", error) from error
         return list(itertools.accumulate(map(len, lines), initial=begin))[: len(lines)]
-
-
-def _lines(file: BinaryIO, path: Path, kind: JournalKind) -> Iterator[Line]:
-    number, offset, has_header = 0, 0, False
-    while text := file.readline(MAX_LINE_BYTES + 1):
-        number, begin, offset = number + 1, offset, offset + len(text)
-        place = f"{path}, line {number}"
-        if len(text) > MAX_LINE_BYTES:
-            raise ResultFileError(f"{place}: longer than {MAX_LINE_BYTES} bytes")
-        if not text.strip():
-            continue
-        try:
-            line = _parsed(text, begin, place, kind)
-        except _LaterSchemaError:
-            raise
-        except _DAMAGE as error:
-            reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            if has_header and not text.endswith(b"\n"):
-                return  # cut off in the middle of a write
-            line = Line(begin, damage=f"{place} is not a {kind.what} line that can be read ({reason})")
-        if not has_header and (line is None or line.settings is None):
-            why = f": {line.damage}" if line is not None and line.damage else ""
-            raise ResultFileError(
-                f"{path} is not a {kind.what} of stepflow-tl, it does not begin with a header{why}. It was "
-                "left alone: choose another folder"
-            )
-        has_header = True
-        if line is not None:
-            yield line
-
-
-def _parsed(text: bytes, offset: int, place: str, kind: JournalKind) -> Line | None:
-    data = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
-    if not isinstance(data, dict):
-        raise TypeError(f"a JSON {type(data).__name__}, expected an object")
-    if data["kind"] == "header":
-        version, settings = data["schema"], data["settings"]
-        if type(version) is int and version > kind.schema:
-            raise _LaterSchemaError(
-                f"{place}: {kind.what} schema {version}; this stepflow_tl reads up to {kind.schema}: upgrade "
-                "stepflow-tl, or choose another folder"
-            )
-        if type(version) is not int or version < 1:
-            raise ValueError(f"schema is {version!r}")
-        if not isinstance(settings, dict):
-            raise TypeError(f"settings is a {type(settings).__name__}, expected an object")
-        return Line(offset, settings=settings)
-    if data["kind"] not in kind.entries:
-        return None
-    name = data["id"]
-    if not isinstance(name, str):
-        raise TypeError(f"id is a {type(name).__name__}, expected a string")
-    name.encode()  # half a character is refused here, with a ValueError
-    return Line(offset, entry=kind.check(data), id=name)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _refused(what: str, error: OSError) -> ResultFileError:

@@ -4,7 +4,7 @@
    against its annotation. The annotations are the format: nothing else lists the fields or their types.
 2. The other checks take an object and the name of a field and return the value.
 
-All raise what `results.files` and `results.journal` take for damage: `KeyError` for a missing field,
+All raise what `results.files` and `results.journal_lines` take for `DAMAGE`: `KeyError` for a missing field,
 `TypeError`, `ValueError` and `OverflowError` for a wrong one.
 """
 
@@ -18,18 +18,38 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What is raised where data does not hold what it should."""
+
+
+def damage(error: BaseException) -> str:
+    """A `DAMAGE` in words."""
+    return f"lacks {error}" if isinstance(error, KeyError) else str(error)
+
 
 def to_plain(value: Any) -> Any:
-    """The value as `json` can write it; what has a `to_json` of its own is written by that."""
+    """The value as `json` can write it; what has a `to_json` of its own is written by that.
+
+    A number that is not finite, which JSON has not, is None.
+    """
     if hasattr(value, "to_json"):
         return value.to_json()
     if is_dataclass(value):
-        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+        return plain_fields(value)
+    if hasattr(value, "tolist"):  # a tensor or an array
+        return to_plain(value.tolist())
     if isinstance(value, Mapping):
         return {name: to_plain(entry) for name, entry in value.items()}
     if isinstance(value, (tuple, list)):
         return [to_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     return int(value) if isinstance(value, IntEnum) else value
+
+
+def plain_fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, each by `to_plain`; for a `to_json` that adds to them."""
+    return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
 
 
 def from_plain(kind: type[T], data: Any, **ready: Any) -> T:
@@ -112,7 +132,12 @@ def count(data: Mapping[str, Any], name: str) -> int:
 def number(data: Mapping[str, Any], name: str) -> float:
     """A finite number; null is NaN."""
     check_numbers([data[name]])
-    return math.nan if data[name] is None else float(data[name])
+    return none_to_nan(data[name])
+
+
+def none_to_nan(value: float | None) -> float:
+    """A number that `to_plain` wrote, read back."""
+    return math.nan if value is None else float(value)
 
 
 def check_numbers(values: Any) -> None:

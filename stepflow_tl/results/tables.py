@@ -60,16 +60,6 @@ def html_table(
     )
 
 
-def nan_to_none(value: float) -> float | None:
-    """The number for JSON, in which NaN does not exist: None stands for "no value"."""
-    return None if math.isnan(value) else value
-
-
-def none_to_nan(value: float | None) -> float:
-    """What `nan_to_none` wrote, read back."""
-    return math.nan if value is None else float(value)
-
-
 def shortened(text: str, width: int = 32) -> str:
     """The text on one line, cut off after `width` characters."""
     words = " ".join(text.split())

@@ -18,8 +18,9 @@ engines, `runs.answer_worker`, and the ledger `runs.answer_file`. `runs.study_ru
 The public names are imported on first use (PEP 562), so that the command line can read `runs.options` alone.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from stepflow_tl.lazy import lazy_face
 
 if TYPE_CHECKING:
     from stepflow_tl.runs.aggregate import Aggregate as Aggregate
@@ -41,59 +42,4 @@ if TYPE_CHECKING:
     from stepflow_tl.runs.study_stages import StudyWatcher as StudyWatcher
     from stepflow_tl.runs.summary import summarize as summarize
 
-_HOME_OF = {
-    "Aggregate": "stepflow_tl.runs.aggregate",
-    "AnswerOptions": "stepflow_tl.runs.answer_options",
-    "AnswerWatcher": "stepflow_tl.runs.answers",
-    "DatasetReport": "stepflow_tl.runs.aggregate",
-    "FlowOptions": "stepflow_tl.runs.flow_options",
-    "RunOptions": "stepflow_tl.runs.options",
-    "Shard": "stepflow_tl.runs.options",
-    "StudyOptions": "stepflow_tl.runs.answer_options",
-    "StudyReport": "stepflow_tl.runs.study_run",
-    "StudyWatcher": "stepflow_tl.runs.study_stages",
-    "SummaryOptions": "stepflow_tl.runs.options",
-    "Watcher": "stepflow_tl.runs.run",
-    "analyze_dataset": "stepflow_tl.runs.run",
-    "evaluate": "stepflow_tl.runs.answers",
-    "manifest_path": "stepflow_tl.runs.manifest",
-    "read_answers": "stepflow_tl.runs.answer_file",
-    "study": "stepflow_tl.runs.study_run",
-    "summarize": "stepflow_tl.runs.summary",
-}
-
-__all__ = [
-    "Aggregate",
-    "AnswerOptions",
-    "AnswerWatcher",
-    "DatasetReport",
-    "FlowOptions",
-    "RunOptions",
-    "Shard",
-    "StudyOptions",
-    "StudyReport",
-    "StudyWatcher",
-    "SummaryOptions",
-    "Watcher",
-    "analyze_dataset",
-    "evaluate",
-    "manifest_path",
-    "read_answers",
-    "study",
-    "summarize",
-]
-
-
-def __getattr__(name: str) -> object:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(
-            f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}"
-        )
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_face(__name__)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,7 +25,8 @@ from stepflow_tl.causal.agreement import AgreementSummary
 from stepflow_tl.diagnosis import LAYER_METRICS, Comparison, Diagnosis
 from stepflow_tl.diagnosis.diagnosis import Band
 from stepflow_tl.errors import ComparisonError
-from stepflow_tl.results.tables import html_table, nan_to_none, number, printable, text_table
+from stepflow_tl.results.plain_data import plain_fields
+from stepflow_tl.results.tables import html_table, number, printable, text_table
 from stepflow_tl.runs.manifest import RunSettings
 from stepflow_tl.runs.outcomes import Outcome, Status
 from stepflow_tl.statistics.effects import Resampling, column_effects
@@ -137,23 +138,9 @@ class Aggregate:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; NaN is written as None, so that any JSON reader takes it."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {
-            **data,
-            "folder": str(self.folder),
-            "parquet": None if self.parquet is None else str(self.parquet),
-            "layers": list(self.layers),
-            "backends": dict(self.backends),
-            "means": [_plain(asdict(mean)) for mean in self.means],
-            "comparison": None if self.comparison is None else self.comparison.to_json(),
-            "agreement": None if self.agreement is None else self.agreement.to_json(),
-            "notes": list(self.notes),
-            "problems": [
-                {"id": problem.id, "kind": problem.status, "reason": problem.reason}
-                for problem in self.problems
-            ],
-            "counts": dict(self.counts),
-        }
+        named = {"folder": str(self.folder), "parquet": None if self.parquet is None else str(self.parquet)}
+        problems = [{"id": each.id, "kind": each.status, "reason": each.reason} for each in self.problems]
+        return {**plain_fields(replace(self, problems=())), **named, "problems": problems}
 
     def __str__(self) -> str:
         """Band means with intervals, then what is missing and why."""
@@ -317,7 +304,3 @@ def _text(table: Table) -> str:
 
 def _cells(mean: BandMean | None) -> list[str]:
     return ["", "", ""] if mean is None else [number(mean.mean), number(mean.low), number(mean.high)]
-
-
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: nan_to_none(value) if isinstance(value, float) else value for key, value in data.items()}

@@ -6,7 +6,7 @@
 "reason", "new_tokens", "finished", "seconds", "number", "expected", "row"}`
 
 This module alone knows what stands in those lines, both ways. How they reach the disk, and what becomes of
-torn and damaged ones, is `results.journal`.
+torn and damaged ones, is `results.journal`'s business.
 
 1. The last line of an id counts. A folder may hold several ledgers, one per shard, of the same settings.
 2. A line stands for itself: with its question's place in the input (`number`), right answer (`expected`) and
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,15 +32,19 @@ from typing import Any
 from stepflow_tl.errors import ResultFileError
 from stepflow_tl.evaluation import Answer, Decoding, Evaluation, Question, Verdict
 from stepflow_tl.evaluation.evaluation import ConditionResult
-from stepflow_tl.results.journal import JournalKind, check_settings, read_journal
+from stepflow_tl.results.journal_lines import (
+    JournalKind,
+    read_journal,
+    read_journals,
+    read_settings,
+    refuse_other_run,
+)
 from stepflow_tl.results.plain_data import count, number, text, text_or_none
 from stepflow_tl.runs.options import Shard
 from stepflow_tl.stepflow import StepFlow
 from stepflow_tl.trace.steps import whole_numbers
 
 SCHEMA_VERSION = 1
-
-_NAME = re.compile(r"answers(?:-\d{1,6}-of-\d{1,6})?\.jsonl", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ ANSWERS = JournalKind(
     schema=SCHEMA_VERSION,
     entries=("answer",),
     check=Answered.from_json,
-    when_in_use="Wait for it, end it, or choose another --out; --shard i/n lets several runs share a folder",
+    stem="answers",
 )
 
 
@@ -215,7 +218,7 @@ def answers_path(folder: Path, shard: Shard | None = None) -> Path:
         folder: The folder of the results.
         shard: Whose part; of a run that is not cut by default.
     """
-    return folder / f"answers{(shard or Shard()).suffix}.jsonl"
+    return folder / f"{ANSWERS.stem}{(shard or Shard()).suffix}.jsonl"
 
 
 def digest_of(questions: Sequence[Question]) -> str:
@@ -247,9 +250,9 @@ def check_folder(folder: Path, settings: AnswerSettings) -> None:
     Raises:
         ResultFileError: If one is not, or cannot be read.
     """
-    for path in _ledgers(folder):
+    for path in ANSWERS.files(folder):
         header = next(read_journal(path, ANSWERS))
-        _check_same(path, header.settings or {}, settings.to_json())
+        refuse_other_run(path, header.settings or {}, settings.to_json(), ANSWERS)
 
 
 def read_ledgers(folder: Path) -> tuple[AnswerSettings, dict[str, Answered]]:
@@ -260,20 +263,14 @@ def read_ledgers(folder: Path) -> tuple[AnswerSettings, dict[str, Answered]]:
     """
     settings: dict[str, Any] = {}
     answers: dict[str, Answered] = {}
-    for path in _ledgers(folder):
-        for line in read_journal(path, ANSWERS):
-            if line.settings is not None:
-                _check_same(path, line.settings, settings)
-                settings.update(line.settings)
-            elif not line.damage:
-                answers[line.id] = line.entry
+    for _, line in read_journals(ANSWERS.files(folder), ANSWERS):
+        if line.settings is not None:
+            settings |= line.settings
+        elif not line.damage:
+            answers[line.id] = line.entry
     if not settings:
         raise ResultFileError(f"{folder} holds no ledger of answers (answers.jsonl): run `evaluate` first")
-    try:
-        return AnswerSettings.from_json(settings), answers
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ResultFileError(f"{folder}: the settings of its ledgers cannot be read ({reason})") from error
+    return read_settings(AnswerSettings.from_json, settings, folder), answers
 
 
 def evaluation_of(
@@ -314,19 +311,6 @@ def evaluation_of(
         seed,
         n_missing=settings.n_questions - len(whole),
     )
-
-
-def _ledgers(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("answers*.jsonl") if _NAME.fullmatch(path.name))
-
-
-def _check_same(path: Path, found: Mapping[str, Any], others: Mapping[str, Any]) -> None:
-    if differing := check_settings(found, others):
-        name, own, other = differing
-        raise ResultFileError(
-            f"{path} has {name} {own!r}, another ledger of its folder {other!r}: put each evaluation into a "
-            "folder of its own"
-        )
 
 
 def _row(data: Any) -> dict[str, Any]:

@@ -12,25 +12,18 @@ Two passes over the files: one finds the lines that count, the other yields them
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from stepflow_tl.errors import InputFileError, ResultFileError
-from stepflow_tl.results.journal import JournalKind, check_settings, read_journal
+from stepflow_tl.results.journal_lines import Line, read_journals
+from stepflow_tl.runs.answer_file import ANSWERS
 from stepflow_tl.runs.row_files import MAX_LINE_BYTES, Row, Unit
 
-_NAME = re.compile(r"answers(?:-\d{1,6}-of-\d{1,6})?\.jsonl", re.ASCII)
-_LEDGER = JournalKind(
-    what="answer file",
-    of="evaluation",
-    schema=1,
-    entries=("answer",),
-    check=dict,
-    when_in_use="It is only read here",
-)
+_LEDGER = replace(ANSWERS, check=dict)  # rows are read as any other: `records` checks their fields
 
 
 class AnswerRows:
@@ -52,19 +45,19 @@ class AnswerRows:
         self.settings: Mapping[str, Any] = {}
         self._last: dict[str, tuple[Path, int]] = {}
         self._damaged = 0
-        for file, settings, name, offset, _ in self._lines():
-            if settings is not None:
-                self._agree(file, settings)
-            elif name:
-                self._last[name] = (file, offset)
-            else:
+        for file, line in self._lines():
+            if line.settings is not None:
+                self.settings = {**self.settings, **line.settings}
+            elif line.damage:
                 self._damaged += 1
+            else:
+                self._last[line.id] = (file, line.offset)
 
     @staticmethod
     def are_at(path: Path) -> bool:
         """Whether there is a ledger of answers at `path`, or a folder with one."""
         if path.is_dir():
-            return any(_NAME.fullmatch(file.name) for file in path.iterdir())
+            return bool(ANSWERS.files(path))
         if not path.is_file():
             return False
         try:
@@ -88,28 +81,15 @@ class AnswerRows:
         return islice(enumerate(self._rows(), start=1), limit)
 
     def _rows(self) -> Iterator[Mapping[str, Any] | InputFileError]:
-        for file, settings, name, offset, found in self._lines():
-            if settings is None and (not name or self._last.get(name) == (file, offset)):
-                yield found
+        for file, line in self._lines():
+            if line.damage:
+                yield InputFileError(line.damage)
+            elif line.settings is None and self._last.get(line.id) == (file, line.offset):
+                yield line.entry
 
-    def _lines(self) -> Iterator[tuple[Path, dict[str, Any] | None, str, int, Any]]:
-        """File, settings of a header, id and place of an entry, and the entry, or what is wrong with it."""
-        files = [self.path]
-        if self.path.is_dir():
-            files = sorted(file for file in self.path.iterdir() if _NAME.fullmatch(file.name))
+    def _lines(self) -> Iterator[tuple[Path, Line]]:
+        files = ANSWERS.files(self.path) if self.path.is_dir() else [self.path]
         try:
-            for file in files:
-                for line in read_journal(file, _LEDGER):
-                    found = InputFileError(line.damage) if line.damage else line.entry
-                    yield file, line.settings, line.id, line.offset, found
+            yield from read_journals(files, _LEDGER)
         except ResultFileError as error:
             raise InputFileError(str(error)) from error
-
-    def _agree(self, file: Path, settings: dict[str, Any]) -> None:
-        if differing := check_settings(self.settings, settings):
-            name, found, other = differing
-            raise InputFileError(
-                f"{file}: answers with {name} {other!r}, another file of this folder has {found!r}: read one "
-                "evaluation at a time"
-            )
-        self.settings = {**self.settings, **settings}

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from stepflow_tl.errors import ProblemError
 from stepflow_tl.evaluation import Answer, AnswerWriter, Decoding, Grader, Prompting, Question
+from stepflow_tl.evaluation.evaluation import refuse_nothing
 from stepflow_tl.evaluation.generation import Row
 from stepflow_tl.evaluation.grading import Grade, graded, prepared
 from stepflow_tl.models.facts import model_facts
@@ -65,10 +66,7 @@ class Asked:
 
     def __post_init__(self) -> None:
         """Refuse what a ledger could not tell apart or hold."""
-        if not self.questions:
-            raise ValueError("no questions: expected at least one")
-        if not self.conditions:
-            raise ValueError("no conditions: expected at least one, such as {'plain': None}")
+        refuse_nothing(self.questions, self.conditions)
         for name, flow in self.conditions.items():
             if not name or "/" in name or not name.isprintable():
                 raise ValueError(f"a condition is called {name!r}: expected a printable name without '/'")

@@ -50,7 +50,7 @@ from stepflow_tl.runs.answer_file import (
     read_ledgers,
 )
 from stepflow_tl.runs.answer_worker import AnswerWorker, Asked, BatchTask, Written
-from stepflow_tl.runs.engines import MOST_DEATHS, Engine, Loader, loader_of, open_engine
+from stepflow_tl.runs.engines import MOST_DEATHS, Engine, Loader, loader_of, open_engine, stop_of
 from stepflow_tl.runs.options import ENGINES, Shard
 from stepflow_tl.runs.plan import Leftovers
 from stepflow_tl.runs.run import make_folder
@@ -70,7 +70,7 @@ class AnswerWatcher(Protocol):
             settings: What all answers have in common.
             replicas: Models that work at once.
         """
-        ...
+        pass
 
     def note(self, message: str) -> None:
         """Something worth saying happened.
@@ -78,7 +78,7 @@ class AnswerWatcher(Protocol):
         Args:
             message: What.
         """
-        ...
+        pass
 
     def advance(self, n_answers: int, n_tokens: int, seconds: float, tokens_left: float) -> None:
         """A batch is on the disk.
@@ -89,20 +89,11 @@ class AnswerWatcher(Protocol):
             seconds: Wall-clock time of the writing.
             tokens_left: Tokens still to be written, estimated from the answers of this run so far.
         """
-        ...
+        pass
 
 
-class _Silence:
+class _Silence(AnswerWatcher):
     """Nobody watches."""
-
-    def begin(self, total: int, done: int, settings: AnswerSettings, replicas: int) -> None:
-        """Say nothing."""
-
-    def note(self, message: str) -> None:
-        """Say nothing."""
-
-    def advance(self, n_answers: int, n_tokens: int, seconds: float, tokens_left: float) -> None:
-        """Say nothing."""
 
 
 def evaluate(
@@ -164,7 +155,7 @@ def evaluate(
     grader = grader_named(grader) if isinstance(grader, str) else grader
     if isinstance(questions, str | Path):
         questions = read_questions(questions, grader if isinstance(grader, Grader) else "exact")
-    part = shard if isinstance(shard, Shard) else Shard() if shard is None else Shard.parse(shard)
+    part = Shard.of(shard)
     asked = Asked(
         tuple(questions),
         part,
@@ -217,28 +208,25 @@ class _Driver:
         self._asked, self._batches, self._journal, self._watcher = asked, batches, journal, watcher
         self.in_memory: list[Answered] = []
         self._total = len(asked.conditions) * sum(map(len, batches))
-        self._n_written = self._n_tokens = 0
+        self._n_written = self._n_tokens = self._n_given_up = 0
 
     def run(self, engine: Engine, settings: AnswerSettings) -> Stop:
         """Write every answer that is not there; why it ended early, if it did."""
         self._watcher.begin(self._total, self._n_done, settings, engine.replicas)
-        n_given_up = 0
-        try:
-            for task, written in engine.results(self._tasks()):
-                for note in written.notes:
-                    self._watcher.note(note)
-                n_given_up += written.given_up
-                self._record(task, written.answers)
-        except KeyboardInterrupt:
-            self._say_stopped("interrupted", "run the same command again to go on")
-            return "interrupted"
-        except DiskFullError as error:
-            self._watcher.note(f"the disk is full: {error}")
-            self._say_stopped("stopped", "free some space and run the same command again to go on")
-            return "disk full"
-        if n_given_up:
-            self._say_stopped(f"{n_given_up} batches were given up", "the same command tries them again")
-        return "worker died" if n_given_up else ""
+        if stopped := stop_of(partial(self._deal, engine), self._watcher.note, self._how_far):
+            return stopped
+        if not self._n_given_up:
+            return ""
+        what = f"{self._n_given_up} batches were given up{self._how_far()}"
+        self._watcher.note(f"{what}; the same command tries them again")
+        return "worker died"
+
+    def _deal(self, engine: Engine) -> None:
+        for task, written in engine.results(self._tasks()):
+            for note in written.notes:
+                self._watcher.note(note)
+            self._n_given_up += written.given_up
+            self._record(task, written.answers)
 
     def _tasks(self) -> Iterator[BatchTask]:
         for number, batch in enumerate(self._batches):
@@ -266,8 +254,8 @@ class _Driver:
             left = (self._total - self._n_done) * self._n_tokens / self._n_written
             self._watcher.advance(len(new), n_tokens, sum(each.seconds for each in answers), left)
 
-    def _say_stopped(self, how: str, what_next: str) -> None:
-        self._watcher.note(f"{how}: {self._n_done} of {self._total} answers are written; {what_next}")
+    def _how_far(self) -> str:
+        return f": {self._n_done} of {self._total} answers are written"
 
 
 def _worker(load: Loader, asked: Asked) -> AnswerWorker:

@@ -21,17 +21,16 @@ that is running is used (`RAY_ADDRESS`); else one is started on this machine and
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from stepflow_tl.errors import MissingExtraError, ModelError, StepflowError
+from stepflow_tl.errors import DiskFullError, ModelError, StepflowError, require
 from stepflow_tl.models.loading import load_model
 
 MOST_DEATHS = 3
@@ -103,6 +102,22 @@ def loader_of(model: Any) -> Loader:
     if callable(model) and not hasattr(model, "cfg"):
         return model
     return lambda: model
+
+
+def stop_of(
+    work: Callable[[], None], note: Callable[[str], None], how_far: Callable[[], str]
+) -> Literal["", "interrupted", "disk full"]:
+    """Do a run's work; why it ended early, which `note` is told with `how_far` it came, or nothing."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        note(f"interrupted{how_far()}; run the same command again to go on")
+        return "interrupted"
+    except DiskFullError as error:
+        note(f"the disk is full: {error}")
+        note(f"stopped{how_far()}; free some space and run the same command again to go on")
+        return "disk full"
+    return ""
 
 
 class LocalEngine:
@@ -271,11 +286,6 @@ class _Replica:
 def _import_ray() -> Any:
     # Replicas that ask Ray for no GPU see what the machine has, as every other process does.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        ray = importlib.import_module("ray")
-        importlib.import_module("ray.exceptions")
-    except ImportError as error:
-        raise MissingExtraError(
-            'engine="ray" needs the package ray. Install with:\n    pip install "stepflow-tl[ray]"'
-        ) from error
+    ray = require("ray", purpose='engine="ray"', extra="ray")
+    require("ray.exceptions", purpose='engine="ray"', extra="ray")
     return ray

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from stepflow_tl.models.passes import attached, frozen, model_device, whole_pass
-from stepflow_tl.results.journal import Journal, JournalKind
+from stepflow_tl.results.journal import Journal
+from stepflow_tl.results.journal_lines import JournalKind
 from stepflow_tl.results.plain_data import count, number
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.stepflow.flow import StepFlow
@@ -90,5 +91,4 @@ _KIND = JournalKind(
     schema=1,
     entries=("flow",),
     check=_layers,
-    when_in_use="Wait for it, end it, or choose another --out",
 )

@@ -8,7 +8,6 @@
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -33,35 +32,19 @@ class KeptIf:
     stepflow: str | None
 
 
-def kept_result(path: Path, trace: ReasoningTrace, wanted: KeptIf) -> StepSaliency | None:
-    """The result at `path`, or None if there is none.
+def kept_result(path: Path, trace: ReasoningTrace, wanted: KeptIf, kind: type[Result]) -> Result | None:
+    """The result at `path`, or None if there is none; the objective of a knockout is its measure.
 
     Raises:
-        DamagedResultError: If the file is damaged: analyse again.
+        DamagedResultError: If the file is damaged: compute it again.
         ResultFileError: If the file is whole but something else: leave it alone.
     """
-    return _kept(path, trace, wanted, StepSaliency.load, StepSaliency.schema)
-
-
-def kept_knockout(path: Path, trace: ReasoningTrace, wanted: KeptIf) -> StepKnockout | None:
-    """The knockout at `path`, or None if there is none; `objective` is the name in its provenance.
-
-    Raises:
-        DamagedResultError: If the file is damaged: measure again.
-        ResultFileError: If the file is whole but something else: leave it alone.
-    """
-    return _kept(path, trace, wanted, StepKnockout.load, StepKnockout.schema)
-
-
-def _kept(
-    path: Path, trace: ReasoningTrace, wanted: KeptIf, load: Callable[[Path], Result], schema: Schema
-) -> Result | None:
     if not path.exists():
         return None
     try:
-        result = load(path)
+        result = kind.load(path)
     except ResultFileError as error:
-        if _is_whole_but_foreign(path, schema):
+        if _is_whole_but_foreign(path, kind.schema):
             raise ResultFileError(f"{error}. It was left alone: choose another --out") from error
         raise DamagedResultError(str(error)) from error
     provenance = result.provenance

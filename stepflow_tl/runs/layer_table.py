@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
-from stepflow_tl.errors import MissingExtraError
+from stepflow_tl.errors import require
 from stepflow_tl.results.files import atomic_file
 from stepflow_tl.runs.outcomes import Outcome
 
@@ -104,11 +105,5 @@ def _schema(arrow: ModuleType) -> Any:
 
 
 def _arrow() -> tuple[ModuleType, ModuleType]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError(
-            "a Parquet table needs pyarrow, which is not installed: pip install 'stepflow-tl[datasets]'"
-        ) from error
-    return pyarrow, pyarrow.parquet
+    wanted = partial(require, purpose="A Parquet table", extra="datasets")
+    return wanted("pyarrow"), wanted("pyarrow.parquet")

@@ -6,7 +6,7 @@
 
 This module alone knows what stands in those lines, both ways: `Done` and `Failed` are written by the run that
 appends them and read back by a run that goes on and by `summarize`. How lines reach the disk, and what
-becomes of torn and damaged ones, is `results.journal`.
+becomes of torn and damaged ones, is `results.journal`'s business.
 
 1. The last line for an id counts. Over several manifests of a folder (one per shard), done counts before
    failed, and of two that are done the one of the manifest that was written last.
@@ -30,15 +30,14 @@ from typing import Any
 
 from stepflow_tl.causal.agreement import MEASURES, TraceAgreement
 from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis
-from stepflow_tl.errors import ResultFileError
-from stepflow_tl.results.journal import Journal, JournalKind, check_settings, read_journal
+from stepflow_tl.results.journal import Journal
+from stepflow_tl.results.journal_lines import JournalKind, read_journals, read_settings
 from stepflow_tl.results.plain_data import check_numbers, count, number, text, text_or_none
 from stepflow_tl.runs.options import Shard
 from stepflow_tl.trace.steps import whole_numbers
 
 SCHEMA_VERSION = 1
 
-_NAME = re.compile(r"manifest(?:-\d{1,6}-of-\d{1,6})?\.jsonl", re.ASCII)
 _DIAGNOSIS = {"schema": "stepflow_tl.Diagnosis", "version": 1}  # not repeated in every line
 
 
@@ -199,7 +198,7 @@ MANIFEST = JournalKind(
     schema=SCHEMA_VERSION,
     entries=("done", "failed"),
     check=entry_of,
-    when_in_use="Wait for it, end it, or choose another --out; --shard i/n lets several runs share a folder",
+    stem="manifest",
     defaults={"stepflow": None},
 )
 
@@ -211,7 +210,7 @@ def manifest_path(folder: Path, shard: Shard | None = None) -> Path:
         folder: The folder of the results.
         shard: Whose part; of a run that is not cut by default.
     """
-    return folder / f"manifest{(shard or Shard()).suffix}.jsonl"
+    return folder / f"{MANIFEST.stem}{(shard or Shard()).suffix}.jsonl"
 
 
 def open_manifest(
@@ -260,47 +259,30 @@ def read_manifests(folder: Path) -> ManifestIndex:
         ResultFileError: If a manifest cannot be read, has no header, is of a later schema, or two headers are
             of different settings.
     """
-    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_file()]
-    settings: dict[str, Any] = {}
-    last: dict[str, Entry] = {}
+    paths = sorted(MANIFEST.files(folder), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    stated: dict[str, Any] = {}
+    last: dict[tuple[str, Path], Entry] = {}
     files: set[str] = set()
     damaged: list[str] = []
-    for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name)):
-        said: dict[str, Entry] = {}
-        for line in read_journal(path, MANIFEST):
-            if line.damage:
-                damaged.append(line.damage)
-            elif line.settings is not None:
-                own = _settings(line.settings, path)
-                stated = {**MANIFEST.defaults, **own.to_json()}
-                if differing := check_settings(settings, stated):
-                    name, found, other = differing
-                    raise ResultFileError(
-                        f"{path}: a header with {name} {other!r}, another header of this folder has "
-                        f"{found!r}: summarise one run at a time"
-                    )
-                settings.update(stated)
-            else:
-                said[line.id] = line.entry
-                if isinstance(line.entry, Done):
-                    files.add(line.entry.file)
-        for name, entry in said.items():
-            if isinstance(entry, Done) or not isinstance(last.get(name), Done):
-                last[name] = entry
+    for path, line in read_journals(paths, MANIFEST):
+        if line.damage:
+            damaged.append(line.damage)
+        elif line.settings is not None:
+            stated |= read_settings(RunSettings.from_json, line.settings, path).to_json()
+        else:
+            last[line.id, path] = line.entry
+            if isinstance(line.entry, Done):
+                files.add(line.entry.file)
+    found: dict[str, Entry] = {}
+    for (name, _), entry in last.items():
+        if isinstance(entry, Done) or not isinstance(found.get(name), Done):
+            found[name] = entry
     return ManifestIndex(
-        RunSettings.from_json(settings) if settings else None,
-        tuple(sorted(last.values(), key=lambda entry: (isinstance(entry, Done), entry.line, entry.id))),
+        RunSettings.from_json(stated) if stated else None,
+        tuple(sorted(found.values(), key=lambda entry: (isinstance(entry, Done), entry.line, entry.id))),
         frozenset(files),
         tuple(damaged),
     )
-
-
-def _settings(data: dict[str, Any], path: Path) -> RunSettings:
-    try:
-        return RunSettings.from_json(data)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ResultFileError(f"{path}: the settings of its header cannot be read ({reason})") from error
 
 
 def _diagnosis(data: dict[str, Any]) -> Diagnosis:
@@ -322,7 +304,7 @@ def _diagnosis(data: dict[str, Any]) -> Diagnosis:
     return Diagnosis.from_json(
         {
             **_DIAGNOSIS,
-            "layers": layers,
+            "layers": list(layers),
             **metrics,
             "rows_without_mass": whole_numbers(stated["rows_without_mass"]),
             "decay_slope": data["decay_slope"],

@@ -45,11 +45,22 @@ class Shard:
             )
 
     @classmethod
-    def parse(cls, text: str) -> Shard:
-        """Read a shard as it is written on the command line.
+    def of(cls, asked: str | Shard | None) -> Shard:
+        """The part that is asked for: as it is written on the command line, or all for None.
 
         Args:
-            text: Such as "2/8".
+            asked: Such as "2/8".
+
+        Raises:
+            InputFileError: If it does not name a part.
+        """
+        if asked is None or isinstance(asked, Shard):
+            return asked or cls()
+        return cls.parse(asked)
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read `text` such as "2/8".
 
         Raises:
             InputFileError: If it does not name a part.
@@ -259,9 +270,7 @@ class RunOptions(GroupOptions):
         Raises:
             InputFileError: If the shard does not exist.
         """
-        if isinstance(self.shard, Shard):
-            return self.shard
-        return Shard() if self.shard is None else Shard.parse(self.shard)
+        return Shard.of(self.shard)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
-from stepflow_tl.errors import InputFileError, MissingExtraError
-
-MAX_LINE_BYTES = 64 * 2**20
-"""Longest line that is read. A trace of a million tokens is some 5 MB of text."""
+from stepflow_tl.errors import InputFileError, require
+from stepflow_tl.results.journal_lines import MAX_LINE_BYTES
 
 _ROWS_PER_BATCH = 64
 _JSON_NAMES = {
@@ -187,10 +185,9 @@ class ParquetFiles:
                         yield number, row
 
     def _open(self, file: Path) -> Any:
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise _missing("Parquet files", "pyarrow") from error
+        require("pyarrow", purpose="Reading Parquet files", extra="datasets")
+        from pyarrow import parquet
+
         with _readable(file):
             return parquet.ParquetFile(file)
 
@@ -208,16 +205,13 @@ class SavedDataset:
             InputFileError: If it cannot be loaded, or holds several splits.
             MissingExtraError: If datasets is not installed.
         """
-        try:
-            from datasets import Dataset, load_from_disk
-        except ImportError as error:
-            raise _missing("Saved data sets", "datasets") from error
+        datasets = require("datasets", purpose="Reading saved data sets", extra="datasets")
         self.path = path
         try:
-            found = load_from_disk(str(path))
+            found = datasets.load_from_disk(str(path))
         except Exception as error:  # it raises what its many parts raise
             raise InputFileError(f"{path} cannot be loaded as a saved data set: {error}") from error
-        if not isinstance(found, Dataset):
+        if not isinstance(found, datasets.Dataset):
             splits = ", ".join(str(path / str(name)) for name in found)
             raise InputFileError(f"{path} holds several splits: name one of them, {splits}")
         self._table = found
@@ -297,9 +291,3 @@ class _readable:
 
         if isinstance(error, OSError | pyarrow.ArrowException):
             raise InputFileError(f"cannot read {self._file} as Parquet: {error}") from error
-
-
-def _missing(what: str, package: str) -> MissingExtraError:
-    return MissingExtraError(
-        f'{what} need the package {package}. Install with:\n    pip install "stepflow-tl[datasets]"'
-    )

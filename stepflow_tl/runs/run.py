@@ -24,7 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 from stepflow_tl.errors import DiskFullError, InputFileError, ResultFileError, require
 from stepflow_tl.results.journal import Journal
 from stepflow_tl.runs.aggregate import DatasetReport, Stop
-from stepflow_tl.runs.engines import MOST_DEATHS, Engine, Loader, loader_of, open_engine
+from stepflow_tl.runs.engines import MOST_DEATHS, Engine, Loader, loader_of, open_engine, stop_of
 from stepflow_tl.runs.manifest import Done, Failed, RunSettings, manifest_path, open_manifest
 from stepflow_tl.runs.options import RunOptions
 from stepflow_tl.runs.outcomes import Outcome, with_file
@@ -49,7 +49,7 @@ class Watcher(Protocol):
             settings: What all results have in common.
             replicas: Models that work at once.
         """
-        ...
+        pass
 
     def note(self, message: str) -> None:
         """Something worth saying happened.
@@ -57,7 +57,7 @@ class Watcher(Protocol):
         Args:
             message: What.
         """
-        ...
+        pass
 
     def advance(self, n_tokens: int, seconds: float, tokens_left: float) -> None:
         """A row is dealt with.
@@ -67,20 +67,11 @@ class Watcher(Protocol):
             seconds: Wall-clock time of its analysis; 0 where there was none.
             tokens_left: Tokens of the rows still to come, estimated from the rows read so far.
         """
-        ...
+        pass
 
 
-class _Silence:
+class _Silence(Watcher):
     """Nobody watches."""
-
-    def begin(self, total: int, settings: RunSettings, replicas: int) -> None:
-        """Say nothing."""
-
-    def note(self, message: str) -> None:
-        """Say nothing."""
-
-    def advance(self, n_tokens: int, seconds: float, tokens_left: float) -> None:
-        """Say nothing."""
 
 
 def analyze_dataset(
@@ -167,19 +158,13 @@ class _Driver:
 
     def run(self, engine: Engine) -> Stop:
         """Deal with every row; why it ended early, if it did."""
-        try:
-            for task, outcome in engine.results(self._tasks()):
-                for message in outcome.notes:
-                    self._watcher.note(message)
-                self._record(task, outcome)
-        except KeyboardInterrupt:
-            self._say_stopped("interrupted after", "run the same command again to go on")
-            return "interrupted"
-        except DiskFullError as error:
-            self._watcher.note(f"the disk is full: {error}")
-            self._say_stopped("stopped after", "free some space and run the same command again to go on")
-            return "disk full"
-        return ""
+        return stop_of(partial(self._deal, engine), self._watcher.note, self._how_far)
+
+    def _deal(self, engine: Engine) -> None:
+        for task, outcome in engine.results(self._tasks()):
+            for message in outcome.notes:
+                self._watcher.note(message)
+            self._record(task, outcome)
 
     def outcomes(self, out: Path, settings: RunSettings) -> Iterator[Outcome]:
         """What became of each row, with its numbers, in the order of the input."""
@@ -249,8 +234,8 @@ class _Driver:
         left = max(0.0, self._plan.estimated_size - self._size_done)
         return left * self._tokens_done / self._size_done if self._size_done else 0.0
 
-    def _say_stopped(self, how: str, what_next: str) -> None:
-        self._watcher.note(f"{how} {len(self._dealt_with)} of {self._plan.total} traces; {what_next}")
+    def _how_far(self) -> str:
+        return f" after {len(self._dealt_with)} of {self._plan.total} traces"
 
 
 def _worker(load: Loader, options: RunOptions, out: Path) -> Worker:

@@ -31,7 +31,7 @@ from stepflow_tl.evaluation.evaluation import PLAIN, Stop
 from stepflow_tl.rendering.study_conclusions import StudyFindings
 from stepflow_tl.rendering.study_report import write_study_report
 from stepflow_tl.results.files import write_atomically
-from stepflow_tl.results.journal import read_journal
+from stepflow_tl.results.journal_lines import read_journal
 from stepflow_tl.runs.answer_file import ANSWERS, AnswerSettings, answers_path
 from stepflow_tl.runs.answer_options import StudyOptions
 from stepflow_tl.runs.answers import AnswerWatcher, evaluate
@@ -159,8 +159,7 @@ class _Once:
 
 def _settings(out: Path, shard: str | Shard | None) -> AnswerSettings:
     """What all answers have in common, from the ledger that this run has written."""
-    part = shard if isinstance(shard, Shard) else Shard() if shard is None else Shard.parse(shard)
-    header = next(read_journal(answers_path(out, part), ANSWERS))
+    header = next(read_journal(answers_path(out, Shard.of(shard)), ANSWERS))
     return AnswerSettings.from_json(header.settings or {})
 
 

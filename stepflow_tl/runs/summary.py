@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +32,6 @@ from stepflow_tl.causal.agreement import summarise_agreement
 from stepflow_tl.diagnosis import Comparison, compare_groups, left_out, pairing_field
 from stepflow_tl.errors import ComparisonError, ResultFileError
 from stepflow_tl.results.files import write_atomically
-from stepflow_tl.results.tables import nan_to_none
 from stepflow_tl.runs.aggregate import Aggregate, DatasetReport, Stop, band_means, band_row
 from stepflow_tl.runs.layer_table import layer_table
 from stepflow_tl.runs.manifest import RunSettings, read_manifests
@@ -218,7 +218,7 @@ class _Totals:
             return
         self.first = self.first or outcome
         self.n_tokens += done.n_tokens
-        self.seconds += nan_to_none(done.seconds) or 0.0
+        self.seconds += 0.0 if math.isnan(done.seconds) else done.seconds
         self.backends[outcome.backend] += 1
         self.rows.append(band_row(done.diagnosis))
         if holds and (done.group is not None or done.agreement is not None):

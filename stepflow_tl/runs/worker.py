@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
-from stepflow_tl.causal import step_knockout
+from stepflow_tl.causal import StepKnockout, step_knockout
 from stepflow_tl.causal.agreement import TraceAgreement, score_maps, trace_agreement
 from stepflow_tl.diagnosis import Diagnosis, diagnose
 from stepflow_tl.errors import DiskFullError, InputFileError, StepflowError
@@ -40,7 +40,7 @@ from stepflow_tl.models.passes import attached
 from stepflow_tl.rendering import profile_figure, save_figure, step_map_figure
 from stepflow_tl.results.files import file_digest, is_disk_full
 from stepflow_tl.results.tables import printable
-from stepflow_tl.runs.kept_results import DamagedResultError, KeptIf, kept_knockout, kept_result
+from stepflow_tl.runs.kept_results import DamagedResultError, KeptIf, Result, kept_result
 from stepflow_tl.runs.manifest import Done, Failed, RunSettings
 from stepflow_tl.runs.memory import (
     OutOfMemoryError,
@@ -153,12 +153,7 @@ class Worker:
     def _take(self, task: Task, note: Note) -> Outcome:
         record, options, path = task.record, self._options, self._out / task.file
         trace = self._trace(record)
-        result = None
-        if not options.overwrite:
-            try:
-                result = kept_result(path, trace, self._kept_if)
-            except DamagedResultError as error:
-                note(f"analysed again, because {error}")
+        result = self._kept(StepSaliency, path, trace, options.objective, "analysed again", note)
         is_new, seconds, diagnosis, known = result is None, 0.0, None, None
         if result is None:
             run = partial(
@@ -203,6 +198,18 @@ class Worker:
         status = "analysed" if is_new else "kept"
         return Outcome(record.id, status, line=record.line, unit=record.unit, entry=entry, seconds=seconds)
 
+    def _kept(
+        self, kind: type[Result], path: Path, trace: ReasoningTrace, objective: str, again: str, note: Note
+    ) -> Result | None:
+        """The result of an earlier run that can stand for this run's; a damaged one is noted, and none."""
+        if self._options.overwrite:
+            return None
+        try:
+            return kept_result(path, trace, replace(self._kept_if, objective=objective), kind)
+        except DamagedResultError as error:
+            note(f"{again}, because {error}")
+            return None
+
     def _agreement(
         self, saliency: StepSaliency, name: str, known: TraceAgreement | None, note: Note
     ) -> tuple[TraceAgreement, float]:
@@ -211,13 +218,8 @@ class Worker:
         Raises:
             StepflowError: If the trace has no pair of steps, or another result is in the way.
         """
-        path, knockout, seconds = self._out / KNOCKOUTS / name, None, 0.0
-        flow = self._options.stepflow
-        if not self._options.overwrite:
-            try:
-                knockout = kept_knockout(path, saliency.trace, replace(self._kept_if, objective="nll"))
-            except DamagedResultError as error:
-                note(f"knockout measured again, because {error}")
+        path, flow, seconds = self._out / KNOCKOUTS / name, self._options.stepflow, 0.0
+        knockout = self._kept(StepKnockout, path, saliency.trace, "nll", "knockout measured again", note)
         if knockout is not None and known is not None:
             return known, 0.0
         if knockout is None:

@@ -4,8 +4,9 @@ The names are imported on first use (PEP 562): `runs.flow_options`, which the co
 names `StepFlow` without loading torch.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from stepflow_tl.lazy import lazy_face
 
 if TYPE_CHECKING:
     from stepflow_tl.stepflow.bridge import bridge_hook as bridge_hook
@@ -19,30 +20,4 @@ if TYPE_CHECKING:
     from stepflow_tl.stepflow.report import LayerReport as LayerReport
     from stepflow_tl.stepflow.state import FlowState as FlowState
 
-_HOME_OF = {
-    "FlowHooks": "flow",
-    "FlowReport": "report",
-    "FlowRun": "flow",
-    "FlowState": "state",
-    "LayerReport": "report",
-    "StepFlow": "flow",
-    "bridge_hook": "bridge",
-    "bridge_pattern_hook": "bridge",
-    "capture_values_hook": "momentum",
-    "momentum_hook": "momentum",
-}
-
-__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME_OF:
-        public = ", ".join(__all__)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {public}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy_face(__name__)

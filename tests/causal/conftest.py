@@ -1,6 +1,7 @@
 """Traces of one problem, in the tiny tokenizer's tokens: as long as each other step by step, and not."""
 
 import pytest
+from tiny_architectures import build_bridge
 
 QUESTION = "Is 7 odd?"
 RIGHT = ("7 = 2*3 + 1.\n\nSo yes.\n\nOdd it is.", "Yes, odd.")
@@ -44,8 +45,6 @@ def longer_trace(make_trace):
 @pytest.fixture(scope="session")
 def bridges():
     """`bridges(name)`: a tiny transformers model of that architecture behind a TransformerBridge."""
-    from tiny_architectures import build_bridge
-
     built = {}
 
     def build(name):

@@ -1,8 +1,10 @@
 """Steps of two traces meet by label, or an error says which do not; what is written over a step."""
 
+import pandas as pd
 import pytest
 import torch
 from tiny_models import TINY_MODEL_KINDS
+from transformer_lens.patching import generic_activation_patch
 
 from stepflow_tl.causal import step_patching
 from stepflow_tl.causal.alignment import (
@@ -132,9 +134,6 @@ def test_the_placebo_moves_each_vector_just_as_far_and_elsewhere(right_trace, wr
 def test_transformer_lens_patching_runs_our_setter_with_our_result(
     tiny_model, right_trace, wrong_trace, kind, component
 ):
-    import pandas as pd
-    from transformer_lens.patching import generic_activation_patch
-
     model, metric = tiny_model(kind), LogitDifference(len(wrong_trace) - 3, 7, 11)
     matches = match(right_trace, wrong_trace)
     tokens = wrong_trace.tokens[None]

@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformer_lens.utilities as utilities
 from tiny_models import FLOAT64_KINDS, TINY_MODEL_KINDS, count_hooks
+from transformer_lens.patching import get_act_patch_resid_pre
+from transformer_lens.utilities import get_act_name
 
 from stepflow_tl import StepFlow, causal, errors
 from stepflow_tl.causal import step_patching
@@ -30,8 +33,6 @@ def nll_of_step(logits, trace, label):
 
 
 def test_the_component_names_are_those_of_transformer_lens():
-    import transformer_lens.utilities as utilities
-
     assert set(NAMES) == set(COMPONENTS)
     for component, name in NAMES.items():
         assert name.format(layer=3) == utilities.get_act_name(component, 3)
@@ -45,8 +46,6 @@ def test_the_component_names_are_those_of_transformer_lens():
 def test_effects_equal_a_loop_over_run_with_hooks(
     tiny_model, right_trace, wrong_trace, hooks_untouched, kind, component
 ):
-    from transformer_lens.utilities import get_act_name
-
     model = tiny_model(kind)
     layers, steps = [0, 2], [wrong_trace.steps[i] for i in (1, 3, 4)]
     names = [get_act_name(component, layer) for layer in layers]
@@ -85,8 +84,6 @@ def test_effects_equal_a_loop_over_run_with_hooks(
 def test_windows_sinks_and_soft_caps_equal_the_loop_too(
     bridges, right_trace, wrong_trace, name, component, float64_throughout
 ):
-    from transformer_lens.utilities import get_act_name
-
     model, layer, step = bridges(name), 1, wrong_trace.steps[3]
     point = model.hook_dict[get_act_name(component, layer)].name
     _, cache = model.run_with_cache(right_trace.tokens[None])
@@ -108,8 +105,6 @@ def test_windows_sinks_and_soft_caps_equal_the_loop_too(
 
 @pytest.mark.filterwarnings("ignore::Warning")  # TransformerLens' own, of its progress bar and frames
 def test_single_token_steps_equal_transformer_lens_positions(tiny_model, right_trace, wrong_trace):
-    from transformer_lens.patching import get_act_patch_resid_pre
-
     def first_tokens(trace, n=9):
         starts = torch.arange(n)
         return ReasoningTrace(
@@ -249,8 +244,6 @@ def test_values_read_by_one_step_alone_equal_the_weighted_difference(
 def test_a_restricted_path_equals_two_rows_of_which_one_lends_its_z(
     tiny_model, right_trace, wrong_trace, component
 ):
-    from transformer_lens.utilities import get_act_name
-
     model, layer = tiny_model(), 0
     rows = slice(*wrong_trace.steps[2].token_span)
     name, z_name = get_act_name(component, layer), get_act_name("z", layer)

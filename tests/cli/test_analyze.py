@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from answer_files import answer, write_answers
+from dying import interrupted_at
 from safetensors.torch import save_file
 
 from stepflow_tl.diagnosis import LAYER_METRICS, diagnose
@@ -355,15 +356,7 @@ def test_a_comparison_that_cannot_be_made_is_a_failure_with_its_reason(
 def test_ctrl_c_ends_with_the_summary_so_far_and_code_130(
     analyze, write_lines, make_record, out, monkeypatch
 ):
-    calls = []
-
-    def interrupted(model, trace, **options):
-        calls.append(trace)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step_saliency(model, trace, **options)
-
-    monkeypatch.setattr(command, "step_saliency", interrupted)
+    monkeypatch.setattr(command, "step_saliency", interrupted_at(3, step_saliency))
     path = write_lines(*(make_record(name) for name in "abcde"))
     found = analyze(path)
     assert found.code == 130

@@ -1,12 +1,11 @@
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 
 @pytest.fixture(scope="module")
 def model():
     """The testbed model's shape with random weights, in float64: it writes nonsense, always the same."""
-    from transformer_lens.model_bridge import TransformerBridge
-
     from stepflow_tl.testbed.model import new_model
     from stepflow_tl.testbed.vocabulary import build_tokenizer
 

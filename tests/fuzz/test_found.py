@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -146,8 +147,6 @@ def test_a_gguf_file_that_is_empty_or_missing_is_a_model_error(tmp_path, content
 
 
 def test_gguf_arrays_nested_without_end_are_a_model_error(tmp_path):
-    import struct
-
     nested = struct.pack("<IQ", 9, 1) * 5000
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k" + struct.pack("<I", 9)
     (tmp_path / "m.gguf").write_bytes(head + nested)

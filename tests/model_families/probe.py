@@ -21,6 +21,11 @@ from typing import Any
 
 import torch
 
+from stepflow_tl import StepFlow, step_knockout, step_saliency
+from stepflow_tl.errors import ModelError, StepflowError
+from stepflow_tl.models.hook_names import resolve_hooks
+from stepflow_tl.saliency.backends import per_token_deviation
+
 TOLERANCE = 1e-8
 #: Passes that begin in a cache sum in another order, through every layer.
 CACHED_TOLERANCE = 1e-6
@@ -85,9 +90,6 @@ def attached_hooks(model: Any) -> int:
 
 def refusal_of_all_layers(model: Any) -> str:
     """Why the model cannot be mapped in all layers; "" if it can."""
-    from stepflow_tl.errors import ModelError
-    from stepflow_tl.models.hook_names import resolve_hooks
-
     try:
         resolve_hooks(model)
     except ModelError as refusal:
@@ -96,8 +98,6 @@ def refusal_of_all_layers(model: Any) -> str:
 
 
 def _answer(checks: Checks, name: str) -> str:
-    from stepflow_tl.errors import StepflowError
-
     try:
         checks.run(name)
     except StepflowError as refusal:
@@ -131,8 +131,6 @@ class Checks:
     @cache  # noqa: B019 - one object a model, gone with it
     def saliency(self, objective: str, backend: str) -> torch.Tensor:
         """Sums with mass in every layer."""
-        from stepflow_tl import step_saliency
-
         layers = None if self.is_whole else self.layers
         found = step_saliency(
             self.model,
@@ -148,9 +146,6 @@ class Checks:
 
     def check_map(self, objective: str, backend: str) -> None:
         """Against the hooks backend; `per_token` also against one backward pass per token."""
-        from stepflow_tl.errors import ModelError
-        from stepflow_tl.saliency.backends import per_token_deviation
-
         found = self.saliency(objective, backend)
         if objective == "per_token":
             deviation = per_token_deviation(self.model, self.trace.tokens, backend)
@@ -188,8 +183,6 @@ class Checks:
 
     def check_knockout(self, method: str) -> None:
         """Against whole passes, where it runs from a shared prefix."""
-        from stepflow_tl import step_knockout
-
         options = dict(pairs=[("T2", "T1"), ("T2", "Q"), ("S1", "T1")])
         if not self.is_whole:
             options["layers"] = self.layers  # pyright: ignore[reportArgumentType]
@@ -200,8 +193,6 @@ class Checks:
             torch.testing.assert_close(found.effects, whole.effects, rtol=0, atol=CACHED_TOLERANCE)
 
     def _flow(self, **strength: float) -> Any:
-        from stepflow_tl import StepFlow
-
         bands = {} if self.is_whole else dict(shallow=self.layers[:1], deep=self.layers[-1:])
         return StepFlow(**strength, **bands)  # pyright: ignore[reportArgumentType]
 

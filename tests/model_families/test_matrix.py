@@ -15,6 +15,7 @@ import torch
 from float64 import float64_everywhere
 from tiny_architectures import ARCHITECTURES, build_bridge
 from tiny_models import TL_GENERATION
+from transformer_lens.hook_points import HookPoint
 
 from stepflow_tl import StepFlow, step_knockout, step_saliency
 from stepflow_tl.errors import ModelError
@@ -104,8 +105,6 @@ def test_the_page_has_a_row_a_family_and_names_the_versions(page):
 
 @pytest.mark.parametrize("name", ["mamba", "qwen3_next"])
 def test_a_model_without_patterns_is_refused_before_any_hook_is_attached(name, tiny_tokenizer, monkeypatch):
-    from transformer_lens.hook_points import HookPoint
-
     model, trace = build_bridge(name), script.made_trace()
     monkeypatch.setattr(HookPoint, "add_hook", lambda *a, **k: pytest.fail("a hook was attached"))
     attempts = [lambda b=b: step_saliency(model, trace, backend=b) for b in ("auto", "hooks", "layerwise")]

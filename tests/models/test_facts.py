@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_architectures import build_bridge
 from tiny_models import TINY_MODEL_KINDS, TL_GENERATION
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
 from stepflow_tl.errors import ModelError
 from stepflow_tl.models.facts import (
@@ -146,8 +147,6 @@ def test_sinks_are_found_where_there_are_some():
 
 @on_bridges
 def test_a_layer_that_leaves_attention_to_the_wrapped_module_is_refused(monkeypatch):
-    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
-
     model = build_bridge("llama")
     hooks = resolve_hooks(model, [2]).layers[0]
     assert not delegates_attention(model, 2)

@@ -7,14 +7,15 @@ import os
 import pytest
 
 from stepflow_tl.errors import DiskFullError, ResultFileError
-from stepflow_tl.results.journal import Journal, JournalKind, read_journal
+from stepflow_tl.results.journal import Journal
+from stepflow_tl.results.journal_lines import JournalKind, read_journal
 
 
 def as_number(data):
     return int(data["n"])
 
 
-KIND = JournalKind("list", "count", 1, ("counted",), as_number, "Wait for it.")
+KIND = JournalKind("list", "count", 1, ("counted",), as_number)
 SETTINGS = {"of": "sheep", "layers": [0, 1]}
 
 

@@ -93,7 +93,7 @@ def test_a_folder_is_read_through_its_answer_files(make, tmp_path):
     other = {**HEADER, "settings": {**HEADER["settings"], "model_name": "small"}}
     write_answers(folder / "answers.jsonl", header=other)
     with pytest.raises(
-        InputFileError, match=r"answers.jsonl: answers with model_name 'small', another .*'tiny'"
+        InputFileError, match=r"answers.jsonl: a header with model_name 'small', another .*'tiny'"
     ):
         open_traces(folder)
 
@@ -207,7 +207,7 @@ def test_tokens_need_no_other_field_and_come_before_all(write_lines, make):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ([{**HEADER, "schema": 2}], "ledger schema 2|answer file schema 2"),
+        ([{**HEADER, "schema": 2}], "ledger of answers schema 2"),
         ([HEADER, "x" * 100], None),
     ],
 )

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from dying import die_at, in_a_child
+from dying import die_at, in_a_child, losing_a_replica
 from tiny_models import build_tiny_model
 
 from stepflow_tl import StepFlow, evaluate, evaluation
@@ -325,7 +325,7 @@ def test_other_settings_are_refused_or_begin_anew(model, questions, calm, change
     with pytest.raises(ResultFileError, match=f"holds another evaluation, with {named} .*--overwrite"):
         ask(model, asked, calm, **change)
     assert (calm / "answers.jsonl").read_bytes() == before
-    with pytest.raises(ResultFileError, match=f"answers.jsonl has {named} .*folder of its own"):
+    with pytest.raises(ResultFileError, match=f"answers.jsonl: a header with {named} .*folder of its own"):
         ask(model, asked, calm, shard="0/2", **change)  # another ledger of the same folder
     (calm / "answers-0-of-2.jsonl").unlink()
     found = ask(model, asked, calm, overwrite=True, **change)
@@ -391,7 +391,7 @@ def test_a_header_is_not_believed(calm, settings, said):
     data = json.loads(header)
     data["settings"] |= settings
     path.write_text("\n".join([json.dumps(data), *rest]) + "\n")
-    with pytest.raises(ResultFileError, match="the settings of its ledgers cannot be read") as refused:
+    with pytest.raises(ResultFileError, match="the settings of its header cannot be read") as refused:
         read_answers(calm)
     assert said in str(refused.value)
 
@@ -525,17 +525,8 @@ def test_two_replicas_of_which_one_is_killed_write_the_same_answers(questions, t
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     ask(load_tiny, questions, tmp_path / "local", grader="exact")
-    engine_of, killed = engines.RayEngine, []
-
-    class Killing(engine_of):
-        def results(self, tasks):
-            for n_done, found in enumerate(super().results(tasks)):
-                if n_done == 2 and not killed:
-                    killed.append(self.process_ids()[0])
-                    os.kill(killed[0], signal.SIGKILL)
-                yield found
-
-    monkeypatch.setattr(engines, "RayEngine", Killing)
+    killed = []
+    monkeypatch.setattr(engines, "RayEngine", losing_a_replica(engines.RayEngine, killed))
     try:
         found = ask(load_tiny, questions, tmp_path / "ray", grader="exact", engine="ray", replicas=2)
     finally:

@@ -3,12 +3,12 @@
 import importlib.util
 import json
 import os
-import signal
 import sys
 from functools import partial
 
 import pytest
 import torch
+from dying import losing_a_replica
 from tiny_models import build_tiny_model
 
 from stepflow_tl.errors import MissingExtraError, ModelError
@@ -64,18 +64,9 @@ def entries(folder):
 def test_a_run_on_two_replicas_gives_the_same_files_even_if_one_is_killed(ray, make_dataset, tmp_path):
     path = make_dataset(8)
     analyze_dataset(load_tiny, path, tmp_path / "local")
-    engine_of, killed = engines.RayEngine, []
-
-    class Killing(engine_of):
-        def results(self, tasks):
-            for n_done, found in enumerate(super().results(tasks)):
-                if n_done == 2 and not killed:
-                    killed.append(self.process_ids()[0])
-                    os.kill(killed[0], signal.SIGKILL)
-                yield found
-
+    killed = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "RayEngine", Killing)
+        patch.setattr(engines, "RayEngine", losing_a_replica(engines.RayEngine, killed))
         report = analyze_dataset(load_tiny, path, tmp_path / "ray", engine="ray", replicas=2)
     assert killed and report.counts in ({"analysed": 8}, {"analysed": 7, "kept": 1})
     assert results(tmp_path / "ray") == results(tmp_path / "local")

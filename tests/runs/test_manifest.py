@@ -180,7 +180,7 @@ def test_shards_of_different_settings_are_not_one_run(tmp_path, setting, other):
     header = {**HEADER, "settings": {**HEADER["settings"], setting: other}}
     write_manifest(tmp_path, done(tmp_path, "a", result(0)), name="manifest-0-of-2.jsonl")
     write_manifest(tmp_path, failed("b"), name="manifest-1-of-2.jsonl", header=header)
-    with pytest.raises(ResultFileError, match=f"a header with {setting} .*summarise one run at a time"):
+    with pytest.raises(ResultFileError, match=f"a header with {setting} .*one run at a time"):
         summarize(tmp_path)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from dying import interrupted_at
 from tiny_architectures import build_bridge
 
 import stepflow_tl
@@ -258,15 +259,7 @@ def test_a_disk_that_fills_up_with_a_report_says_so(analyze, make_dataset, out, 
 
 
 def test_ctrl_c_returns_what_is_done(analyze, make_dataset, out, monkeypatch):
-    calls = []
-
-    def interrupted(model, trace, **options):
-        calls.append(trace)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return step_saliency(model, trace, **options)
-
-    monkeypatch.setattr(worker, "step_saliency", interrupted)
+    monkeypatch.setattr(worker, "step_saliency", interrupted_at(2, step_saliency))
     path = make_dataset(3)
     report = analyze(path)
     assert (report.stopped, report.counts) == ("interrupted", {"analysed": 1})

@@ -6,6 +6,7 @@ import re
 import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from run_folders import HEADER, done, failed, make_run, result, write_manifest
 
@@ -21,8 +22,6 @@ def summarize(folder, **options):
 
 
 def rows_of(path):
-    import pyarrow.parquet
-
     return pyarrow.parquet.read_table(path).to_pylist()
 
 

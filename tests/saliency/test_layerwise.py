@@ -20,6 +20,7 @@ from layerwise_runs import (
 from tiny_models import TINY_MODEL_KINDS, build_tiny_tokenizer, count_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stepflow_tl.saliency import layerwise as module
@@ -134,8 +135,6 @@ def test_equal_under_hooks_attached_outside(tiny_model, kind, edit):
 
 def test_equal_where_blocks_get_different_masks_and_logits_are_capped():
     """Gemma-2: sliding and full attention in turn, soft-caps on scores and on logits, scaled embeddings."""
-    from transformer_lens.model_bridge import TransformerBridge
-
     config = Gemma2Config(
         vocab_size=264,
         hidden_size=32,

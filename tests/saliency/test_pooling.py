@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepflow_tl.saliency.pooling import normalise, pair_counts, pool_tokens, step_bins
+
 
 def step_layouts():
     """Contiguous runs (length, is_template), at least one of them a step."""
@@ -23,8 +25,6 @@ def step_ids_of(runs):
 
 
 def pooled_sums(step_ids, seed=0, n_heads=2):
-    from stepflow_tl.saliency.pooling import pool_tokens, step_bins
-
     generator = torch.Generator().manual_seed(seed)
     n = len(step_ids)
     pattern = torch.tril(torch.rand(n_heads, n, n, generator=generator, dtype=torch.float64))
@@ -47,11 +47,9 @@ def test_pooled_sums_equal_the_loops_of_the_definition(runs, seed):
 
 
 def test_blocks_of_queries_do_not_change_the_sums(monkeypatch):
-    from stepflow_tl.saliency import pooling
-
     ids = step_ids_of([(2, True), (9, False), (3, False), (1, True), (6, False)])
     _, whole = pooled_sums(ids)
-    monkeypatch.setattr(pooling, "_QUERY_BLOCK", 4)
+    monkeypatch.setattr("stepflow_tl.saliency.pooling._QUERY_BLOCK", 4)
     _, in_blocks = pooled_sums(ids)
     assert torch.allclose(whole, in_blocks, atol=1e-13)
 
@@ -59,8 +57,6 @@ def test_blocks_of_queries_do_not_change_the_sums(monkeypatch):
 @given(step_layouts(), st.integers(0, 1000))
 @settings(max_examples=200, deadline=None)
 def test_means_times_their_pair_counts_give_back_the_mass(runs, seed):
-    from stepflow_tl.saliency.pooling import normalise, pair_counts
-
     ids = step_ids_of(runs)
     _, pooled = pooled_sums(ids, seed)
     sums = pooled[..., :-1]
@@ -73,8 +69,6 @@ def test_means_times_their_pair_counts_give_back_the_mass(runs, seed):
 @given(step_layouts())
 @settings(max_examples=200, deadline=None)
 def test_pair_counts_count_token_pairs(runs):
-    from stepflow_tl.saliency.pooling import pair_counts
-
     ids = step_ids_of(runs)
     lengths = torch.bincount(ids[ids >= 0])
     everywhere = torch.ones(len(ids), len(ids), dtype=torch.float64)
@@ -85,24 +79,18 @@ def test_pair_counts_count_token_pairs(runs):
 
 
 def test_the_docstring_example_holds():
-    from stepflow_tl.saliency.pooling import pair_counts
-
     lengths = torch.tensor([2, 3])
     assert pair_counts(lengths, "mean").tolist() == [[4, 6], [6, 9]]
     assert pair_counts(lengths, "causal_mean").tolist() == [[3, 0], [6, 6]]
 
 
 def test_an_unknown_pooling_is_named():
-    from stepflow_tl.saliency.pooling import normalise
-
     with pytest.raises(Exception, match="median"):
         normalise(torch.zeros(1, 1, 1, 1), torch.tensor([1]), "median")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_patterns_are_accumulated_in_float32(dtype):
-    from stepflow_tl.saliency.pooling import pool_tokens, step_bins
-
     n = 2000  # in bfloat16 a running sum of ones stops at 256
     bins = step_bins(torch.zeros(n, dtype=torch.int64), dtype=torch.float32, device=torch.device("cpu"))
     ones = torch.ones(1, n, n, dtype=dtype)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import FLOAT64_KINDS, TINY_MODEL_KINDS, build_tiny_model
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import LlamaForCausalLM
 
 from stepflow_tl import StepFlow, step_saliency
@@ -178,8 +179,6 @@ def test_fused_composes_with_a_hook_on_the_residual(tiny_model, tiny_trace, kind
 
 
 def test_a_plain_transformers_model_is_served_by_fused(tiny_model, tiny_trace, tiny_tokenizer):
-    from transformer_lens.model_bridge import TransformerBridge
-
     torch.manual_seed(0)
     plain = LlamaForCausalLM(tiny_model("llama").original_model.config).double().eval()
     bridge = TransformerBridge.boot_transformers(

@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY_MODEL_KINDS, build_tiny_model, build_tiny_tokenizer
+import transformers
+from tiny_models import TINY_MODEL_KINDS, _draw_weights, build_tiny_model, build_tiny_tokenizer
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.model_bridge import TransformerBridge
 
 PARTS = (
     "What is 2 + 3 times 4?",
@@ -40,8 +43,6 @@ def trace(make_trace):
 
 
 def _config(kind: str, **options: Any) -> tuple[Any, type]:
-    import transformers
-
     shape = dict(
         vocab_size=261,
         hidden_size=32,
@@ -99,9 +100,6 @@ def flow_model(tokenizers) -> Callable[..., Any]:
 
 
 def _bridged(kind: str, tokenizer: Any, dtype: torch.dtype) -> Any:
-    from tiny_models import _draw_weights
-    from transformer_lens.model_bridge import TransformerBridge
-
     config, model_class = _config(kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -124,8 +122,6 @@ def run_cached() -> Callable[..., torch.Tensor]:
         edges = [0, *cuts, ids.shape[1]]
         pieces, cache = [], None
         if not hasattr(model, "original_model"):
-            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
             cache = TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", ids.shape[0])
         for start, end in zip(edges, edges[1:], strict=False):
             piece = ids[:, start:end]

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from tiny_models import TINY_MODEL_KINDS, TL_GENERATION, build_tiny_model
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
 from stepflow_tl.errors import ModelError
 from stepflow_tl.models.bands import deep_band, shallow_band
@@ -179,8 +180,6 @@ def test_running_other_tokens_than_the_trace_is_an_error(flow_model, trace, hook
 def test_attention_left_to_the_wrapped_module_is_refused(flow_model, trace, monkeypatch):
     if TL_GENERATION < 4:
         pytest.skip("HookedTransformer computes attention itself")
-    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
-
     model = flow_model("llama")
     monkeypatch.setattr(type(model.blocks[0].attn), "forward", AttentionBridge.forward)
     with pytest.raises(ModelError, match="layer 0: .* would be discarded"):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from tiny_architectures import ATTENTION_VARIETIES, N_LAYERS, build_bridge, build_hf_model
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -254,8 +255,6 @@ def test_a_hook_at_the_unembedding_sees_every_position_once(objective, float64_t
 @pytest.mark.parametrize("kind", ["per_token", "mean", "function"])
 def test_a_model_spread_over_devices_and_disk_gives_the_same_map(kind, objective, tmp_path):
     """What `device_map` does: blocks and embeddings are brought in one by one, and taken away again."""
-    from accelerate import dispatch_model
-
     model = build_hf_model("llama")
     expected = fused_backend(model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS)
     places = {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in ALL_LAYERS}
