@@ -85,6 +85,24 @@ def test_a_causal_call_without_a_mask_equals_the_same_with_one(window):
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("control", [None, 3], ids=["bridge", "control"])
+@pytest.mark.parametrize("granularity", ["segment", "step"])
+def test_a_long_bridge_goes_through_a_kernel(monkeypatch, granularity, control, sinks, dtype):
+    state = flow_state((13, 41, 22))
+    call = plain_call(state, dtype, sinks=sinks, as_mask=False)
+    spans = state.spans(state.current.end, granularity, placebo_seed=control)
+    by_scores = bridged_attention(call, spans, Bridge(TAU_MAX, SHARE))
+    calls, kernel = [], module.kernel_to_keys
+    monkeypatch.setattr(module, "_KERNEL_KEYS", 1)
+    monkeypatch.setattr(module, "kernel_to_keys", lambda *a, **k: calls.append(a) or kernel(*a, **k))
+    found = bridged_attention(call, spans, Bridge(TAU_MAX, SHARE))
+    assert len(calls) >= len(spans) // 2 and not torch.equal(found, call.z)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(found, by_scores, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("granularity", ["segment", "step"])
 def test_blocks_of_queries_change_nothing(monkeypatch, granularity):
     state = flow_state(*PADDED)
