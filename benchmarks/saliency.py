@@ -2,11 +2,13 @@
 
     python benchmarks/saliency.py                                    # default model, T = 512 ... 4096
     python benchmarks/saliency.py --model smollm2 qwen-1.5b --lengths 512 1024 2048 4096 8192
+    python benchmarks/saliency.py --against "fused checkpointed" --lengths 8192 --methods \
+        "fused checkpointed" "fused checkpointed under StepFlow"
     python benchmarks/saliency.py --device cuda --dtype bfloat16 --model qwen-7b --lengths 32768
 
 1. One process a (model, T): every method runs once to warm up, then all of them in turn, `--repeats` times.
-   A time is the median over its turns, a ratio the median of turn-wise ratios to `sdpa`, so a busy moment
-   of the machine falls on all methods alike.
+   A time is the median over its turns, a ratio the median of turn-wise ratios to `sdpa` (`--against`), so a
+   busy moment of the machine falls on all methods alike.
 2. One more process a (model, T, method): peak memory of one run above what the loaded model holds.
 3. What does not fit is a row that says so: weights larger than memory before they are made, everything else
    by a limit on the process (`--memory`), so that a run that asks too much ends alone.
@@ -17,7 +19,7 @@ gradient, since ours need none either. `sdpa+chunks` is the same with the unembe
 as `fused` does it, to tell that saving from the rest. `eager` keeps the gradient of every pattern, as the
 field's scripts do; those scripts also leave `requires_grad` on for every parameter, and `eager, as scripts do
 it` does too. Weights of the Qwen shapes are random: cost does not depend on values. Steps are 24
-tokens.
+tokens; under StepFlow the first is the question, the last tenth of them the summary.
 """
 
 import argparse
@@ -51,6 +53,9 @@ METHODS = (
     "fused per_token",
     "fused response",
     "fused checkpointed",
+    "fused per_token under StepFlow",
+    "fused response under StepFlow",
+    "fused checkpointed under StepFlow",
     "layerwise",
     "hooks",
     "eager",
@@ -64,6 +69,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["smollm2"], choices=["smollm2", *SHAPES])
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--against", default="sdpa", choices=METHODS, help="what ratios are taken to")
     parser.add_argument("--repeats", type=int, default=3, help="0 measures memory only")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -82,7 +88,7 @@ def main() -> None:
     if arguments.join:
         runs = [json.loads(path.read_text()) for path in arguments.join]
         print(*dict.fromkeys(run["machine"] for run in runs), sep="\n", end="\n\n")
-        _print_table([cell for run in runs for cell in run["cells"]])
+        _print_table([cell for run in runs for cell in run["cells"]], arguments.against)
         return
     cells = []
     for model in arguments.model:
@@ -90,7 +96,7 @@ def main() -> None:
             cells += _measure(model, length, arguments)
             print(f"done: {model}, T = {length}", file=sys.stderr, flush=True)
     print(f"{_machine(arguments)}\n")
-    _print_table(cells)
+    _print_table(cells, arguments.against)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"machine": _machine(arguments), "cells": cells}, indent=1))
@@ -110,9 +116,8 @@ def _measure(model: str, length: int, arguments: argparse.Namespace) -> list[dic
         if "error" not in result:
             fitting.append(method)
     if fitting and arguments.repeats:
-        result = _run_child(
-            arguments, model=model, length=length, methods=fitting, task="time", repeats=arguments.repeats
-        )
+        job = dict(methods=fitting, task="time", repeats=arguments.repeats, against=arguments.against)
+        result = _run_child(arguments, model=model, length=length, **job)
         for cell in cells:
             if cell["method"] in fitting:
                 cell.update({"error": result["error"]} if "error" in result else result[cell["method"]])
@@ -176,7 +181,7 @@ def _work(job: dict[str, Any]) -> dict[str, Any]:
     for _ in range(job["repeats"]):
         for method, run in runs.items():
             turns[method].append(_seconds(run, device))
-    limit_turns = turns.get("sdpa")
+    limit_turns = turns.get(job["against"])
     return {
         method: {
             "seconds": statistics.median(own),
@@ -208,12 +213,38 @@ def _prepare(method: str, models: dict[bool, Any], length: int, device: torch.de
         return lambda: fused_backend(model, tokens, step_ids, response, layers)
     if base == "fused checkpointed":
         return lambda: fused_backend(model, tokens, step_ids, per_token, layers, checkpoint=True)
+    if base.endswith(" under StepFlow"):
+        objective = response if "response" in base else per_token
+        options = dict(checkpoint="checkpointed" in base, flow=_flow_calls(model, step_ids, objective))
+        return lambda: fused_backend(model, tokens, step_ids, objective, layers, **options)
     if base == "hooks":
         return lambda: hooks_backend(model, tokens, step_ids, per_token, layers)
     if base == "layerwise":
         return lambda: layerwise_backend(model, tokens, step_ids, per_token, layers)
     batch = tokens[None].to(device)
     return lambda: _plain(base, inner, batch)
+
+
+def _flow_calls(model: Any, step_ids: torch.Tensor, objective: Any) -> Any:
+    """StepFlow's part in the attention calls of a transformers model, on tokens without a text."""
+    from stepflow_tl.stepflow.columns import NEVER, LabelTable
+    from stepflow_tl.stepflow.flow import StepFlow
+    from stepflow_tl.stepflow.report import FlowReport
+    from stepflow_tl.stepflow.state import FlowState, Pass
+    from stepflow_tl.trace.steps import Segment
+
+    if hasattr(model, "original_model"):
+        raise NotImplementedError("measured on the transformers model")
+    n, labels = len(step_ids), LabelTable(1)
+    labels.extend(n)
+    labels.step[0] = step_ids.numpy()
+    labels.template_from[0, TEMPLATE_TOKENS:] = NEVER
+    labels.segment[0, TEMPLATE_TOKENS:] = int(Segment.THINKING)
+    labels.segment[0, labels.step[0] == 0] = int(Segment.QUESTION)
+    labels.segment[0, -max(1, n // 10) :] = int(Segment.SUMMARY)
+    flow = StepFlow()
+    report = FlowReport(*flow.bands(model))
+    return flow._calls(model, FlowState(labels, Pass(0, n)), report, objective.per_token)
 
 
 def _plain(method: str, model: Any, batch: torch.Tensor) -> None:
@@ -348,10 +379,10 @@ def _synchronize(device: torch.device) -> None:
 # --- the table ---------------------------------------------------------------------------------------------
 
 
-def _print_table(cells: list[dict[str, Any]]) -> None:
-    print("| model | T | method | seconds | x sdpa | GiB above the model | x sdpa |")
+def _print_table(cells: list[dict[str, Any]], against: str) -> None:
+    print(f"| model | T | method | seconds | x {against} | GiB above the model | x {against} |")
     print("|---|---:|---|---:|---:|---:|---:|")
-    limits = {(c["model"], c["length"]): c.get("memory") for c in cells if c["method"] == "sdpa"}
+    limits = {(c["model"], c["length"]): c.get("memory") for c in cells if c["method"] == against}
     for cell in cells:
         start = f"| {cell['model']} | {cell['length']} | {cell['method']} |"
         if "error" in cell:

@@ -104,6 +104,37 @@ def attention_with_logsumexp(
     return _in_blocks(*tensors, visible, scale, softcap, sinks)
 
 
+def kernel_to_keys(
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
+    value: Float[Tensor, "batch kv_head key d_value"],
+    keys: Bool[Tensor, "batch 1 1 key"] | None,
+    *,
+    scale: float,
+) -> tuple[Float[Tensor, "batch head query d_value"], Float[Tensor, "batch head query"]] | None:
+    """Attention of all queries to the same `keys` (None: all), by a kernel; None where none serves.
+
+    Returns:
+        z, and the natural logarithm of each row's normaliser.
+    """
+    tensors = (query, key, value)
+    if query.shape[-1] != value.shape[-1] or (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    ):
+        return None
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=_additive(keys, query.dtype), scale=scale
+        )
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and keys is None and half and query.shape[-1] % 8 == 0:
+        z, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, False, scale=scale
+        )
+        return z, logsumexp
+    return None
+
+
 def scores_of(
     query: Float[Tensor, "batch head query d_head"],
     key: Float[Tensor, "batch kv_head key d_head"],

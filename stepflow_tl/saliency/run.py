@@ -1,7 +1,8 @@
 """`step_saliency` and its signed form: check the inputs, choose a backend, run it, label the result.
 
 `"auto"` takes the fused backend where it can be exact, else hooks; the reason for falling back goes into the
-provenance. Hooks on scores or patterns need those tensors to exist, so they alone make it choose `"hooks"`.
+provenance. Hooks on scores or patterns need those tensors to exist, so they make it choose `"hooks"`.
+StepFlow's bridge does not: the fused backend has a bridge of its own (`FlowCalls`).
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def step_saliency(
             memory, one more forward pass of time, and hooks on residuals fire twice.
         block_divisor: Attention tiles and chunks of logits are smaller by this factor (fused only): less
             scratch memory, some more time, and sums that round otherwise.
-        stepflow: Map the repaired flow: the passes run under this StepFlow. Its bridge edits scores, so
-            `"auto"` takes `"hooks"`; momentum alone goes with `"fused"`.
+        stepflow: Map the repaired flow: the passes run under this StepFlow, with any backend; with `"fused"`
+            also of a plain transformers causal LM.
         fwd_hooks: Hooks `(name, hook)` in force in the passes, after those already attached and before
             StepFlow's, or a function from the trace to them. The map is that of `model.hooks(fwd_hooks=...)`
             around the call; `"auto"` takes `"hooks"` where they listen at scores or patterns.
@@ -94,9 +95,16 @@ def step_saliency(
             f"{type(model).__name__} has no hook points for `fwd_hooks`: wrap it with "
             "TransformerBridge.boot_transformers(name, hf_model=..., tokenizer=...)"
         )
-    hooks = standing_hooks(model, trace, stepflow=stepflow, fwd_hooks=own, detach_values=resolved.per_token)
     sums, ran, notes = _run_backend(
-        backend, model, trace, resolved, chosen, hooks, checkpoint=checkpoint, block_divisor=block_divisor
+        backend,
+        model,
+        trace,
+        resolved,
+        chosen,
+        own,
+        stepflow,
+        checkpoint=checkpoint,
+        block_divisor=block_divisor,
     )
     return StepSaliency(
         sums=sums[..., :-1].contiguous(),
@@ -122,16 +130,17 @@ def _run_backend(
     trace: ReasoningTrace,
     objective: Objective,
     layers: tuple[int, ...],
-    hooks: Sequence[NamedHook],
+    own: Sequence[NamedHook],
+    stepflow: StepFlow | None,
     *,
     checkpoint: bool,
     block_divisor: int,
 ) -> tuple[Float[Tensor, "layer head query_step key_bin"], str, dict[str, str]]:
     """The sums, the backend that ran, and facts for the provenance; the last key bin is TEMPLATE.
 
-    `hooks` are on the model while the map is computed and while it is asked whether fused can serve it, but
-    not during the check of the per-token rows: they know the trace's positions, and the check runs on a few
-    tokens.
+    The caller's `own` hooks, and those of `stepflow`, are on the model while the map is computed and while it
+    is asked whether fused can serve it, but not during the check of the per-token rows: they know the trace's
+    positions, and the check runs on a few tokens.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
@@ -143,12 +152,15 @@ def _run_backend(
     notes: dict[str, str] = {}
     if backend in ("auto", "fused"):
         try:
-            with attached(model, last=hooks):
+            with attached(model, last=own):
                 refuse_early(model)
             if objective.per_token:
                 notes["self_check"] = check_per_token(model, trace.tokens, "fused")
-            with attached(model, last=hooks):
-                sums = fused_backend(*arguments, checkpoint=checkpoint, block_divisor=block_divisor)
+            flow = stepflow and stepflow.calls(model, trace, detach_values=objective.per_token)
+            with attached(model, last=[*own, *(flow.hooks if flow else ())]):
+                sums = fused_backend(
+                    *arguments, checkpoint=checkpoint, block_divisor=block_divisor, flow=flow
+                )
             if checkpoint or block_divisor > 1:
                 notes["memory"] = f"checkpoint={checkpoint}, block_divisor={block_divisor}"
             return sums, "fused", notes
@@ -156,6 +168,7 @@ def _run_backend(
             if backend == "fused" or checkpoint or block_divisor > 1 or not is_transformerlens(model):
                 raise
             notes = {"not_fused": refusal.reason}
+    hooks = standing_hooks(model, trace, stepflow=stepflow, fwd_hooks=own, detach_values=objective.per_token)
     resolve_hooks(model, None if objective.per_token else layers)
     name = "layerwise" if backend == "layerwise" else "hooks"
     if objective.per_token:

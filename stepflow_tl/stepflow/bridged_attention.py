@@ -10,6 +10,8 @@ output, `z_S` and `z_B` the outputs of attention restricted to S and to B, and `
    if that is S, `p(S) z_S = z - p(B) z_B - p(O) z_O`. A small p(S) is lost in rounding, but so it is in z':
    `delta * z_S = (delta / p(S)) * p(S) z_S`, and that quotient is at most 1. A row whose p(S) is all rounding
    is left alone.
+   In a whole pass without a mask, where that range is long, B's own is given to PyTorch's flash kernel, and
+   the other group is S.
 2. `shifts_of` of `bridge` turns the masses into tau and the shifts of S and B, the same code as for hooks.
 3. Rows that are left alone keep their bits. Windows, padding and causality come from the mask, soft-cap and
    sinks from the call, the controls' random regions from the spans.
@@ -24,19 +26,21 @@ row of scores of that range, and no copy of the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepflow_tl.models.attention import Visible, scores_of, weighted_values
+from stepflow_tl.models.attention import Visible, kernel_to_keys, scores_of, weighted_values
 from stepflow_tl.stepflow.bridge import Shifts, shifts_of
 from stepflow_tl.stepflow.report import LayerReport
 from stepflow_tl.stepflow.state import QuerySpan
 
 _BLOCK_ELEMENTS = 1 << 20
+#: A range of keys from which on a kernel's call pays.
+_KERNEL_KEYS = 128
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,10 @@ class BridgedRows:
         marks = [torch.zeros_like(rows[0], dtype=torch.bool) for _ in range(2)]
         outputs = [torch.zeros_like(call.z, dtype=rows[0].dtype) for _ in range(2)]
         return cls(spans, *rows, *marks, *outputs)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All but the spans, in order."""
+        return tuple(getattr(self, field.name) for field in fields(self)[1:])
 
 
 def bridged_attention(
@@ -203,14 +211,18 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
     at = (span.rows, slice(None), queries)
     logsumexp = call.logsumexp[at]
     own, bridge = span.groups
-    rest_is_computed = len(span.around_rest) <= len(span.around_own)
+    by_kernel = _bridge_by_kernel(call, span, queries)
+    rest_is_computed = by_kernel is None and len(span.around_rest) <= len(span.around_own)
     keys = span.around_rest if rest_is_computed else span.around_own
+    if by_kernel is not None:
+        last = call.visible.n_keys - call.visible.n_queries + queries.stop
+        keys = range(span.own_alone.start, min(span.own_alone.stop, last))
     inside = slice(keys.start, keys.stop)
     scores = scores_of(call.query[at], call.key[span.rows, :, inside], call.scale, call.softcap)
     value = call.value[span.rows, :, inside].to(scores.dtype)
     visible = torch.as_tensor(call.visible.block(span.rows, queries, keys), device=scores.device)
     second = (~(own | bridge) if rest_is_computed else own)[..., inside]
-    log_bridge, z_bridge = _restricted(scores, bridge[..., inside] & visible, value)
+    log_bridge, z_bridge = by_kernel or _restricted(scores, bridge[..., inside] & visible, value)
     log_second, z_second = _restricted(scores, second & visible, value)
     log_bridge, log_second = log_bridge - logsumexp, log_second - logsumexp
     z_second = log_second.exp()[..., None] * z_second
@@ -231,6 +243,31 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
     return _Groups(torch.stack([log_own, log_bridge]), z_own, z_bridge, counts, has_mass)
 
 
+def _bridge_by_kernel(call: Call, span: QuerySpan, queries: slice) -> tuple[Tensor, Tensor] | None:
+    """Logsumexp and output of B, if its keys are many and all seen by each of these queries; else None."""
+    if not _is_for_kernel(call, span):
+        return None
+    at, inside = (span.rows, slice(None), queries), slice(span.bridge_alone.start, span.bridge_alone.stop)
+    keys = span.groups[1][..., inside]
+    tensors = (call.query[at], call.key[span.rows, :, inside], call.value[span.rows, :, inside])
+    found = kernel_to_keys(*tensors, None if bool(keys.all()) else keys, scale=call.scale)
+    return None if found is None else (found[1], found[0].to(found[1].dtype))
+
+
+def _is_for_kernel(call: Call, span: QuerySpan) -> bool:
+    """Whether B is long, before the queries of the span, and hidden by nothing."""
+    visible = call.visible
+    first = visible.n_keys - visible.n_queries + span.queries.start
+    return (
+        min(len(span.around_rest), len(span.around_own)) >= _KERNEL_KEYS
+        and visible.n_queries > 1
+        and visible.mask is None
+        and visible.window is None
+        and call.softcap is None
+        and span.bridge_alone.stop <= first + 1
+    )
+
+
 def _restricted(
     scores: Float[Tensor, "row head query key"],
     keys: Bool[Tensor, "row 1 #query key"],
@@ -238,14 +275,17 @@ def _restricted(
 ) -> tuple[Float[Tensor, "row head query"], Float[Tensor, "row head query d_value"]]:
     """Logsumexp and output of attention to these keys alone; minus infinity and zeros if there are none."""
     scores = scores.masked_fill(~keys, -torch.inf)
-    logsumexp = scores.logsumexp(-1)
-    pattern = (scores - logsumexp.nan_to_num(neginf=0.0)[..., None]).exp()
-    return logsumexp, weighted_values(pattern, value)
+    peak = scores.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    terms = (scores - peak).exp()
+    total = terms.sum(-1)
+    logsumexp = total.log() + peak[..., 0]
+    return logsumexp, weighted_values(terms, value) / torch.where(total > 0, total, 1.0)[..., None]
 
 
 def _blocks(span: QuerySpan, call: Call) -> Iterator[slice]:
     start, stop = span.queries.start, span.queries.stop
-    n_keys = min(len(span.around_rest), len(span.around_own))
+    by_kernel = _is_for_kernel(call, span)
+    n_keys = len(span.own_alone) if by_kernel else min(len(span.around_rest), len(span.around_own))
     size = max(8, _BLOCK_ELEMENTS // max(1, (span.rows.stop - span.rows.start) * call.z.shape[1] * n_keys))
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))

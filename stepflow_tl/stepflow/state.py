@@ -56,6 +56,8 @@ class QuerySpan(NamedTuple):
         counted: Keys that set tau; `groups` itself, placebos excepted.
         around_rest: Range of keys that holds all of B, and all that are in neither group.
         around_own: Range of keys that holds all of B and S.
+        bridge_alone: Range of keys that holds all of B.
+        own_alone: Range of keys that holds all of S.
     """
 
     rows: slice
@@ -66,6 +68,8 @@ class QuerySpan(NamedTuple):
     counted: Bool[Tensor, "2 row 1 1 key"]
     around_rest: range
     around_own: range
+    bridge_alone: range
+    own_alone: range
 
 
 class Injection(NamedTuple):
@@ -286,7 +290,7 @@ def _span(rows: slice, queries: slice, lowest: int, groups: _Groups, device: Any
         acted_on if groups.own is groups.counted_own else _key_masks(counted_own, counted_bridge, device)
     )
     n_rows = int((own.any(-1) & bridge.any(-1)).sum())
-    around = (_around(bridge | ~(own | bridge)), _around(own | bridge))
+    around = map(_around, (bridge | ~(own | bridge), own | bridge, bridge, own))
     return QuerySpan(rows, queries, own.shape[-1], n_rows, acted_on, sets_tau, *around)
 
 

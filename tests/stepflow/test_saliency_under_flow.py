@@ -75,7 +75,7 @@ def test_step_saliency_maps_the_repaired_flow(flow_model, short_trace, hooks_unt
     model, flow = flow_model(kind), StepFlow(alpha=0.7, tau_max=0.3)
     with hooks_untouched(model):
         plain = step_saliency(model, short_trace, backend="hooks")
-        repaired = step_saliency(model, short_trace, stepflow=flow)
+        repaired = step_saliency(model, short_trace, stepflow=flow, backend="hooks")
     with model.hooks(fwd_hooks=flow.hooks(model, short_trace, detach_values=True)):
         by_hand = step_saliency(model, short_trace, backend="hooks")
     assert torch.allclose(repaired.sums, by_hand.sums, rtol=1e-6)

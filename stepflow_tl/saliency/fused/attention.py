@@ -13,6 +13,9 @@ Notation: A = softmax(scores) is the pattern, z = A v, `dX` is dL/dX. Per head a
 5. `diagonal_only` (objective "per_token", docs/method.md section 3) keeps what stays at one position: `dk_t =
    scale ds_tt q_t`, `dv_t = A_tt dz_t`, both O(T). It saves two of five matrix products.
 
+Under StepFlow's bridge z is what `stepflow.bridged_attention` makes of it, and `bridged` says what changes
+in steps 2 to 5: a factor f on A, and E in the place of delta.
+
 An attention sink (gpt-oss) is one more logit in the softmax without a value: it enters the logsumexp, so
 A's rows sum to less than one, and steps 2 to 5 hold unchanged; its own gradient is `-sum_t A[t, sink]
 delta[t]`.
@@ -25,8 +28,8 @@ On a CPU the tiles of `sweep` do all of this. On an NVIDIA GPU:
   else of the softmax. It adds up dq in no fixed order unless PyTorch is told otherwise, so it is told.
 * Backward, `diagonal_only`: `pool_on_device` gives the map and dq in one sweep of three matrix products; dk
   and dv are the diagonal's. The flash backward would spend five products to throw two gradients away.
-* What is not served so (float64, ordinary objectives under a window or a soft-cap, no Triton) goes through
-  the tiles, on any device.
+* What is not served so (float64, ordinary objectives under a window, a soft-cap or the bridge, no Triton)
+  goes through the tiles, on any device.
 
 Memory beyond the inputs: q, k, v, z and one number per row saved; two or three tile buffers while backward
 runs, or what the two kernels need on a GPU (`triton_pooling.LINE_BYTES`, and flash attention's float32 copy
@@ -44,10 +47,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepflow_tl.models.attention import Visible
+from stepflow_tl.saliency.fused.bridged import OTHER, BridgedTerms, Bridging
 from stepflow_tl.saliency.fused.call import AttentionSpec, BackwardCall, accumulation_dtype
 from stepflow_tl.saliency.fused.steps import StepSums
 from stepflow_tl.saliency.fused.sweep import tiled_backward, tiled_forward
 from stepflow_tl.saliency.fused.triton_pooling import available, pool_on_device
+from stepflow_tl.stepflow.bridged_attention import BridgedRows, Call, bridged_attention
 
 
 def saliency_attention(
@@ -59,6 +65,7 @@ def saliency_attention(
     sums: StepSums | None = None,
     sinks: Float[Tensor, " head"] | None = None,
     anchor: Float[Tensor, ""] | None = None,
+    bridging: Bridging | None = None,
 ) -> Float[Tensor, "batch head token d_value"]:
     """Causal attention that adds its token saliency to `sums` when a gradient comes back.
 
@@ -71,8 +78,10 @@ def saliency_attention(
         sinks: One logit per head that joins the softmax without a value.
         anchor: A scalar that requires a gradient, so that backward runs even where q, k and v require none.
             It is given a zero gradient.
+        bridging: StepFlow's bridge, if it acts on this call.
     """
-    return _SaliencyAttention.apply(query, key, value, sinks, anchor, spec, sums)  # pyright: ignore[reportReturnType]
+    arguments = (query, key, value, sinks, anchor, spec, sums, bridging)
+    return _SaliencyAttention.apply(*arguments)  # pyright: ignore[reportReturnType]
 
 
 class _SaliencyAttention(torch.autograd.Function):
@@ -86,22 +95,35 @@ class _SaliencyAttention(torch.autograd.Function):
         anchor: Tensor | None,
         spec: AttentionSpec,
         sums: StepSums | None,
+        bridging: Bridging | None,
     ) -> Tensor:
         z, logsumexp = _forward(query, key, value, sinks, spec)
-        ctx.save_for_backward(query, key, value, sinks, z, logsumexp)
-        ctx.spec, ctx.sums = spec, sums
-        return z
+        output, kept = z, None
+        if bridging is not None:
+            visible = Visible(query.shape[2], key.shape[2], window=spec.window)
+            call = Call(query, key, value, z, logsumexp, visible, spec.scale, spec.softcap, sinks)
+            kept = BridgedRows.nothing(bridging.spans, call)
+            output = bridged_attention(call, bridging.spans, bridging.bridge, kept=kept)
+            kept = None if output is z else kept
+        kept_tensors = () if kept is None else kept.tensors()
+        ctx.save_for_backward(query, key, value, sinks, z, logsumexp, *kept_tensors)
+        ctx.spec, ctx.sums, ctx.bridging = spec, sums, bridging
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dz,) = grad_outputs
-        query, key, value, sinks, z, logsumexp = ctx.saved_tensors
+        query, key, value, sinks, z, logsumexp, *kept = ctx.saved_tensors
         needs_query, needs_key, needs_value, needs_sinks, needs_anchor, *_ = ctx.needs_input_grad
         work = accumulation_dtype(query.dtype)
         delta = (dz.to(work) * z.to(work)).sum(-1)
-        call = BackwardCall(query, key, value, logsumexp, dz, delta, ctx.spec)
-        if kernels_serve(query, key, value, ctx.spec, pooling=ctx.sums is not None):
+        bridged = None
+        if kept:
+            rows = BridgedRows(ctx.bridging.spans, *kept)
+            bridged = BridgedTerms.of(rows, dz, delta, ctx.bridging)
+        call = BackwardCall(query, key, value, logsumexp, dz, delta, ctx.spec, bridged)
+        if kernels_serve(query, key, value, ctx.spec, pooling=ctx.sums is not None, bridged=bridged):
             dq, dk, dv = kernel_backward(call, z, ctx.sums)
         else:
             diagonal = ctx.spec.diagonal_only
@@ -111,9 +133,10 @@ class _SaliencyAttention(torch.autograd.Function):
                 dk, dv = diagonal_gradients(call)
         dsinks = None
         if needs_sinks:
-            dsinks = -(torch.exp(sinks.to(work)[:, None] - logsumexp) * delta).sum((0, 2)).to(sinks.dtype)
+            offset = delta if bridged is None else bridged.offsets[..., OTHER]
+            dsinks = -(torch.exp(sinks.to(work)[:, None] - logsumexp) * offset).sum((0, 2)).to(sinks.dtype)
         danchor = dz.new_zeros(()) if needs_anchor else None
-        return dq, dk, dv, dsinks, danchor, None, None
+        return dq, dk, dv, dsinks, danchor, None, None, None
 
 
 def _forward(
@@ -146,12 +169,21 @@ def flash_serves(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec)
     return query.shape[-1] == value.shape[-1] and torch.backends.cuda.can_use_flash_attention(parameters)
 
 
-def kernels_serve(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, *, pooling: bool) -> bool:
+def kernels_serve(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: AttentionSpec,
+    *,
+    pooling: bool,
+    bridged: BridgedTerms | None = None,
+) -> bool:
     """Whether `kernel_backward` computes this call, its pooled map included if there is `pooling`."""
     kernel = query.is_cuda and available(query.device, query.dtype)
     if spec.diagonal_only:
         return kernel
-    return (kernel or not pooling) and flash_serves(query, key, value, spec)
+    # The flash backward knows nothing of the bridge.
+    return bridged is None and (kernel or not pooling) and flash_serves(query, key, value, spec)
 
 
 def flash_forward(
@@ -206,6 +238,7 @@ def diagonal_gradients(
 ) -> tuple[Float[Tensor, "batch kv_head token d_head"], Float[Tensor, "batch kv_head token d_value"]]:
     """Each token's dk and dv through its own query alone: `dk_t = scale ds_tt q_t`, `dv_t = A_tt dz_t`."""
     spec = call.spec
+    factor, offset = (None, call.delta) if call.bridged is None else call.bridged.diagonal()
     dk, dv = torch.empty_like(call.key), torch.empty_like(call.value)
     work = accumulation_dtype(call.query.dtype)
     groups = call.heads_per_group
@@ -219,9 +252,10 @@ def diagonal_gradients(
             scores, slope = bounded * spec.softcap, 1 - bounded.square()
         pattern = torch.exp(scores - call.logsumexp[:, heads])
         dpattern = torch.einsum("bhtd,btd->bht", own_dz, call.value[:, kv_head].to(work))
-        dscores = pattern * (dpattern - call.delta[:, heads]) * slope
+        bridged = pattern if factor is None else pattern * factor[:, heads]
+        dscores = (bridged * dpattern - pattern * offset[:, heads]) * slope
         dk[:, kv_head] = torch.einsum("bht,bhtd->btd", dscores * spec.scale, q).to(dk.dtype)
-        dv[:, kv_head] = torch.einsum("bht,bhtd->btd", pattern, own_dz).to(dv.dtype)
+        dv[:, kv_head] = torch.einsum("bht,bhtd->btd", bridged, own_dz).to(dv.dtype)
     return dk, dv
 
 

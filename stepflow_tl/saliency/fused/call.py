@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stepflow_tl.errors import FusedRefusal
+from stepflow_tl.saliency.fused.bridged import BridgedTerms
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class BackwardCall:
         logsumexp: Natural logarithm of each row's normaliser, after scale and soft-cap, sink included,
             `[*batch, head, token]`.
         dz: dL/dz, `[*batch, head, token, d_value]`.
-        delta: `<dz, z>` of each row, `[*batch, head, token]`.
+        delta: `<dz, z>` of each row, z without the bridge, `[*batch, head, token]`.
         spec: What is computed.
+        bridged: What the bridge does to each row; None without one.
 
     Raises:
         FusedRefusal: If the shapes do not fit together.
@@ -62,6 +64,7 @@ class BackwardCall:
     dz: Tensor
     delta: Tensor
     spec: AttentionSpec
+    bridged: BridgedTerms | None = None
 
     def __post_init__(self) -> None:
         """Refuse tensors that do not fit together."""
@@ -96,14 +99,16 @@ class BackwardCall:
     def sequence(self, batch: int) -> BackwardCall:
         """One sequence of the batch."""
         names = ("query", "key", "value", "logsumexp", "dz", "delta")
-        return replace(self, **{name: getattr(self, name)[batch] for name in names})
+        bridged = None if self.bridged is None else self.bridged.sequence(batch)
+        return replace(self, bridged=bridged, **{name: getattr(self, name)[batch] for name in names})
 
     def kv_heads(self, first: int, last: int) -> BackwardCall:
         """The KV heads `[first, last)` of one sequence, and the query heads that share them."""
         heads = slice(first * self.heads_per_group, last * self.heads_per_group)
         shared = {name: getattr(self, name)[first:last] for name in ("key", "value")}
         own = {name: getattr(self, name)[heads] for name in ("query", "logsumexp", "dz", "delta")}
-        return replace(self, **shared, **own)
+        bridged = None if self.bridged is None else self.bridged.heads(heads)
+        return replace(self, bridged=bridged, **shared, **own)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

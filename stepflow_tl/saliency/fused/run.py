@@ -7,7 +7,9 @@
 3. That gradient is sent back through the layers. Autograd is asked for the gradient of the anchor, a scalar
    that each attention call takes as an input, so neither the embedding nor any parameter needs a gradient,
    and nothing below the lowest layer asked for is differentiated at all.
-4. With `checkpoint=True` each block keeps only its input and is run again when its turn comes in the
+4. Under StepFlow the attention calls of its layers apply the bridge, and momentum where the model has no hook
+   points. Elsewhere nothing changes.
+5. With `checkpoint=True` each block keeps only its input and is run again when its turn comes in the
    backward pass. Hooks of the caller then fire twice in that block.
 
 Memory: activations of the layers as autograd keeps them (checkpointed: one residual per layer), the pooled
@@ -33,6 +35,7 @@ from stepflow_tl.saliency.fused.session import FusedSession
 from stepflow_tl.saliency.fused.steps import StepTiles
 from stepflow_tl.saliency.objectives import Objective
 from stepflow_tl.saliency.pooling import stack_layers
+from stepflow_tl.stepflow.calls import FlowCalls
 
 LOGITS_PER_CHUNK = 1 << 24
 
@@ -46,13 +49,14 @@ def fused_backend(
     *,
     checkpoint: bool = False,
     block_divisor: int = 1,
+    flow: FlowCalls | None = None,
 ) -> Float[Tensor, "layer head query_step key_bin"]:
     """Step sums of the chosen layers, exact, from one forward and one backward pass.
 
     Arguments and result as in `hooks_backend`; `model` may also be a transformers causal LM, and only layers
     from the lowest chosen one up are differentiated. `checkpoint` runs blocks again in the backward pass:
     less memory, one more forward pass of time. `block_divisor` makes attention tiles and chunks of logits
-    smaller.
+    smaller. `flow` is what StepFlow does inside the attention calls; its hooks are the caller's to attach.
 
     Raises:
         FusedRefusal: If the model, a hook on it or its mask cannot be served by this backend.
@@ -62,7 +66,7 @@ def fused_backend(
     config = inner.config.get_text_config()
     n_layers = int(config.num_hidden_layers)
     tiles = StepTiles(step_ids, int(step_ids.max()) + 1, block_divisor)
-    session = FusedSession(tiles, frozenset(layers), objective.per_token)
+    session = FusedSession(tiles, frozenset(layers), objective.per_token, flow)
     with ExitStack() as stack:
         for context in (torch.inference_mode(False), torch.enable_grad(), frozen(inner)):
             stack.enter_context(context)

@@ -25,8 +25,10 @@ from torch import Tensor
 from stepflow_tl.errors import FusedRefusal
 from stepflow_tl.models.attention_interface import AttentionCalls
 from stepflow_tl.saliency.fused.attention import saliency_attention
+from stepflow_tl.saliency.fused.bridged import Bridging, SequenceGroups
 from stepflow_tl.saliency.fused.call import AttentionSpec, accumulation_dtype
 from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
+from stepflow_tl.stepflow.calls import FlowCalls
 
 # Keyword arguments of attention functions that change what is computed, and that nothing here implements.
 _UNSUPPORTED = "position_bias cu_seq_lens_q cu_seq_lens_k indices block_indices head_mask cache".split()
@@ -41,6 +43,7 @@ class FusedSession(AttentionCalls):
         tiles: Step bins of the trace.
         layers: Layers whose map is pooled.
         diagonal_only: Whether gradients stay at their own position (objective "per_token").
+        flow: What StepFlow does in these calls; None without it.
         anchor: Scalar that requires a gradient; what autograd is asked for.
         sums: Pooled maps by layer, made at the layer's first call.
         seen: Every layer that has come through here.
@@ -52,10 +55,12 @@ class FusedSession(AttentionCalls):
     tiles: StepTiles
     layers: frozenset[int]
     diagonal_only: bool
+    flow: FlowCalls | None = None
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     sums: dict[int, StepSums] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
     closed: bool = False
+    _groups: tuple[SequenceGroups, ...] = ()
 
     def attend(
         self,
@@ -108,8 +113,21 @@ class FusedSession(AttentionCalls):
             dtype = accumulation_dtype(query.dtype)
             self.sums[layer] = StepSums.zeros(self.tiles, query.shape[1], dtype=dtype, device=query.device)
         sums = self.sums.get(layer)
-        z = saliency_attention(query, key, value, spec, sums=sums, sinks=sinks, anchor=anchor)
-        return z.transpose(1, 2).contiguous(), None
+        bridging = self._bridging(layer, n_tokens, query.device)
+        z = saliency_attention(
+            query, key, value, spec, sums=sums, sinks=sinks, anchor=anchor, bridging=bridging
+        )
+        z = z.transpose(1, 2).contiguous()
+        return z if self.flow is None else self.flow.injected(layer, value, z), None
+
+    def _bridging(self, layer: int, n_tokens: int, device: torch.device) -> Bridging | None:
+        """The bridge of a layer; None where it has none."""
+        bridge = None if self.flow is None else self.flow.bridge_of(layer, device)
+        if self.flow is None or bridge is None:
+            return None
+        if not self._groups:
+            self._groups = (SequenceGroups(self.flow.spans(n_tokens), 0, n_tokens),)
+        return Bridging(bridge, self.flow.spans(n_tokens, device), self._groups)
 
     @staticmethod
     def mask(**kwargs: Any) -> Tensor:

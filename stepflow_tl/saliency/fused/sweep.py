@@ -5,7 +5,8 @@
    one column are a tile; the rows of its heads are stacked into one matrix. Tiles above the diagonal or
    before the band are never visited.
 2. Per tile, as `attention` numbers it: the pattern again, the saliency, its pooling, the scores' gradient.
-   What the mask hides inside a tile is zeroed in the pattern, and so in everything made from it.
+   What the mask hides inside a tile is zeroed in the pattern, and so in everything made from it. Under the
+   bridge, f and E of `bridged` come in.
 3. A strip owns its rows of z and dq. Its parts of dk, dv and of the pooled map are added up after all strips
    are done, in the order of the strips.
 
@@ -175,11 +176,18 @@ def _backward_strip(
                 torch.mul(capped, spec.softcap * LOG2_E, out=pattern)
             pattern.sub_(row_logsumexp).exp2_()
             _hide(pattern.view(n_heads, end - start, len(k)), (start, end), (first, last), spec)
+            bridged, weighted, offset = pattern, dz, row_delta
+            if group.bridged is not None:
+                factor, offset = group.bridged.tile((start, end), (first, last))
+                if factor is not None and factor.shape[1] == 1:  # cheaper on dz than on the tile
+                    weighted = torch.mul(dz, factor, out=matrix("weighted", n_rows, dz.shape[1]))
+                elif factor is not None:
+                    bridged = torch.mul(pattern, factor, out=matrix("bridged", n_rows, len(k)))
             if partial.dv is not None:
-                partial.dv[own].addmm_(pattern.T, dz)
-            saliency = torch.mm(dz, v.T, out=matrix("saliency", n_rows, len(k))).mul_(pattern)
+                partial.dv[own].addmm_(bridged.T, weighted)
+            saliency = torch.mm(weighted, v.T, out=matrix("saliency", n_rows, len(k))).mul_(bridged)
             if dq is not None or partial.dk is not None:
-                dscores = torch.addcmul(saliency, pattern, row_delta, value=-1, out=pattern)
+                dscores = torch.addcmul(saliency, pattern, offset, value=-1, out=pattern)
                 if capped is not None:
                     dscores.mul_(capped.square_().neg_().add_(1))
                 if dq is not None:

@@ -11,6 +11,8 @@ Notation as in `attention`; runs and pairs as in `steps`.
    its row numbers are summed per query run and stored, once, to the pair's own line. The last run stays open
    and goes on into the next tile.
 3. If dq is wanted: `ds = A * (dA - delta)`, `dq += ds k`.
+4. Under the bridge (`bridged`): `saliency = |f A * dA|` and `ds = f A * dA - A * E`, with f and E those of
+   the key's group; a byte per span of queries and key says which one that is.
 
 `fold_pairs`: one program owns one head, one query step and a stretch of key runs, and adds the lines of the
 step's pairs, top to bottom.
@@ -60,6 +62,10 @@ def pool_block(
     pairs_ptr,  # [head, pair, run], contiguous, zeros
     run_of_ptr,  # [token]
     first_pair_ptr,  # [block + 1]
+    factor_ptr,  # [head, token, 3], contiguous: f for O, S and B; read if BRIDGED
+    offset_ptr,  # [head, token, 3], contiguous: E for O, S and B; read if BRIDGED
+    group_ptr,  # [line, token], contiguous: 0, 1, 2 for O, S, B; read if BRIDGED
+    line_of_ptr,  # [token]: line of each query; read if BRIDGED
     query_head_stride,
     query_token_stride,
     key_head_stride,
@@ -85,6 +91,7 @@ def pool_block(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     DQ: tl.constexpr,
+    BRIDGED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Pool one head's block of query rows, and write its dq."""
@@ -116,6 +123,15 @@ def pool_block(
     if DQ:
         row_delta = tl.load(delta_ptr + head * n_tokens + rows, mask=is_row, other=0.0)
         dq = tl.zeros([BLOCK_QUERIES, BLOCK_D_HEAD], dtype=tl.float32)
+
+    if BRIDGED:
+        terms = (head * n_tokens + rows) * 3
+        own_factor = tl.load(factor_ptr + terms + 1, mask=is_row, other=0.0)
+        bridge_factor = tl.load(factor_ptr + terms + 2, mask=is_row, other=0.0)
+        other_offset = tl.load(offset_ptr + terms, mask=is_row, other=0.0)
+        own_offset = tl.load(offset_ptr + terms + 1, mask=is_row, other=0.0)
+        bridge_offset = tl.load(offset_ptr + terms + 2, mask=is_row, other=0.0)
+        line_ptr = group_ptr + tl.load(line_of_ptr + rows, mask=is_row, other=0).to(tl.int64) * n_tokens
 
     end = tl.minimum(start + BLOCK_QUERIES, n_tokens)
     first = start * 0
@@ -158,7 +174,15 @@ def pool_block(
         # Hidden before exp2: a hidden score may lie far above the row's logsumexp and overflow.
         pattern = tl.exp2(tl.where(visible, scores * LOG2_E - row_logsumexp[:, None], float("-inf")))
         dpattern = _product(dz, tl.trans(v), UPCAST)
-        saliency = tl.abs(pattern * dpattern)
+        if BRIDGED:
+            is_pair = is_row[:, None] & is_column[None, :]
+            groups = tl.load(line_ptr[:, None] + columns[None, :], mask=is_pair, other=0)
+            is_own, is_bridge = groups == 1, groups == 2
+            factor = tl.where(is_own, own_factor[:, None], tl.where(is_bridge, bridge_factor[:, None], 1.0))
+            bridged = pattern * factor
+        else:
+            bridged = pattern
+        saliency = tl.abs(bridged * dpattern)
         column_runs = tl.load(run_of_ptr + columns, mask=is_column, other=-1)
         last = tl.load(run_of_ptr + tl.minimum(key_start + BLOCK_KEYS, end) - 1)
         for run in range(current, last):
@@ -168,7 +192,12 @@ def pool_block(
         row_sums += tl.sum(tl.where(column_runs[None, :] == last, saliency, 0.0), axis=1)
         current = last
         if DQ:
-            dscores = pattern * (dpattern - row_delta[:, None])
+            if BRIDGED:
+                offset = tl.where(is_bridge, bridge_offset[:, None], other_offset[:, None])
+                offset = tl.where(is_own, own_offset[:, None], offset)
+                dscores = bridged * dpattern - pattern * offset
+            else:
+                dscores = pattern * (dpattern - row_delta[:, None])
             if HAS_SOFTCAP:
                 dscores = dscores * (1.0 - bounded * bounded)
             dq += _product(dscores.to(k.dtype), k, UPCAST)

@@ -65,7 +65,7 @@ def pool_on_device(
     """Token saliency of one sequence, pooled into step bins, and dL/dq.
 
     Args:
-        call: One sequence, float32, bfloat16 or float16; any strides.
+        call: One sequence, float32, bfloat16 or float16; any strides. With the bridge's terms where it acts.
         step_ids: Step of each token, -1 on TEMPLATE; a step's tokens are consecutive.
         n_steps: Number of steps.
         with_dq: Whether dq is computed.
@@ -85,7 +85,8 @@ def pool_on_device(
     rows = {name: getattr(call, name).to(torch.float32).contiguous() for name in ("logsumexp", "delta")}
     matrices = {name: getattr(call, name) for name in ("query", "key", "value", "dz")}
     dense = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in matrices.items()}
-    call = replace(call, **rows, **dense)
+    terms = None if call.bridged is None else call.bridged.in_float32()
+    call = replace(call, **rows, **dense, bridged=terms)
     # Heads are padded to a power of two; matrix products need 16 at least.
     widths = [max(16, 1 << (x.shape[-1] - 1).bit_length()) for x in (call.query, call.value)]
     n_rows = _TILE_BYTES // (2 * sum(widths) * call.query.element_size())
@@ -114,6 +115,10 @@ def _launch(
     window, softcap = call.spec.window_within(n_tokens), call.spec.softcap
     grid = (-(-n_tokens // size), n_heads)
     tensors = (call.query, call.key, call.value, call.dz)
+    bridged = [call.logsumexp] * 4  # any pointers: `BRIDGED` keeps the kernel from following them
+    if call.bridged is not None:
+        groups = call.bridged.groups[0].on(call.query.device)
+        bridged = [call.bridged.factors, call.bridged.offsets, *groups]
     with _on_device(call.query.device):
         kernel[grid](
             *tensors,
@@ -123,6 +128,7 @@ def _launch(
             lines,
             runs.run_of,
             runs.first_pair,
+            *bridged,
             *(x.stride(axis) for x in tensors for axis in (0, 1)),
             n_tokens,
             runs.n_runs,
@@ -141,6 +147,7 @@ def _launch(
             HAS_SOFTCAP=softcap is not None,
             HAS_WINDOW=window is not None,
             DQ=dq is not None,
+            BRIDGED=call.bridged is not None,
             UPCAST=call.query.device.type == "cpu",
             num_warps=8 if size > 16 else 4,
             num_stages=2,

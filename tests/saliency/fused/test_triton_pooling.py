@@ -5,11 +5,8 @@ The interpreter must be on before Triton is first imported, so kernels run in a 
 
 import inspect
 import math
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 
-import jaxtyping
 import pytest
 import torch
 
@@ -23,23 +20,6 @@ from stepflow_tl.saliency.fused.triton_pooling import _check, available, pool_on
 HAS_TRITON = find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 HEADS, KV_HEADS, SCALE = 4, 2, 0.2
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    """`interpreted(function, *args)`: the call's result from a process where Triton interprets."""
-    pool = ProcessPoolExecutor(
-        1,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=jaxtyping.install_import_hook,
-        initargs=("stepflow_tl", "signature_checks.checked"),
-    )
-    call = lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()  # noqa: E731
-    with pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            assert call(available, torch.device("cpu"), torch.float32)  # starts the process, too
-        yield call
 
 
 def draw(n_tokens, d_head, *, d_value=None, dtype=torch.float32, batch=None, seed=0):
