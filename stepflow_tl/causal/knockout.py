@@ -40,7 +40,8 @@ from stepflow_tl.models.hook_names import hook_counts, resolve_hooks
 from stepflow_tl.models.passes import NamedHook, attached, frozen, model_device, whole_pass
 from stepflow_tl.models.prefix_cache import PrefixCacheRefusal, fill_prefix
 from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective, token_nll
-from stepflow_tl.stepflow.flow import FwdHooks, StepFlow, standing_hooks, standing_notes
+from stepflow_tl.stepflow.flow import StepFlow
+from stepflow_tl.stepflow.standing import FwdHooks, standing_hooks, standing_notes
 from stepflow_tl.trace import ReasoningTrace, Step
 
 Method = Literal["auto", "cached", "full"]

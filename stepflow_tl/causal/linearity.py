@@ -36,7 +36,8 @@ from stepflow_tl.models.hook_names import resolve_hooks
 from stepflow_tl.models.passes import NamedHook, attached, frozen, model_device
 from stepflow_tl.saliency.objectives import Objective, ObjectiveLike, resolve_objective
 from stepflow_tl.saliency.run import signed_step_saliency
-from stepflow_tl.stepflow.flow import FwdHooks, StepFlow, standing_hooks
+from stepflow_tl.stepflow.flow import StepFlow
+from stepflow_tl.stepflow.standing import FwdHooks, standing_hooks
 from stepflow_tl.trace import ReasoningTrace, Step
 
 

@@ -47,7 +47,8 @@ from stepflow_tl.models.facts import check_fit, check_layers, model_facts
 from stepflow_tl.models.hook_names import component_hook
 from stepflow_tl.models.passes import frozen
 from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective
-from stepflow_tl.stepflow.flow import FwdHooks, StepFlow
+from stepflow_tl.stepflow.flow import StepFlow
+from stepflow_tl.stepflow.standing import FwdHooks
 from stepflow_tl.trace import ReasoningTrace
 
 #: What attention reads in the layer in which it is patched.

@@ -17,7 +17,8 @@ from stepflow_tl.models.facts import ModelFacts
 from stepflow_tl.models.hook_names import component_hook
 from stepflow_tl.models.passes import NamedHook, attached, model_device
 from stepflow_tl.saliency.objectives import Objective
-from stepflow_tl.stepflow.flow import FwdHooks, StepFlow, standing_hooks, standing_notes
+from stepflow_tl.stepflow.flow import StepFlow
+from stepflow_tl.stepflow.standing import FwdHooks, standing_hooks, standing_notes
 from stepflow_tl.trace import ReasoningTrace, Step
 
 Method = Literal["patching", "attribution"]

@@ -32,8 +32,9 @@ from stepflow_tl.errors import FormatError, ModelError, TraceError
 from stepflow_tl.models.attention_interface import without_scores
 from stepflow_tl.models.cached_rows import cached_rows, takes_padding
 from stepflow_tl.models.facts import is_bridge, tokenizer_of
-from stepflow_tl.stepflow.flow import FlowRun, StepFlow
+from stepflow_tl.stepflow.flow import StepFlow
 from stepflow_tl.stepflow.placebo import mixed_seed
+from stepflow_tl.stepflow.streaming import FlowRun
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.formats.chat_template import question_prompt, resolve_format
 from stepflow_tl.trace.splitting.splitters import resolve_splitter

@@ -56,7 +56,7 @@ from stepflow_tl.runs.plan import Task
 from stepflow_tl.runs.records import Record, pair_field
 from stepflow_tl.saliency import StepSaliency, step_saliency
 from stepflow_tl.saliency.backends import check_ahead
-from stepflow_tl.stepflow.flow import standing_hooks
+from stepflow_tl.stepflow.standing import standing_hooks
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.formats import resolve_format
 

@@ -23,7 +23,8 @@ from stepflow_tl.saliency.fused.run import fused_backend
 from stepflow_tl.saliency.hooks_backend import hooks_backend
 from stepflow_tl.saliency.objectives import Objective, ObjectiveLike, resolve_objective
 from stepflow_tl.saliency.result import StepSaliency
-from stepflow_tl.stepflow.flow import FwdHooks, StepFlow, standing_hooks, standing_notes
+from stepflow_tl.stepflow.flow import StepFlow
+from stepflow_tl.stepflow.standing import FwdHooks, standing_hooks, standing_notes
 from stepflow_tl.trace import ReasoningTrace
 
 

@@ -17,7 +17,7 @@ in place of the momentum; everything else, tau and norm included, is the same.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -44,51 +44,14 @@ from stepflow_tl.stepflow.bridge import bridge_hook, bridge_pattern_hook, check_
 from stepflow_tl.stepflow.bridged_attention import Bridge
 from stepflow_tl.stepflow.calls import FlowAttention, FlowCalls, Momentum
 from stepflow_tl.stepflow.momentum import capture_values_hook, momentum_hook
-from stepflow_tl.stepflow.report import FlowReport
+from stepflow_tl.stepflow.report import FlowHooks, FlowReport
 from stepflow_tl.stepflow.state import Boundaries, FlowState, Granularity
-from stepflow_tl.stepflow.streaming import TokenStream, following
+from stepflow_tl.stepflow.streaming import FlowRun, TokenStream, following
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.formats.chat_template import resolve_format
 from stepflow_tl.trace.splitting.tracker import TokenTracker
 
 Placebo = Literal["bridge", "momentum", "both"]
-
-
-class FlowHooks(list[NamedHook]):
-    """TransformerLens `fwd_hooks` pairs, with a count of what they did."""
-
-    def __init__(self, pairs: Sequence[NamedHook], report: FlowReport) -> None:
-        """Pairs, and the report they write to."""
-        super().__init__(pairs)
-        self._report = report
-
-    def report(self) -> FlowReport:
-        """What the hooks have done so far."""
-        return self._report
-
-
-class FlowRun:
-    """A model under StepFlow, while it generates and afterwards.
-
-    Attributes:
-        stream: The tokens followed so far.
-    """
-
-    def __init__(self, stream: TokenStream, report: FlowReport) -> None:
-        """A run that reads `stream` and writes to `report`."""
-        self.stream, self._report = stream, report
-
-    def name_rows(self, names: Sequence[int]) -> None:
-        """Give the rows of the batches to come a name each, so that controls draw the same in any batch."""
-        self.stream.name_rows(names)
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone: to be called when the others are dropped from the KV cache."""
-        self.stream.keep_rows(rows)
-
-    def report(self) -> FlowReport:
-        """What has been done so far."""
-        return self._report
 
 
 @dataclass(frozen=True)
@@ -380,35 +343,3 @@ class StepFlow:
             **shared,
         )
         return Momentum(partial(capture_values_hook, state=shared["state"], detach=detach_values), inject)
-
-
-FwdHooks = Sequence[NamedHook] | Callable[[ReasoningTrace], Sequence[NamedHook]]
-"""Hooks that stay on for a whole measurement: (name, hook) pairs, or a function from the trace to them."""
-
-
-def standing_notes(stepflow: StepFlow | None, fwd_hooks: FwdHooks) -> dict[str, str]:
-    """What stays on, in words for a result's provenance; nothing where nothing does."""
-    notes = {} if stepflow is None else {"stepflow": repr(stepflow)}
-    if stepflow is not None and stepflow.placebo is not None:
-        notes["placebo"] = str(stepflow.placebo)
-    if callable(fwd_hooks):
-        notes["fwd_hooks"] = "made for each trace"
-    elif fwd_hooks:
-        notes["fwd_hooks"] = ", ".join(dict.fromkeys(name for name, _ in fwd_hooks))
-    return notes
-
-
-def standing_hooks(
-    model: Any,
-    trace: ReasoningTrace,
-    *,
-    stepflow: StepFlow | None = None,
-    fwd_hooks: FwdHooks = (),
-    detach_values: bool = False,
-) -> list[NamedHook]:
-    """The hooks under which a pass over `trace` is measured: the caller's own, then those of StepFlow.
-
-    Arguments and errors as in `StepFlow.hooks`.
-    """
-    own = list(fwd_hooks(trace) if callable(fwd_hooks) else fwd_hooks)
-    return own if stepflow is None else own + stepflow.hooks(model, trace, detach_values=detach_values)

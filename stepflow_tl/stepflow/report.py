@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from stepflow_tl.models.passes import NamedHook
 from stepflow_tl.results.tables import text_table
 
 _COLUMNS = ("layer", "rows", "adjusted", "capped", "mean_shift", "injections", "mean_norm")
@@ -110,3 +112,16 @@ class FlowReport:
             for record in self.to_json()
         ]
         return text_table("What StepFlow did", header, rows)
+
+
+class FlowHooks(list[NamedHook]):
+    """TransformerLens `fwd_hooks` pairs, with a count of what they did."""
+
+    def __init__(self, pairs: Sequence[NamedHook], report: FlowReport) -> None:
+        """Pairs, and the report they write to."""
+        super().__init__(pairs)
+        self._report = report
+
+    def report(self) -> FlowReport:
+        """What the hooks have done so far."""
+        return self._report

@@ -33,6 +33,7 @@ from stepflow_tl.errors import ModelError
 from stepflow_tl.models.facts import is_transformerlens, wrapped_model
 from stepflow_tl.models.passes import replaced_forward
 from stepflow_tl.stepflow.columns import NEVER, LabelTable
+from stepflow_tl.stepflow.report import FlowReport
 from stepflow_tl.stepflow.state import FlowState, Pass
 from stepflow_tl.trace.splitting import TokenTracker
 from stepflow_tl.trace.steps import Segment
@@ -155,6 +156,30 @@ class TokenStream:
             for query, token_id in enumerate(ids[row].tolist()):
                 if not is_padding[row, query]:
                     tracked.push(token_id, first + query, self._labels, row)
+
+
+class FlowRun:
+    """A model under StepFlow, while it generates and afterwards.
+
+    Attributes:
+        stream: The tokens followed so far.
+    """
+
+    def __init__(self, stream: TokenStream, report: FlowReport) -> None:
+        """A run that reads `stream` and writes to `report`."""
+        self.stream, self._report = stream, report
+
+    def name_rows(self, names: Sequence[int]) -> None:
+        """Give the rows of the batches to come a name each, so that controls draw the same in any batch."""
+        self.stream.name_rows(names)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone: to be called when the others are dropped from the KV cache."""
+        self.stream.keep_rows(rows)
+
+    def report(self) -> FlowReport:
+        """What has been done so far."""
+        return self._report
 
 
 @contextmanager

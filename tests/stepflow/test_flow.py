@@ -10,7 +10,7 @@ from transformer_lens.model_bridge.generalized_components.attention import Atten
 from stepflow_tl.errors import ModelError
 from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.stepflow import StepFlow
-from stepflow_tl.stepflow.flow import standing_hooks
+from stepflow_tl.stepflow.standing import standing_hooks
 
 from_kinds = pytest.mark.parametrize("kind", (*TINY_MODEL_KINDS, "mistral", "gemma2", "gpt_oss"))
 
