@@ -261,11 +261,21 @@ def _check_component(component: Any, may_listen: bool) -> str:
 
 
 def _silent_points(component: Any) -> Iterator[tuple[str, Any]]:
-    """The component's hook points that do not fire once it hands over."""
+    """The component's hook points that do not fire once it hands over.
+
+    Its projections fire where the wrapped module calls them. It does not call all of them everywhere: GPT-2's
+    has an output projection of its own.
+    """
+    called = {id(module) for module in component.original_component.modules()}
+    split = class_names(component)[0] in _JOINT  # q, k and v are called in place of the joint projection
     for name, hook in component.named_modules():
         if "_original_component" in name or not hasattr(hook, "fwd_hooks"):
             continue
-        if name not in ("hook_in", "hook_out") and name.rpartition(".")[0] not in _LIVE_PROJECTIONS:
+        part = name.rpartition(".")[0]
+        fires = part in _LIVE_PROJECTIONS and (
+            id(component._modules[part]) in called or split and part != "o"
+        )
+        if name not in ("hook_in", "hook_out") and not fires:
             yield name, hook
 
 

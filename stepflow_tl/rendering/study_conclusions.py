@@ -159,8 +159,8 @@ def repair_in_words(evaluation: Evaluation, repair: str) -> Iterator[str]:
     else:
         limit = f" A gain of more than {100 * found.high:.1f} points is unlikely." if found.high > 0 else ""
         yield (
-            f"{repair} does not help here, as far as {found.n} questions can tell: {points} ({right} with "
-            f"it; {counts}).{limit}"
+            f"That {repair} helps is not shown by these {found.n} questions: {points} ({right} with it; "
+            f"{counts}).{limit}"
         )
     control = controls(evaluation.results).get(repair)
     if control is None:

@@ -312,7 +312,7 @@ def test_anyone_can_register_a_grader(tmp_path, monkeypatch):
 def test_a_grader_that_cannot_serve_is_refused_before_anything_is_asked():
     testbed = questions_of(make_problems(ProblemSpec(n_steps=2), 1, seed=0))
     with pytest.raises(
-        ValueError, match="no grader 'magic': expected one of choice, code, exact, maths, steps"
+        ValueError, match="no grader 'magic': expected one of choice, code, exact, steps, maths"
     ):
         evaluate(None, testbed, grader="magic")
     with pytest.raises(ProblemError, match="'testbed-0' has no `choices`"):

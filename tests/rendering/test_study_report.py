@@ -36,7 +36,7 @@ def test_a_repair_that_changes_nothing_is_said_not_to_help():
 
 def test_a_repair_that_gains_by_chance_is_said_not_to_help():
     found = words(20, {PLAIN: some, REPAIR: lambda i: some(i) or i == 1})
-    assert found.startswith("StepFlow does not help here, as far as 20 questions can tell: +5.0 points [")
+    assert found.startswith("That StepFlow helps is not shown by these 20 questions: +5.0 points [")
     assert "gained 1, lost 0 of 20 questions, p 1.0000" in found and "A gain of more than" in found
 
 
