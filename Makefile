@@ -21,7 +21,7 @@ export PYTHONNOUSERSITE := 1
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=disabled
 
 # One worker a core and one thread a worker. A file stays on one worker, so its fixtures are made once.
-PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile
+PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --durations=12
 
 .PHONY: setup demo test lint bench reproduce study clean
 
@@ -51,7 +51,14 @@ demo: setup
 
 # The 3.9 run leaves out what never meets a model of TransformerLens, and the notebooks, which are written for 4.
 # Every check runs, whichever fails.
-NO_MODEL := $(addprefix --ignore=tests/,cli diagnosis docs fuzz notebooks rendering results statistics trace)
+NO_MODEL := cli diagnosis docs fuzz notebooks rendering results statistics trace \
+	$(addprefix evaluation/test_,sandbox.py questions.py) \
+	$(addprefix models/test_,attention.py gguf_file.py gguf_tokenizer.py) \
+	$(addprefix runs/test_,flow_options.py options.py plan.py records.py study_traces.py) \
+	$(addprefix saliency/,test_objectives.py test_pooling.py) \
+	$(addprefix saliency/fused/test_,attention.py bridged.py sweep.py triton_bridged.py triton_pooling.py) \
+	$(addprefix stepflow/test_,bridge.py bridge_projection.py bridged_attention.py momentum.py) \
+	$(addprefix testbed/test_,edges.py grading.py problems.py train.py vocabulary.py)
 
 test: setup .tl39/.installed
 	@status=0; \
@@ -59,7 +66,7 @@ test: setup .tl39/.installed
 	echo "Tests with TransformerLens 4.3"; \
 	$(PYTEST) || status=1; \
 	echo "Tests with TransformerLens $(TL39)"; \
-	PYTHONPATH=$(CURDIR)/.tl39 $(PYTEST) -m 'not slow' $(NO_MODEL) || status=1; \
+	PYTHONPATH=$(CURDIR)/.tl39 $(PYTEST) -m 'not slow' $(addprefix --ignore=tests/,$(NO_MODEL)) || status=1; \
 	exit $$status
 
 lint: setup
