@@ -20,12 +20,12 @@ from dataclasses import replace
 
 import torch
 
-from stepflow_tl.models.attention import Visible
+from stepflow_tl.models.attention import Call, Visible, flash_forward
 from stepflow_tl.saliency.fused import attention
 from stepflow_tl.saliency.fused.bridged import BridgedTerms, Bridging, SequenceGroups
 from stepflow_tl.saliency.fused.call import AttentionSpec, BackwardCall
 from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
-from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, Call, bridged_attention
+from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, bridged_attention
 from stepflow_tl.stepflow.columns import NEVER, LabelTable
 from stepflow_tl.stepflow.state import FlowState, Pass
 from stepflow_tl.trace.steps import Segment
@@ -136,7 +136,7 @@ def check_bridged(n_tokens, shape, dtype, granularity, options):
 def device_path(query, key, value, dz, spec, sums):
     """Forward and backward by the kernels; the tiles' forward where flash does not serve."""
     if attention.flash_serves(query, key, value, spec):
-        z, logsumexp = attention.flash_forward(query, key, value, spec.scale)
+        z, logsumexp = flash_forward(query, key, value, spec.scale)
     else:
         z, logsumexp = attention._forward(query, key, value, None, spec)
     delta = torch.einsum("bhtd,bhtd->bht", dz.float(), z.float())

@@ -2,9 +2,9 @@
 
 1. On a CPU, PyTorch's flash kernel gives both, for causal calls, masks, grouped heads and single queries. It
    is called in the layout in which transformers' own SDPA function calls it, so z has the same bits.
-2. On a GPU, flash attention where nothing is masked, the memory-efficient kernel where something is.
-3. Elsewhere (soft-cap, sinks, values of another width, other devices, or a gradient is wanted), scores are
-   formed for one block of queries at a time.
+2. On a GPU, flash attention where nothing is masked.
+3. Elsewhere (a mask on a GPU, soft-cap, sinks, values of another width, other devices, or a gradient is
+   wanted), scores are formed for one block of queries at a time.
 
 Sinks are logits without a value that join the softmax: z shrinks by what they take.
 
@@ -72,6 +72,50 @@ class Visible:
         return self.mask if self.mask.shape[0] == 1 else self.mask[rows]
 
 
+@dataclass(frozen=True)
+class Call:
+    """One attention call, computed.
+
+    Attributes:
+        query: Queries.
+        key: Keys, shared by consecutive query heads.
+        value: Values.
+        z: Output, sinks included.
+        logsumexp: Natural logarithm of each row's normaliser, sinks included.
+        visible: Which keys a query sees.
+        scale: Factor on `q . k`.
+        softcap: Bound of the scores, or None.
+        sinks: One logit per head that joins the softmax without a value, or None.
+    """
+
+    query: Float[Tensor, "batch head query d_head"]
+    key: Float[Tensor, "batch kv_head key d_head"]
+    value: Float[Tensor, "batch kv_head key d_value"]
+    z: Float[Tensor, "batch head query d_value"]
+    logsumexp: Float[Tensor, "batch head query"]
+    visible: Visible
+    scale: float
+    softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
+
+    @classmethod
+    def computed(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Visible,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Call:
+        """Compute it; arguments as the attributes."""
+        z, logsumexp = attention_with_logsumexp(
+            query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks
+        )
+        return cls(query, key, value, z, logsumexp, visible, scale, softcap, sinks)
+
+
 def attention_with_logsumexp(
     query: Float[Tensor, "batch head query d_head"],
     key: Float[Tensor, "batch kv_head key d_head"],
@@ -93,46 +137,77 @@ def attention_with_logsumexp(
         softcap: Bound of the scores, `cap * tanh(score / cap)`.
         sinks: One logit per head that joins the softmax without a value.
     """
-    tensors = (query, key, value)
-    by_kernel = softcap is None and sinks is None and query.shape[-1] == value.shape[-1]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        by_kernel = False  # the kernels' logsumexp passes no gradient back
-    if by_kernel and visible.window is None and query.device.type == "cpu":
-        return _flash_on_cpu(*tensors, visible, scale)
-    if by_kernel and visible.window is None and query.is_cuda and query.shape[-1] % 8 == 0:
-        return _on_cuda(*tensors, visible, scale)
-    return _in_blocks(*tensors, visible, scale, softcap, sinks)
+    batch, n_heads, n_queries, _ = query.shape
+    is_causal = visible.mask is None and n_queries > 1
+    aligned = not is_causal or n_queries == key.shape[2]  # the kernels align the first rows, not the last
+    if softcap is None and sinks is None and visible.window is None and aligned:
+        packed = query
+        if n_queries == 1 and visible.mask is not None:  # a KV head's queries as the rows of one head
+            packed = query.reshape(batch, key.shape[1], -1, query.shape[-1])
+        found = by_kernel(packed, key, value, scale=scale, is_causal=is_causal, mask=visible.mask)
+        if found is not None:
+            z, logsumexp = found
+            return z.reshape(query.shape), logsumexp.reshape(batch, n_heads, n_queries)
+    return _in_blocks(query, key, value, visible, scale, softcap, sinks)
 
 
-def kernel_to_keys(
+def by_kernel(
     query: Float[Tensor, "batch head query d_head"],
     key: Float[Tensor, "batch kv_head key d_head"],
     value: Float[Tensor, "batch kv_head key d_value"],
-    keys: Bool[Tensor, "batch 1 1 key"] | None,
     *,
     scale: float,
+    is_causal: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Float[Tensor, "batch head query d_value"], Float[Tensor, "batch head query"]] | None:
-    """Attention of all queries to the same `keys` (None: all), by a kernel; None where none serves.
+    """Attention by one of PyTorch's flash kernels; None where none serves.
+
+    Args:
+        query: Queries.
+        key: Keys; consecutive query heads share a KV head.
+        value: Values.
+        scale: Factor on `q . k`.
+        is_causal: Whether a query sees the keys up to its own alone; as many keys as queries.
+        mask: As in `Visible`; not beside `is_causal`. Served on a CPU.
 
     Returns:
         z, and the natural logarithm of each row's normaliser.
     """
-    tensors = (query, key, value)
     if query.shape[-1] != value.shape[-1] or (
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     ):
-        return None
+        return None  # the kernels' logsumexp passes no gradient back
     if query.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=_additive(keys, query.dtype), scale=scale
+            query, key, value, 0.0, is_causal, attn_mask=_additive(mask, query.dtype), scale=scale
         )
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and keys is None and half and query.shape[-1] % 8 == 0:
-        z, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, False, scale=scale
-        )
-        return z, logsumexp
+    if mask is None and flash_takes(query, key, value, is_causal=is_causal):
+        return flash_forward(query, key, value, scale, is_causal=is_causal)
     return None
+
+
+def flash_takes(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> bool:
+    """Whether PyTorch's flash kernels for CUDA compute this call, without a mask."""
+    if not query.is_cuda or query.shape[-1] % 8 or query.shape[-1] != value.shape[-1]:
+        return False
+    grouped = query.shape[1] != key.shape[1]
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, is_causal, grouped)
+    return torch.backends.cuda.can_use_flash_attention(parameters)
+
+
+def flash_forward(
+    query: Float[Tensor, "batch head query d_head"],
+    key: Float[Tensor, "batch kv_head key d_head"],
+    value: Float[Tensor, "batch kv_head key d_head"],
+    scale: float,
+    *,
+    is_causal: bool = True,
+) -> tuple[Float[Tensor, "batch head query d_head"], Float[Tensor, "batch head query"]]:
+    """Attention on CUDA: z, and the natural logarithm of each row's normaliser in float32."""
+    z, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, is_causal, scale=scale
+    )
+    return z, logsumexp
 
 
 def scores_of(
@@ -156,36 +231,6 @@ def weighted_values(
     batch, n_heads, n_queries, n_keys = pattern.shape
     by_group = pattern.reshape(batch, value.shape[1], -1, n_keys)
     return (by_group @ value).view(batch, n_heads, n_queries, value.shape[-1])
-
-
-def _flash_on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float
-) -> tuple[Tensor, Tensor]:
-    batch, n_heads, n_queries, width = query.shape
-    mask = _additive(visible.mask, query.dtype)
-    is_causal = mask is None and n_queries > 1
-    if is_causal and n_queries != key.shape[2]:
-        return _in_blocks(query, key, value, visible, scale, None, None)  # the kernel aligns the first rows
-    if n_queries == 1 and mask is not None:  # one KV head's queries as the rows of one head
-        query = query.reshape(batch, key.shape[1], -1, width)
-    z, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
-    )
-    return z.reshape(batch, n_heads, n_queries, width), logsumexp.reshape(batch, n_heads, n_queries)
-
-
-def _on_cuda(
-    query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float
-) -> tuple[Tensor, Tensor]:
-    n_queries = query.shape[2]
-    is_causal = visible.mask is None and n_queries > 1
-    whole = n_queries == key.shape[2] or not is_causal
-    if whole and visible.mask is None and query.dtype in (torch.float16, torch.bfloat16):
-        z, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, 0.0, is_causal, scale=scale
-        )
-        return z, logsumexp
-    return _in_blocks(query, key, value, visible, scale, None, None)
 
 
 def _in_blocks(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from stepflow_tl.errors import FusedRefusal
-from stepflow_tl.models.attention import Visible, attention_with_logsumexp
+from stepflow_tl.models.attention import Call, Visible
 from stepflow_tl.models.facts import class_names, computes_pattern_inside, is_bridge, wrapped_model
 from stepflow_tl.models.passes import replaced_forward
 
@@ -67,10 +67,22 @@ class AttentionCalls(ABC):
         """Entry of transformers' `AttentionMaskInterface`."""
 
 
+#: Keyword arguments of attention functions that change what is computed, and that nothing of ours implements.
+UNSERVED = (
+    "position_bias",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "indices",
+    "block_indices",
+    "head_mask",
+    "cache",
+)
+
+
 class PlainAttention(AttentionCalls):
     """Attention as transformers computes it with "sdpa"; what that cannot do, in blocks of queries.
 
-    Subclasses change what a call gives.
+    Subclasses say in which layers they need the logsumexp, and what they make of a call.
     """
 
     name: ClassVar[str] = "stepflow_tl_plain"
@@ -88,18 +100,36 @@ class PlainAttention(AttentionCalls):
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Z of one call, as `[batch, token, head, d_head]`."""
+        """The output of one call, as `[batch, token, head, d_head]`."""
+        layer = getattr(module, "layer_idx", None)
         sinks = kwargs.get("s_aux", kwargs.get("sinks"))
-        if softcap is None and sinks is None:
+        needed = self.needs_logsumexp(layer, query, key, kwargs)
+        if softcap is None and sinks is None and not needed:
             from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-            return sdpa_attention_forward(
+            z, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
             )
-        visible = Visible(query.shape[2], key.shape[2], attention_mask)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        z, _ = attention_with_logsumexp(query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks)
-        return z.transpose(1, 2).contiguous(), None
+        else:
+            visible = Visible(query.shape[2], key.shape[2], attention_mask)
+            scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+            call = Call.computed(query, key, value, visible, scale, softcap, sinks)
+            z = self.output(layer, call).transpose(1, 2).contiguous()
+        return self.finished(layer, value, z), None
+
+    def needs_logsumexp(
+        self, layer: int | None, query: Tensor, key: Tensor, arguments: Mapping[str, Any]
+    ) -> bool:
+        """Whether `output` is to be asked about this call, whatever computes it."""
+        return False
+
+    def output(self, layer: int | None, call: Call) -> Tensor:
+        """What becomes of a call that was computed with its logsumexp."""
+        return call.z
+
+    def finished(self, layer: int | None, value: Tensor, z: Tensor) -> Tensor:
+        """The last word on every call; z is `[batch, token, head, d_head]`."""
+        return z
 
     @staticmethod
     def mask(**kwargs: Any) -> Tensor | None:

@@ -16,7 +16,7 @@ output, `z_S` and `z_B` the outputs of attention restricted to S and to B, and `
 3. Rows that are left alone keep their bits. Windows, padding and causality come from the mask, soft-cap and
    sinks from the call, the controls' random regions from the spans.
 
-With `keep`, what a backward pass needs is returned as well (`BridgedRows`).
+With `kept`, what a backward pass needs is returned as well (`BridgedRows`).
 
 Cost: per span, the scores of its queries on the range of keys that the two groups lie in: while thinking,
 the prompt; while summarising, all. Memory: one block of at most `_BLOCK_ELEMENTS` scores. While decoding: one
@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepflow_tl.models.attention import Visible, kernel_to_keys, scores_of, weighted_values
+from stepflow_tl.models.attention import Call, by_kernel, scores_of, weighted_values
 from stepflow_tl.stepflow.bridge import Shifts, shifts_of
 from stepflow_tl.stepflow.report import LayerReport
 from stepflow_tl.stepflow.state import QuerySpan
@@ -56,33 +56,6 @@ class Bridge:
     tau_max: float
     max_bridge_share: float
     heads: Bool[Tensor, "head 1"] | None = None
-
-
-@dataclass(frozen=True)
-class Call:
-    """One attention call that has been computed without the bridge.
-
-    Attributes:
-        query: Queries.
-        key: Keys, shared by consecutive query heads.
-        value: Values.
-        z: Output, sinks included.
-        logsumexp: Natural logarithm of each row's normaliser, sinks included.
-        visible: Which keys a query sees.
-        scale: Factor on `q . k`.
-        softcap: Bound of the scores, or None.
-        sinks: One logit per head that joins the softmax without a value, or None.
-    """
-
-    query: Float[Tensor, "batch head query d_head"]
-    key: Float[Tensor, "batch kv_head key d_head"]
-    value: Float[Tensor, "batch kv_head key d_value"]
-    z: Float[Tensor, "batch head query d_value"]
-    logsumexp: Float[Tensor, "batch head query"]
-    visible: Visible
-    scale: float
-    softcap: float | None = None
-    sinks: Float[Tensor, " head"] | None = None
 
 
 @dataclass
@@ -250,7 +223,7 @@ def _bridge_by_kernel(call: Call, span: QuerySpan, queries: slice) -> tuple[Tens
     at, inside = (span.rows, slice(None), queries), slice(span.bridge_alone.start, span.bridge_alone.stop)
     keys = span.groups[1][..., inside]
     tensors = (call.query[at], call.key[span.rows, :, inside], call.value[span.rows, :, inside])
-    found = kernel_to_keys(*tensors, None if bool(keys.all()) else keys, scale=call.scale)
+    found = by_kernel(*tensors, scale=call.scale, mask=None if bool(keys.all()) else keys)
     return None if found is None else (found[1], found[0].to(found[1].dtype))
 
 

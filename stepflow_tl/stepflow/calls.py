@@ -23,11 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.models.attention import Visible, attention_with_logsumexp
-from stepflow_tl.models.attention_interface import PlainAttention
+from stepflow_tl.models.attention import Call
+from stepflow_tl.models.attention_interface import UNSERVED, PlainAttention
 from stepflow_tl.models.passes import NamedHook
-from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, Call, bridged_attention
-from stepflow_tl.stepflow.report import FlowReport, LayerReport
+from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, bridged_attention
+from stepflow_tl.stepflow.report import FlowReport
 from stepflow_tl.stepflow.state import FlowState, Granularity, QuerySpan
 
 
@@ -73,10 +73,6 @@ class FlowCalls:
             n_keys, self.granularity, placebo_seed=self.placebo_seed, device=torch.device(device)
         )
 
-    def counts(self, layer: int) -> LayerReport:
-        """Where the layer's rows are counted."""
-        return self.report.of(layer)
-
     def bridged(
         self, layer: int, call: Call, kept: BridgedRows | None = None
     ) -> Float[Tensor, "batch head query d_value"]:
@@ -91,7 +87,7 @@ class FlowCalls:
         n_rows, _, n_queries, _ = call.query.shape
         self.state.check_shape(n_rows, n_queries, _Place.of(layer, "z").name)
         spans = self.spans(call.key.shape[2], call.z.device)
-        return bridged_attention(call, spans, bridge, counts=self.counts(layer), kept=kept)
+        return bridged_attention(call, spans, bridge, counts=self.report.of(layer), kept=kept)
 
     def injected(
         self,
@@ -123,50 +119,31 @@ class FlowAttention(PlainAttention):
         """Attention that does what `calls` say."""
         self._calls = calls
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        softcap: float | None = None,
-        is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """Z of one call, as `[batch, token, head, d_head]`.
+    def needs_logsumexp(
+        self, layer: int | None, query: Tensor, key: Tensor, arguments: Mapping[str, Any]
+    ) -> bool:
+        """Whether a bridge acts on queries of this call.
 
         Raises:
-            ModelError: If a layer of the bridge wants what cannot be told apart by groups of keys.
+            ModelError: If the call wants what cannot be told apart by groups of keys.
         """
-        layer = getattr(module, "layer_idx", None)
-        spans = layer in self._calls.bridges and self._calls.spans(key.shape[2], query.device)
-        if layer is not None and spans:
-            for name in _UNSERVED:
-                if kwargs.get(name) is not None:
-                    raise ModelError(
-                        f"layer {layer}'s attention takes `{name}`, with which its bridge cannot be "
-                        "computed here: leave the layer out with shallow=[...]"
-                    )
-            visible = Visible(query.shape[2], key.shape[2], attention_mask)
-            scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-            sinks = kwargs.get("s_aux", kwargs.get("sinks"))
-            plain, logsumexp = attention_with_logsumexp(
-                query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks
-            )
-            call = Call(query, key, value, plain, logsumexp, visible, scale, softcap, sinks)
-            z = self._calls.bridged(layer, call)
-            z = z.transpose(1, 2).contiguous()
-        else:
-            shape = (scaling, dropout, softcap, is_causal)
-            z, _ = super().attend(module, query, key, value, attention_mask, *shape, **kwargs)
-        return z if layer is None else self._calls.injected(layer, value, z), None
+        if layer not in self._calls.bridges or not self._calls.spans(key.shape[2], query.device):
+            return False
+        for name in UNSERVED:
+            if arguments.get(name) is not None:
+                raise ModelError(
+                    f"layer {layer}'s attention takes `{name}`, with which its bridge cannot be "
+                    "computed here: leave the layer out with shallow=[...]"
+                )
+        return True
 
+    def output(self, layer: int | None, call: Call) -> Tensor:
+        """The call under its layer's bridge."""
+        return call.z if layer is None else self._calls.bridged(layer, call)
 
-#: Arguments of attention functions that change scores in a way of their own.
-_UNSERVED = ("position_bias", "head_mask", "indices", "block_indices", "cu_seq_lens_q", "cache")
+    def finished(self, layer: int | None, value: Tensor, z: Tensor) -> Tensor:
+        """The output with its layer's momentum."""
+        return z if layer is None else self._calls.injected(layer, value, z)
 
 
 class _Place(NamedTuple):

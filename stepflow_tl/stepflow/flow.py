@@ -20,7 +20,7 @@ import ast
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -168,28 +168,19 @@ class StepFlow:
         report = FlowReport(*self.bands(model))
         return FlowHooks(self._pairs(model, state, report, detach_values), report)
 
-    def calls(
-        self,
-        model: Any,
-        trace: ReasoningTrace | Sequence[ReasoningTrace],
-        *,
-        detach_values: bool = False,
-        padding_side: Literal["left", "right"] = "left",
-    ) -> FlowCalls:
+    def calls(self, model: Any, trace: ReasoningTrace, *, detach_values: bool = False) -> FlowCalls:
         """The same for attention calls that form no scores, in passes over exactly the tokens of `trace`.
 
         Args:
             model: A TransformerBridge or a transformers causal LM.
-            trace: As in `hooks`.
+            trace: The trace.
             detach_values: As in `hooks`.
-            padding_side: As in `hooks`.
 
         Raises:
             ModelError: If a layer or head does not exist.
         """
-        traces = [trace] if isinstance(trace, ReasoningTrace) else list(trace)
-        state = FlowState.from_traces(traces, padding_side)
-        return self._calls(model, state, FlowReport(*self.bands(model)), detach_values)
+        report = FlowReport(*self.bands(model))
+        return self._calls(model, FlowState.from_trace(trace), report, detach_values)
 
     @contextmanager
     def generating(
@@ -252,12 +243,14 @@ class StepFlow:
             return
         calls = self._calls(model, state, report, detach_values=False)
 
-        def eager(layer: int) -> AbstractContextManager[None]:
-            if layer not in calls.bridges:
-                return nullcontext()
+        @cache
+        def scores_hook(layer: int) -> NamedHook:
             (hooks,) = resolve_hooks(model, [layer]).layers
             shared = dict(state=state, heads=self._heads_of(model, layer), report=report)
-            return attached(model, last=[self._bridge(model, hooks, shared)])
+            return self._bridge(model, hooks, shared)
+
+        def eager(layer: int) -> AbstractContextManager[None]:
+            return attached(model, last=[scores_hook(layer)]) if layer in calls.bridges else nullcontext()
 
         with attached(model, last=calls.hooks), installed(model, FlowAttention(calls), eager):
             yield

@@ -4,9 +4,9 @@ import pytest
 import torch
 from bridged_calls import draw_call, flow_state, visible_keys, written_out
 
-from stepflow_tl.models.attention import Visible, attention_with_logsumexp
+from stepflow_tl.models.attention import Call, Visible, attention_with_logsumexp
 from stepflow_tl.stepflow import bridged_attention as module
-from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, Call, bridged_attention
+from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, bridged_attention
 from stepflow_tl.stepflow.report import FlowReport, LayerReport
 
 SCALE, TAU_MAX, SHARE = 0.3, 0.5, 0.6
@@ -94,9 +94,9 @@ def test_a_long_bridge_goes_through_a_kernel(monkeypatch, granularity, control, 
     call = plain_call(state, dtype, sinks=sinks, as_mask=False)
     spans = state.spans(state.current.end, granularity, placebo_seed=control)
     by_scores = bridged_attention(call, spans, Bridge(TAU_MAX, SHARE))
-    calls, kernel = [], module.kernel_to_keys
+    calls, kernel = [], module.by_kernel
     monkeypatch.setattr(module, "_KERNEL_KEYS", 1)
-    monkeypatch.setattr(module, "kernel_to_keys", lambda *a, **k: calls.append(a) or kernel(*a, **k))
+    monkeypatch.setattr(module, "by_kernel", lambda *a, **k: calls.append(a) or kernel(*a, **k))
     found = bridged_attention(call, spans, Bridge(TAU_MAX, SHARE))
     assert len(calls) >= len(spans) // 2 and not torch.equal(found, call.z)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]

@@ -47,13 +47,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.models.attention import Visible
+from stepflow_tl.models.attention import Call, Visible, by_kernel, flash_takes
 from stepflow_tl.saliency.fused.bridged import OTHER, BridgedTerms, Bridging
 from stepflow_tl.saliency.fused.call import AttentionSpec, BackwardCall, accumulation_dtype
 from stepflow_tl.saliency.fused.steps import StepSums
 from stepflow_tl.saliency.fused.sweep import tiled_backward, tiled_forward
 from stepflow_tl.saliency.fused.triton_pooling import available, pool_on_device
-from stepflow_tl.stepflow.bridged_attention import BridgedRows, Call, bridged_attention
+from stepflow_tl.stepflow.bridged_attention import BridgedRows, bridged_attention
 
 
 def saliency_attention(
@@ -143,15 +143,10 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """Return z and the logsumexp of each row's scores, sink included."""
-    is_plain = spec.window_within(query.shape[2]) is None and spec.softcap is None
-    if flash_serves(query, key, value, spec):
-        z, logsumexp = flash_forward(query, key, value, spec.scale)
-    elif query.device.type == "cpu" and value.shape[-1] == query.shape[-1] and is_plain:
-        z, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, True, scale=spec.scale
-        )
-    else:
-        z, logsumexp = tiled_forward(query, key, value, spec)
+    served = None
+    if _is_plain(query, spec):
+        served = by_kernel(query, key, value, scale=spec.scale, is_causal=True)
+    z, logsumexp = tiled_forward(query, key, value, spec) if served is None else served
     if sinks is not None:
         with_sink = torch.logaddexp(logsumexp, sinks.to(logsumexp.dtype)[:, None])
         z = z * torch.exp(logsumexp - with_sink)[..., None].to(z.dtype)
@@ -161,12 +156,11 @@ def _forward(
 
 def flash_serves(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> bool:
     """Whether PyTorch's flash kernels compute this call, forward and backward."""
-    is_plain = spec.window_within(query.shape[2]) is None and spec.softcap is None
-    if not query.is_cuda or not is_plain or query.shape[-1] % 8:
-        return False
-    grouped = query.shape[1] != key.shape[1]
-    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, grouped)
-    return query.shape[-1] == value.shape[-1] and torch.backends.cuda.can_use_flash_attention(parameters)
+    return _is_plain(query, spec) and flash_takes(query, key, value, is_causal=True)
+
+
+def _is_plain(query: Tensor, spec: AttentionSpec) -> bool:
+    return spec.window_within(query.shape[2]) is None and spec.softcap is None
 
 
 def kernels_serve(
@@ -184,19 +178,6 @@ def kernels_serve(
         return kernel
     # The flash backward knows nothing of the bridge.
     return bridged is None and (kernel or not pooling) and flash_serves(query, key, value, spec)
-
-
-def flash_forward(
-    query: Float[Tensor, "batch head token d_head"],
-    key: Float[Tensor, "batch kv_head token d_head"],
-    value: Float[Tensor, "batch kv_head token d_head"],
-    scale: float,
-) -> tuple[Float[Tensor, "batch head token d_head"], Float[Tensor, "batch head token"]]:
-    """Causal attention: z, and the natural logarithm of each row's normaliser in float32."""
-    z, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, True, scale=scale
-    )
-    return z, logsumexp
 
 
 def kernel_backward(

@@ -23,15 +23,13 @@ import torch
 from torch import Tensor
 
 from stepflow_tl.errors import FusedRefusal
-from stepflow_tl.models.attention_interface import AttentionCalls
+from stepflow_tl.models.attention_interface import UNSERVED, AttentionCalls
 from stepflow_tl.saliency.fused.attention import saliency_attention
 from stepflow_tl.saliency.fused.bridged import Bridging, SequenceGroups
 from stepflow_tl.saliency.fused.call import AttentionSpec, accumulation_dtype
 from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
 from stepflow_tl.stepflow.calls import FlowCalls
 
-# Keyword arguments of attention functions that change what is computed, and that nothing here implements.
-_UNSUPPORTED = "position_bias cu_seq_lens_q cu_seq_lens_k indices block_indices head_mask cache".split()
 _MASK_ENTRIES_PER_BLOCK = 1 << 22
 
 
@@ -87,7 +85,7 @@ class FusedSession(AttentionCalls):
                 "the causal LM runs its layers again where only its unembedding was asked for: its logits "
                 "are not made from the output of its `base_model`"
             )
-        for name in _UNSUPPORTED:
+        for name in UNSERVED:
             if kwargs.get(name) is not None:
                 raise FusedRefusal(f"layer {layer}'s attention takes `{name}`")
         if dropout:

@@ -3,15 +3,16 @@
 import pytest
 import torch
 from bridged_calls import N_HEADS, draw_call, flow_state, written_out
+from saliency_oracles import pool_by_loops
 
-from stepflow_tl.models.attention import Visible, attention_with_logsumexp
+from stepflow_tl.models.attention import Call, Visible, attention_with_logsumexp
 from stepflow_tl.saliency.fused import steps, sweep
 from stepflow_tl.saliency.fused.attention import saliency_attention
 from stepflow_tl.saliency.fused.bridged import BRIDGE, OTHER, OWN, Bridging, SequenceGroups
 from stepflow_tl.saliency.fused.call import AttentionSpec
 from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
 from stepflow_tl.stepflow import bridged_attention as bridged_attention_module
-from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, Call, bridged_attention
+from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, bridged_attention
 from stepflow_tl.stepflow.report import LayerReport
 
 OPTIONS = {
@@ -54,15 +55,6 @@ def assert_rows_of_every_kind(query, key, value, spec, sinks, bridging):
         bridged_attention(call, bridging.spans, bridging.bridge, counts=counts, kept=kept)
     n_active, n_capped = int(kept.active.sum()), int((kept.active & kept.capped).sum())
     assert 0 < n_capped < n_active < counts.rows, (n_capped, n_active, counts.rows)
-
-
-def pooled(saliency, step_ids):
-    n_steps = int(step_ids.max()) + 1
-    out = saliency.new_zeros(saliency.shape[0], n_steps, n_steps + 1)
-    for i in range(n_steps):
-        for j in [*range(n_steps), -1]:
-            out[:, i, j] = saliency[:, step_ids == i][:, :, step_ids == j].sum((1, 2))
-    return out
 
 
 @pytest.mark.parametrize("diagonal_only", [False, True], ids=["all paths", "diagonal only"])
@@ -109,7 +101,7 @@ def test_values_gradients_and_map_equal_the_hook(tiles, case, granularity, contr
     for ours, theirs in zip(grads, expected, strict=False):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
     saliency = (pattern * expected[-1]).abs().detach()[0]
-    torch.testing.assert_close(sums.sums, pooled(saliency, step_ids), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(sums.sums, pool_by_loops(saliency, step_ids), rtol=1e-9, atol=1e-11)
     plain = saliency_attention(query, key, value, spec, sinks=sinks)
     assert (plain - z).abs().max() > 1e-2
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from accelerate import dispatch_model
+from saliency_oracles import pool_by_loops
 from tiny_architectures import ATTENTION_VARIETIES, N_LAYERS, build_bridge, build_hf_model
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -98,16 +99,6 @@ def eager(monkeypatch):
     return switch
 
 
-def pooled_by_loops(saliency):
-    """`[head, query, key]` to `[head, query_step, key_bin]`."""
-    n_steps = int(STEP_IDS.max()) + 1
-    out = saliency.new_zeros(saliency.shape[0], n_steps, n_steps + 1)
-    for i in range(n_steps):
-        for j in [*range(n_steps), -1]:
-            out[:, i, j] = saliency[:, STEP_IDS == i][:, :, STEP_IDS == j].sum((1, 2))
-    return out
-
-
 @pytest.mark.parametrize("name", ATTENTION_VARIETIES)
 def test_per_token_equals_one_backward_pass_a_token(name, objective, eager, tile_size, float64_throughout):
     model = build_hf_model(name)
@@ -122,7 +113,7 @@ def test_per_token_equals_one_backward_pass_a_token(name, objective, eager, tile
         grads = torch.autograd.grad(loss, patterns, retain_graph=True)
         for layer in ALL_LAYERS:
             rows[layer][:, t] = (patterns[layer] * grads[layer]).abs().detach()[0, :, t]
-    close(ours, torch.stack([pooled_by_loops(x) for x in rows]), 1e-8)
+    close(ours, torch.stack([pool_by_loops(x, STEP_IDS) for x in rows]), 1e-8)
 
 
 @pytest.mark.parametrize("name", ATTENTION_VARIETIES)
@@ -142,7 +133,7 @@ def test_mean_loss_equals_retained_gradients(name, objective, eager, tile_size, 
         loss = objective(kind).loss(logits, TOKENS[None])
         grads = torch.autograd.grad(loss, patterns, retain_graph=True)
         expected = [(p * g).abs().detach()[0] for p, g in zip(patterns, grads, strict=True)]
-        close(map_, torch.stack([pooled_by_loops(x) for x in expected]), 1e-8)
+        close(map_, torch.stack([pool_by_loops(x, STEP_IDS) for x in expected]), 1e-8)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])

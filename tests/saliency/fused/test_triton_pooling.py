@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stepflow_tl.errors import FusedRefusal
+from stepflow_tl.models.attention import flash_forward
 from stepflow_tl.saliency.fused import attention, triton_pooling
 from stepflow_tl.saliency.fused.attention import saliency_attention
 from stepflow_tl.saliency.fused.call import AttentionSpec, BackwardCall
@@ -312,7 +313,7 @@ def test_device_path_equals_the_tiles(stand_ins, options, wanted):
     expected = torch.autograd.grad(z, leaves, dz)
 
     if spec.window is None and spec.softcap is None:
-        z, logsumexp = stand_ins.flash_forward(query, key, value, SCALE)
+        z, logsumexp = flash_forward(query, key, value, SCALE)
         if sinks is not None:
             with_sink = torch.logaddexp(logsumexp, sinks[:, None])
             z, logsumexp = z * torch.exp(logsumexp - with_sink)[..., None], with_sink
@@ -333,7 +334,7 @@ def test_device_path_equals_the_tiles(stand_ins, options, wanted):
 
 def test_flash_attentions_real_signatures_take_what_is_passed():
     query, key, value, dz = (x.to("meta") for x in draw(45, 16, batch=1, dtype=torch.bfloat16))
-    z, logsumexp = attention.flash_forward(query, key, value, SCALE)
+    z, logsumexp = flash_forward(query, key, value, SCALE)
     assert z.shape == query.shape and logsumexp.shape == query.shape[:-1]
     assert logsumexp.dtype == torch.float32
     call = BackwardCall(query, key, value, logsumexp, dz, logsumexp, AttentionSpec(SCALE))
@@ -380,5 +381,7 @@ def test_the_device_path_is_taken_where_its_kernels_serve(monkeypatch, options, 
     spec = AttentionSpec(SCALE, **{name: value for name, value in options.items() if name != "pooling"})
     query, key = OnCuda(1, HEADS, 5, 8), OnCuda(1, KV_HEADS, 5, 8)
     selection = inspect.unwrap(attention.kernels_serve)  # the stand-ins are not tensors
+    monkeypatch.setattr(attention, "flash_takes", inspect.unwrap(attention.flash_takes))
+    monkeypatch.setattr(attention, "_is_plain", inspect.unwrap(attention._is_plain))
     monkeypatch.setattr(attention, "flash_serves", inspect.unwrap(attention.flash_serves))
     assert selection(query, key, key, spec, pooling=pooling) == served

@@ -6,7 +6,6 @@ from tiny_architectures import ATTENTION_VARIETIES, build_bridge, build_hf_model
 
 from stepflow_tl import step_saliency
 from stepflow_tl.errors import FusedRefusal, ModelError
-from stepflow_tl.saliency.fused import steps, sweep
 from stepflow_tl.stepflow import StepFlow
 from stepflow_tl.trace import ReasoningTrace
 
@@ -33,15 +32,6 @@ def trace(tiny_tokenizer):
     made = ReasoningTrace.from_parts(tiny_tokenizer, "What is 2+2?", thinking, "It is four.\n\n4")
     assert min(step.n_tokens for step in made.steps) == 1 and len(made) % 16
     return made
-
-
-@pytest.fixture(params=["small", "default"])
-def tiles(request, monkeypatch, threads):
-    if request.param == "small":
-        monkeypatch.setattr(steps, "KEYS_PER_TILE", 16)
-        monkeypatch.setattr(sweep, "ROWS_PER_TILE", 40)
-        monkeypatch.setattr(sweep, "SHORTEST_SHARED", 8)
-        threads(3)
 
 
 def close(ours, theirs, tolerance):
@@ -90,7 +80,7 @@ def test_in_float32_and_in_compatibility_mode(name, trace):
 
 @pytest.mark.parametrize("objective", ["per_token", "response"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-def test_tiles_checkpoints_and_layers_change_nothing(name, objective, trace, tiles):
+def test_tiles_checkpoints_and_layers_change_nothing(name, objective, trace, tile_size):
     flow = CASES[objective]
     for model in (build_bridge(name), build_hf_model(name)):
         arguments = dict(objective=objective, stepflow=flow)
