@@ -27,7 +27,8 @@ import torch
 
 from stepflow_tl import StepFlow
 from stepflow_tl.evaluation import Decoding, Prompting, questions_of, read_questions
-from stepflow_tl.evaluation.generation import AnswerWriter, end_tokens
+from stepflow_tl.evaluation.decoding import end_tokens
+from stepflow_tl.evaluation.generation import AnswerWriter
 from stepflow_tl.models.loading import load_model
 from stepflow_tl.models.passes import model_device
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems

@@ -2,8 +2,9 @@
 
 from stepflow_tl.evaluation.choice_grader import choice
 from stepflow_tl.evaluation.code_grader import code
+from stepflow_tl.evaluation.decoding import Decoding
 from stepflow_tl.evaluation.evaluation import Evaluation, evaluate, standard_conditions
-from stepflow_tl.evaluation.generation import Answer, AnswerWriter, Decoding, Prompting, write_answers
+from stepflow_tl.evaluation.generation import Answer, AnswerWriter, Prompting, write_answers
 from stepflow_tl.evaluation.graders import exact, steps
 from stepflow_tl.evaluation.grading import GRADERS, Grader, Question, Verdict, register_grader
 from stepflow_tl.evaluation.maths_grader import maths

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from stepflow_tl.evaluation.generation import Answer, Decoding, Prompting, write_answers
+from stepflow_tl.evaluation.decoding import Decoding
+from stepflow_tl.evaluation.generation import Answer, Prompting, write_answers
 from stepflow_tl.evaluation.graders import exact
 from stepflow_tl.evaluation.grading import Grade, Grader, Question, Verdict, graded, prepared
 from stepflow_tl.results.tables import probability, text_table

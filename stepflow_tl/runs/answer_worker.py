@@ -1,7 +1,7 @@
 """One model and what is done with a batch of questions: write the answers, then grade them.
 
 1. Before the first batch: the grader, every condition, the format and the splitter are checked, and the
-   batches planned (`evaluation.generation`).
+   batches planned (`evaluation.decoding`).
 2. Per batch and condition: the answers are written, under the condition's StepFlow, and graded.
 3. A batch that does not fit into memory is written in halves, and said so. Greedy answers may then differ
    from those of the whole batch where two tokens tie within rounding.
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from stepflow_tl.errors import ProblemError
 from stepflow_tl.evaluation import Answer, AnswerWriter, Decoding, Grader, Prompting, Question
+from stepflow_tl.evaluation.decoding import Row
 from stepflow_tl.evaluation.evaluation import refuse_nothing
-from stepflow_tl.evaluation.generation import Row
 from stepflow_tl.evaluation.grading import Grade, graded, prepared
 from stepflow_tl.models.facts import model_facts
 from stepflow_tl.runs.answer_file import Answered, AnswerSettings, answer_id, digest_of

@@ -35,8 +35,8 @@ from stepflow_tl.evaluation import (
     read_questions,
     standard_conditions,
 )
+from stepflow_tl.evaluation.decoding import Row
 from stepflow_tl.evaluation.evaluation import Stop
-from stepflow_tl.evaluation.generation import Row
 from stepflow_tl.evaluation.grading import Grade, grader_named, prepared
 from stepflow_tl.results.files import write_atomically
 from stepflow_tl.results.journal import Journal

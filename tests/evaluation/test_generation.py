@@ -7,10 +7,12 @@ import torch
 
 from stepflow_tl import ReasoningTrace, StepFlow
 from stepflow_tl.errors import TraceError
-from stepflow_tl.evaluation import AnswerWriter, Decoding, Prompting, generation, write_answers
-from stepflow_tl.evaluation.generation import Row, _answer, _batches, _choose, end_tokens
+from stepflow_tl.evaluation import AnswerWriter, Decoding, Prompting, evaluate, generation, write_answers
+from stepflow_tl.evaluation.decoding import Row, _choose, end_tokens, plan_batches
+from stepflow_tl.evaluation.generation import _answer
 from stepflow_tl.models import cached_rows
-from stepflow_tl.testbed import ProblemSpec, make_problems
+from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
+from stepflow_tl.testbed.model import read_weights
 from stepflow_tl.testbed.vocabulary import prompt_of
 from stepflow_tl.trace.formats.chat_template import detect_format
 
@@ -52,6 +54,19 @@ def test_answers_under_a_flow_equal_one_pass_over_them(model, questions):
         for position in range(first, len(answer.tokens)):
             best = logits[position - 1].max()
             assert logits[position - 1, answer.tokens[position]] > best - 1e-3  # ties within rounding
+
+
+def test_a_plain_transformers_model_is_evaluated_as_its_bridge_is(questions):
+    """Same weights, same attention under every condition, so the same answers."""
+    plain, tokenizer = read_weights()
+    bridge = load_testbed_model()
+    plain.tokenizer = tokenizer
+    conditions = {"plain": None, "StepFlow": StepFlow(tau_max=0.6, alpha=0.9)}
+    options = dict(conditions=conditions, decoding=Decoding(max_new_tokens=60))
+    found, expected = (evaluate(model, questions, **options) for model in (plain, bridge))
+    for name in conditions:
+        assert found.results[name].answers == expected.results[name].answers
+    assert found.results["plain"].answers != found.results["StepFlow"].answers
 
 
 def test_samples_share_their_random_numbers_over_conditions(model, questions):
@@ -221,12 +236,12 @@ def test_batches_are_filled_by_tokens_and_by_rows():
 
     def lengths(**options):
         decoding = Decoding(max_new_tokens=10, **options)
-        return [[len(row.prompt) for row in batch] for batch in _batches(rows, decoding, True)]
+        return [[len(row.prompt) for row in batch] for batch in plan_batches(rows, decoding, True)]
 
     assert lengths() == [[10, 10, 20, 30, 100]]
     assert lengths(batch_size=2) == [[10, 10], [20, 30], [100]]
     assert lengths(batch_tokens=90) == [[10, 10, 20], [30], [100]]  # 100 is too long for any, and goes alone
-    assert list(map(len, _batches(rows, Decoding(), False))) == [2, 1, 1, 1]
+    assert list(map(len, plan_batches(rows, Decoding(), False))) == [2, 1, 1, 1]
 
 
 def test_the_ends_of_a_turn_are_the_tokenizers_and_the_models(model, monkeypatch):
