@@ -9,7 +9,8 @@
 2. `generate` keeps every row until the last of its batch has ended. Tokens per second count what belongs to
    the answers, not what is written after an end.
 3. Answers are compared token by token: they may differ only where rounding, which depends on the batch,
-   decides between two tokens. How many differ is reported.
+   decides between two tokens. How many differ is reported; with `--other-rows N`, also how many differ when
+   `rows leave` writes them once more in batches of N.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="{question}")
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--rows", type=int, default=32, help="of a batch")
+    parser.add_argument("--other-rows", type=int, help="write once more in batches of so many, and compare")
     parser.add_argument("--max-new-tokens", type=int, default=320)
     parser.add_argument("--stepflow", action="store_true", help="under the paper's StepFlow")
     parser.add_argument("--repeats", type=int, default=3)
@@ -99,6 +101,16 @@ def main() -> None:
         "answers_that_differ": sum(a != b for a, b in zip(*answers.values(), strict=True)),
         "device": str(model_device(model)),
     }
+    if options.other_rows is not None:
+        # Batches are planned by length: answers are matched by their question's place.
+        places = [row.question for batch in writer.batches for row in batch]
+        before = dict(zip(places, answers["rows leave"], strict=True))
+        writer = AnswerWriter(model, texts, replace(decoding, batch_size=options.other_rows), prompting)
+        differ = 0
+        for batch in writer.batches:
+            after = rows_leave(batch)
+            differ += sum(before[row.question] != new for row, new in zip(batch, after, strict=True))
+        found["answers_that_differ_in_other_batches"] = differ
     print(json.dumps(found, indent=1))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1))
