@@ -9,7 +9,8 @@
 3. `run`: `analyze_dataset` over the same file with the same loaded model, timed as a whole: reading,
    tokenising, analysis, diagnosis, hashing, writing with fsync, manifest, summary.
 4. Throughput of the run relative to the single calls: time of 2 over time of 3. The two take turns in blocks
-   of `--block` traces, so that a busy machine falls on both alike.
+   of `--block` traces, so that a busy machine falls on both alike. With --stepflow, so does `repaired`, the
+   run again, its maps of the repaired flow.
 5. `resume`: the same call again, which finds everything done.
 6. Resident memory is read after every trace of the run; its growth is the slope of a least-squares line over
    the second half, per 100 traces.
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="a name or path, or testbed")
     parser.add_argument("--splitter", default="line")
     parser.add_argument("--block", type=int, default=20)
+    parser.add_argument("--stepflow", action="store_true", help="also run under StepFlow")
     parser.add_argument("--skip-single", action="store_true", help="measure memory only")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
@@ -44,6 +46,7 @@ def main() -> None:
     from stepflow_tl.runs import analyze_dataset
     from stepflow_tl.runs.records import read_records
     from stepflow_tl.saliency import step_saliency
+    from stepflow_tl.stepflow import StepFlow
     from stepflow_tl.testbed.model import load_testbed_model
     from stepflow_tl.trace import ReasoningTrace
 
@@ -72,7 +75,7 @@ def main() -> None:
 
         step_saliency(model, next(traces(paths[0])))
         watcher = Memory()
-        single, whole, resumed = [], [], []
+        single, whole, repaired, resumed = [], [], [], []
         for number, path in enumerate(paths):
             out = folder / f"out{number}"
 
@@ -94,6 +97,13 @@ def main() -> None:
             seconds, report = run()
             assert report.is_complete, str(report)
             whole.append(seconds)
+            if arguments.stepflow:
+                began = time.perf_counter()
+                report = analyze_dataset(
+                    model, path, folder / f"repaired{number}", splitter=arguments.splitter, stepflow=StepFlow()
+                )
+                repaired.append(time.perf_counter() - began)
+                assert report.is_complete, str(report)
             if not arguments.skip_single and not number % 2:
                 single.append(each())
             watcher.is_on = False
@@ -112,6 +122,13 @@ def main() -> None:
             "single_seconds": sum(single),
             "throughput_relative_to_single": sum(single) / sum(whole),
             "median_over_blocks": statistics.median(ratios),
+        }
+    if repaired:
+        ratios = [a / b for a, b in zip(whole, repaired, strict=True)]
+        figures |= {
+            "repaired_seconds": sum(repaired),
+            "repaired_throughput": sum(whole) / sum(repaired),
+            "repaired_throughput_by_block": [round(ratio, 3) for ratio in ratios],
         }
     for name, value in figures.items():
         print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
