@@ -100,7 +100,11 @@ def main() -> None:
             if arguments.stepflow:
                 began = time.perf_counter()
                 report = analyze_dataset(
-                    model, path, folder / f"repaired{number}", splitter=arguments.splitter, stepflow=StepFlow()
+                    model,
+                    path,
+                    folder / f"repaired{number}",
+                    splitter=arguments.splitter,
+                    stepflow=StepFlow(),
                 )
                 repaired.append(time.perf_counter() - began)
                 assert report.is_complete, str(report)
