@@ -11,7 +11,7 @@ from stepflow_tl.trace.formats import get_format
 from stepflow_tl.trace.splitting import TokenTracker, resolve_splitter
 from stepflow_tl.trace.steps import WHITE_SPACE
 
-LAW = settings(max_examples=1000, deadline=None)
+LAW = settings(max_examples=500, deadline=None)
 TOKENIZERS = {
     "bytes": family_tokenizer("chatml"),
     "spelled markers": family_tokenizer("chatml", tags="plain"),
