@@ -4,7 +4,7 @@ Each written step is held against the one right derivation, in order; the first 
 
 - `definition`: the name, operands or sign are not the question's (the definition was looked up wrongly);
 - `earlier step`: an earlier variable's value is not what the trace itself had found for it;
-- `copy`: a number of the definition, just written, is repeated wrongly;
+- `copy`: a number of the definition, or a value just stated, is repeated wrongly;
 - `arithmetic`: all of that is right, and the result is wrong;
 - `form`: the text is not a step, or steps are missing or too many;
 - `answer`: the thinking is right and the summary is not.
@@ -27,6 +27,7 @@ ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 FLOW_ERRORS: tuple[ErrorKind, ...] = ("definition", "earlier step")
 
 _STEP = re.compile(r"([a-z]) = (\w) ([+-]) (\w): (\d) ([+-]) (\d) = (\d)")
+_LONG_STEP = re.compile(r"([a-z]) = (\w) ([+-]) (\w)\n((?:\w = \d\n)*)(\d) ([+-]) (\d) = (\d)")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def grade(problem: Problem, thinking: str, summary: str) -> Grade:
     correct = summary.strip() == problem.answer
     written = [piece for piece in thinking.strip().split("\n\n") if piece]
     for i, derivation in enumerate(problem.derivations):
-        error = _first_error(derivation, written[i]) if i < len(written) else "form"
+        first_error = _first_error_of_lines if problem.spec.long_steps else _first_error
+        error = first_error(derivation, written[i]) if i < len(written) else "form"
         if error is not None:
             return Grade(correct, error, i, i)
     n_right = len(problem.derivations)
@@ -79,3 +81,25 @@ def _first_error(derivation: Derivation, text: str) -> ErrorKind | None:
     if sign_again != sign:
         return "form"
     return None if int(value) == derivation.value else "arithmetic"
+
+
+def _first_error_of_lines(derivation: Derivation, text: str) -> ErrorKind | None:
+    """As `_first_error`, of a long step: a variable's value is an earlier step's where it is first stated."""
+    match = _LONG_STEP.fullmatch(text)
+    if match is None:
+        return "form"
+    stated = [tuple(line.split(" = ")) for line in match[5].splitlines()]
+    error = _first_error(derivation, f"{text.splitlines()[0]}: {derivation.result}")
+    if error is not None:
+        return error
+    operands = ((derivation.left, derivation.left_value), (derivation.right, derivation.right_value))
+    true = [(name, str(value)) for name, value in operands if name.isalpha()]
+    if [name for name, _ in stated] != [name for name, _ in true]:
+        return "form"
+    if stated != true:
+        return "earlier step"
+    if (match[6], match[8]) != (str(derivation.left_value), str(derivation.right_value)):
+        return "copy"
+    if match[7] != derivation.sign:
+        return "form"
+    return None if int(match[9]) == derivation.value else "arithmetic"

@@ -22,6 +22,7 @@ from stepflow_tl.results.files import file_digest
 
 NAME = "stepflow-testbed"
 SHIPPED = Path(__file__).parent / "shipped"
+DEPTHS = (6, 12)  # of the testbed models: 12 layers have bands of three
 N_CTX = 1024
 _NEEDED = {"model.safetensors", "config.json", "tokenizer.json"}
 CONFIG: dict[str, Any] = dict(
@@ -68,11 +69,11 @@ def load_testbed_model(
     return boot_bridge(hf_model, tokenizer, NAME, dtype)
 
 
-def new_model(n_vocab: int) -> Any:
+def new_model(n_vocab: int, n_layers: int = DEPTHS[0]) -> Any:
     """An untrained transformers `Qwen2ForCausalLM` of the testbed's shape, from torch's random state."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return Qwen2ForCausalLM(Qwen2Config(vocab_size=n_vocab, **CONFIG))
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=n_vocab, **CONFIG | {"num_hidden_layers": n_layers}))
 
 
 def read_weights(folder: Path = SHIPPED) -> tuple[Any, Any]:
@@ -144,7 +145,9 @@ def _check_shape(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         (n_vocab, _) = file.get_slice("model.embed_tokens.weight").get_shape()
-    for name, expected in {**CONFIG, "vocab_size": n_vocab}.items():
+    depth = config.get("num_hidden_layers")
+    shape = {**CONFIG, "vocab_size": n_vocab, "num_hidden_layers": depth if depth in DEPTHS else DEPTHS}
+    for name, expected in shape.items():
         if config.get(name) != expected:
             raise ModelError(
                 f"{folder} does not hold the testbed model: {name} is {config.get(name)!r}, expected "

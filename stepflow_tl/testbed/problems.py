@@ -21,6 +21,10 @@
 3. A step's true sources are therefore one premise, its definition, and one or two earlier steps. A premise is
    told once, at the beginning, and may be needed at the very end; so may the value of an early step.
 4. Distractors are definitions of capital letters, which nothing uses and no step works out.
+5. With `n_asked=2` the question asks for the sum of the last variable and one of the first half, so the
+   summary needs two thinking steps, one of them early: `find c + a`, and the summary is `7 + 1 = 8`.
+6. With `long_steps` a step is a paragraph: its definition, the values of the variables in it, a line each,
+   and the result: `c = b + a`, `b = 6`, `a = 1`, `6 + 1 = 7`.
 
 Numbers are taken modulo `modulus`, at most 10, so every value is one digit, one token.
 """
@@ -29,7 +33,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from string import ascii_lowercase, ascii_uppercase
 
 from stepflow_tl.errors import ProblemError
@@ -47,6 +51,8 @@ class ProblemSpec:
         max_distance: Largest such number; None for any.
         modulus: Values are 0 .. modulus - 1; 2 to 10.
         shuffled: Whether premises stand in random order; else definitions in order, then distractors.
+        n_asked: Variables that the question asks for; 1 or 2.
+        long_steps: Whether a step is a paragraph of lines instead of one line.
 
     Raises:
         ProblemError: If a number is out of range.
@@ -59,6 +65,9 @@ class ProblemSpec:
     max_distance: int | None = None
     modulus: int = 10
     shuffled: bool = True
+    # Not in the repr, from which a problem's random numbers come: the same problems in every form.
+    n_asked: int = field(default=1, repr=False)
+    long_steps: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check every number."""
@@ -72,6 +81,9 @@ class ProblemSpec:
             f"min_distance={nearest}: a step needs earlier ones": nearest >= 1,
             f"max_distance={farthest} is below min_distance={nearest}": in_order,
             f"modulus={self.modulus}: expected 2 to 10, so that a value is a digit": 2 <= self.modulus <= 10,
+            f"n_asked={self.n_asked}: expected 1, or 2 with n_steps of at least 2": (
+                1 <= self.n_asked <= min(2, self.n_steps)
+            ),
         }
         for message, holds in checks.items():
             if not holds:
@@ -105,9 +117,20 @@ class Derivation:
 
     @property
     def text(self) -> str:
-        """The step as it is written."""
-        values = f"{self.left_value} {self.sign} {self.right_value}"
-        return f"{self.name} = {self.definition}: {values} = {self.value}"
+        """The step in one line."""
+        return f"{self.name} = {self.definition}: {self.result}"
+
+    @property
+    def long_text(self) -> str:
+        """The step as a paragraph: definition, values of its variables, result."""
+        operands = ((self.left, self.left_value), (self.right, self.right_value))
+        values = [f"{name} = {value}" for name, value in operands if name.isalpha()]
+        return "\n".join([f"{self.name} = {self.definition}", *values, self.result])
+
+    @property
+    def result(self) -> str:
+        """The sum, with values."""
+        return f"{self.left_value} {self.sign} {self.right_value} = {self.value}"
 
 
 @dataclass(frozen=True)
@@ -118,27 +141,38 @@ class Problem:
         spec: What it was made from.
         premises: Lines of the question, in the order in which they stand there.
         derivations: Thinking steps in order.
+        early: Thinking step, counted from 0, whose variable is asked for beside the last.
     """
 
     spec: ProblemSpec
     premises: tuple[Premise, ...]
     derivations: tuple[Derivation, ...]
+    early: int | None = None
 
     @property
     def question(self) -> str:
         """The user's text."""
         lines = [premise.text for premise in self.premises]
-        return "\n".join([*lines, f"find {self.derivations[-1].name}"])
+        return "\n".join([*lines, f"find {' + '.join(derivation.name for derivation in self.asked)}"])
 
     @property
     def thinking(self) -> str:
         """The right thinking, a blank line between steps."""
-        return "\n\n".join(derivation.text for derivation in self.derivations)
+        texts = (d.long_text if self.spec.long_steps else d.text for d in self.derivations)
+        return "\n\n".join(texts)
+
+    @property
+    def asked(self) -> tuple[Derivation, ...]:
+        """The thinking steps whose values the summary needs."""
+        last = self.derivations[-1]
+        return (last,) if self.early is None else (last, self.derivations[self.early])
 
     @property
     def answer(self) -> str:
         """The right summary."""
-        return str(self.derivations[-1].value)
+        values = [derivation.value for derivation in self.asked]
+        total = str(sum(values) % self.spec.modulus)
+        return total if len(values) == 1 else f"{' + '.join(map(str, values))} = {total}"
 
     @property
     def step_edges(self) -> frozenset[tuple[int, int]]:
@@ -192,7 +226,8 @@ def _make(spec: ProblemSpec, rng: random.Random) -> Problem:
         premises.append(Premise(name, f"{name} = {rng.choice(names)} {rng.choice('+-')} {second}"))
     if spec.shuffled:
         rng.shuffle(premises)
-    return Problem(spec, tuple(premises), tuple(derivations))
+    early = rng.randrange(spec.n_steps // 2) if spec.n_asked == 2 else None
+    return Problem(spec, tuple(premises), tuple(derivations), early)
 
 
 def _operands(spec: ProblemSpec, step: int, rng: random.Random) -> tuple[str, str]:

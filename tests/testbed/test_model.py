@@ -23,9 +23,8 @@ def folder(tmp_path, training):
             new_model(len(tokenizer)).eval(),
             tokenizer,
             tmp_path / "model",
-            settings={"tokens": 2e6, "seed": 3},
+            settings={"tokens": 2e6, "seed": 3, "graded": 40, "long_steps": True, "other": False},
             accuracy={2: 1.0, 16: 0.625},
-            n_graded=40,
             minutes=12.3,
         )
     return tmp_path / "model"
@@ -43,7 +42,7 @@ def test_what_is_written_is_read_back(folder):
     )
     card = (folder / "card.md").read_text()
     for said in (
-        "scripts/train_testbed.py --tokens 2e+06 --seed 3",
+        "scripts/train_testbed.py --tokens 2e+06 --seed 3 --graded 40 --long-steps --out",
         "in 12 minutes",
         "| 16 | 0.625 |",
         "40 fresh problems per row",

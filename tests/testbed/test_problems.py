@@ -82,6 +82,29 @@ def test_the_first_operand_stands_at_the_distance_asked_for(low, more, seed):
         assert min(low, i) <= i - order[derivation.left] <= low + more
 
 
+@settings(max_examples=100, deadline=None)
+@given(knobs=SPECS, n_asked=st.integers(1, 2), seed=st.integers(0, 1000))
+def test_long_steps_and_a_second_variable_change_the_form_of_the_same_problem(knobs, n_asked, seed):
+    knobs["n_steps"] = max(n_asked, knobs["n_steps"])
+    (short,) = make_problems(ProblemSpec(**knobs), 1, seed=seed)
+    (long,) = make_problems(ProblemSpec(**knobs, n_asked=n_asked, long_steps=True), 1, seed=seed)
+    assert (long.premises, long.derivations) == (short.premises, short.derivations)
+    values = work_out(long.question, long.spec.modulus)
+    for paragraph, derivation in zip(long.thinking.split("\n\n"), long.derivations, strict=True):
+        definition, *stated, result = paragraph.split("\n")
+        assert f"{definition}: {result}" == derivation.text
+        names = [name for name in (derivation.left, derivation.right) if name in values]
+        assert stated == [f"{name} = {values[name]}" for name in names]
+    asked = long.question.splitlines()[-1].removeprefix("find ").split(" + ")
+    assert asked[0] == long.derivations[-1].name and len(asked) == n_asked
+    if n_asked == 1:
+        assert long.answer == short.answer
+    else:
+        assert asked[1] in [derivation.name for derivation in long.derivations[: knobs["n_steps"] // 2]]
+        x, y = (values[name] for name in asked)
+        assert long.answer == f"{x} + {y} = {(x + y) % long.spec.modulus}"
+
+
 def test_number_share_decides_about_the_second_operand():
     def part_of_numbers(share):
         problems = make_problems(ProblemSpec(n_steps=20, number_share=share), 100, seed=0)
@@ -130,6 +153,8 @@ def test_premises_in_order_and_shuffled_are_the_same_lines():
         ({"number_share": 1.5}, "number_share=1.5: expected 0 to 1"),
         ({"min_distance": 0}, "min_distance=0"),
         ({"min_distance": 3, "max_distance": 2}, "max_distance=2 is below min_distance=3"),
+        ({"n_asked": 3}, "n_asked=3: expected 1, or 2 with n_steps of at least 2"),
+        ({"n_asked": 2, "n_steps": 1}, "n_asked=2: expected 1, or 2"),
         ({"modulus": 11}, "modulus=11: expected 2 to 10"),
     ],
 )

@@ -11,7 +11,17 @@ from stepflow_tl.testbed import ProblemSpec, load_testbed_model
 from stepflow_tl.testbed.vocabulary import build_tokenizer
 
 SETTINGS = dict(
-    tokens=60_000, batch_tokens=600, rate=2e-3, steps_from=2, steps_to=3, mastered=0.1, seed=0, graded=2
+    tokens=60_000,
+    batch_tokens=600,
+    rate=2e-3,
+    steps_from=2,
+    steps_to=3,
+    mastered=0.1,
+    layers=6,
+    n_asked=1,
+    long_steps=False,
+    seed=0,
+    graded=2,
 )
 
 
@@ -24,6 +34,41 @@ def test_a_batch_holds_whole_texts_of_one_kind(training):
         assert tokenizer.decode(row[:n_prompt]).endswith("<think>\n")
         trace = ReasoningTrace.from_tokens(tokenizer, row)
         assert [step.label for step in trace.steps] == ["Q", "T1", "T2", "T3", "T4", "S1"]
+
+
+def test_shorter_texts_are_filled_up_and_their_end_counts_once(training):
+    tokenizer = build_tokenizer()
+    spec = ProblemSpec(n_steps=4, n_asked=2, long_steps=True)
+    tokens, n_prompt = training.batch_of(spec, random.Random(0), tokenizer, 2000)
+    end = tokenizer.eos_token_id
+    assert (tokens[:, -1] == end).all() and (tokens[:, -2] == end).any() and (tokens[:, -2] != end).any()
+    targets = training.targets_of(tokens, n_prompt, tokenizer)
+    for row, target in zip(tokens[:, n_prompt:].tolist(), targets.tolist(), strict=True):
+        length = row.index(end) + 1
+        assert target == row[:length] + [-100] * (len(row) - length)
+        answer = tokenizer.decode(row[: length - 1]).split("</think>")[1]
+        assert answer[-9::4].strip().isdigit() and answer.count(" + ") == answer.count(" = ") == 1
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(capsys, monkeypatch, training, tmp_path):
+    settings = {**SETTINGS, "tokens": 3_000, "n_asked": 2, "long_steps": True, "layers": 12}
+    whole, _ = training.train(settings)
+    rate = training._rate
+
+    def stop(update, progress):
+        if update == 3:
+            raise KeyboardInterrupt
+        return rate(update, progress)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_rate", stop)
+        training.train(settings, tmp_path / "held", 0.0)
+    with pytest.raises(SystemExit, match="was written with other settings"):
+        training.train({**settings, "seed": 1}, tmp_path / "held", 0.0)
+    resumed, _ = training.train(settings, tmp_path / "held", 0.0)
+    state = resumed.state_dict()
+    assert len(resumed.model.layers) == 12
+    assert all(torch.equal(state[name], value) for name, value in whole.state_dict().items())
 
 
 @pytest.mark.slow
