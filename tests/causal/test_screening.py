@@ -14,12 +14,8 @@ from stepflow_tl.causal.screening import promise_order, screen
 from stepflow_tl.models import prefix_cache
 
 EXACT = dict(rtol=0, atol=1e-8)
-ARCHITECTURES = (
-    "llama",
-    "mistral",
-    "gemma2",
-    "gpt_oss",
-)  # GQA; windows; windows and soft caps; windows and sinks
+# GQA everywhere; besides it: windows, windows and soft-capped scores, windows and sinks.
+ARCHITECTURES = ("llama", "mistral", "gemma2", "gpt_oss")
 SMALL = dict(pairs="screened", top=1)
 
 
@@ -220,9 +216,8 @@ def hiding(model, trace, query, hidden, push):
     residual = model.hook_dict["blocks.3.hook_resid_post"].name
 
     def look(attention, hook):
-        seen["mass"] = [
-            float(attention[0, :, rows, slice(*trace.steps[key].token_span)].sum()) for key in hidden
-        ]
+        spans = [slice(*trace.steps[key].token_span) for key in hidden]
+        seen["mass"] = [float(attention[0, :, rows, span].sum()) for span in spans]
 
     def move(activation, hook):
         if any(seen["mass"]):
@@ -236,14 +231,10 @@ def hiding(model, trace, query, hidden, push):
 
 def test_two_sources_that_hide_each_other_are_found(tiny_model, long_trace):
     model, query, hidden = tiny_model("llama"), 8, (3, 5)
-    push = 20 * torch.randn(
-        model.cfg.d_model, generator=torch.Generator().manual_seed(1), dtype=model.cfg.dtype
-    )
+    push = 20 * torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(1))
     hooks = hiding(model, long_trace, query, hidden, push)
-    # The cuts of these two in layer 0 alone do next to nothing, each by itself.
-    options = dict(pairs="screened", layers=[0], heads=None, fwd_hooks=lambda trace: hooks)
-    # look() must see the pattern of a pass in which all heads are cut
-    found = step_knockout(model, long_trace, top=0, tolerance=0.3, **options)
+    options = dict(layers=[0], fwd_hooks=lambda trace: hooks)
+    found = step_knockout(model, long_trace, pairs="screened", top=0, tolerance=0.3, **options)
     mine = [group for group in found.redundant if group.query == query]
     assert len(mine) == 1 and set(hidden) <= set(mine[0].keys)
     assert found.excess(mine[0]) > 5
@@ -257,10 +248,8 @@ def test_two_sources_that_hide_each_other_are_found(tiny_model, long_trace):
 
 
 def test_joint_sets_beside_pairs_alone_and_screened(bridges, long_trace, float64_throughout):
-    model, joint = (
-        bridges("gemma2"),
-        [("T4", ["T1", "Q"]), (9, (1, 4, 2)), ("T4", ["Q", "T1"]), ("T2", [2, "T1"])],
-    )
+    model = bridges("gemma2")
+    joint = [("T4", ["T1", "Q"]), (9, (1, 4, 2)), ("T4", ["Q", "T1"]), ("T2", [2, "T1"])]
     sets = [(2, (1, 2)), (4, (0, 1)), (9, (1, 2, 4))]
     for options in (
         dict(pairs=[]),
