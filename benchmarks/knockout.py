@@ -306,8 +306,8 @@ def screening_cost(model, options):
                 found.append({**row, "run": cut.tokens_run, "run of all": of_all})
                 print(
                     f"{n_steps:4} steps {len(trace):5} tokens, top {top}, tolerance {tolerance:g}: "
-                    f"{cut.tokens_run:8} of {of_all:8} rows x tokens, {of_all / cut.tokens_run:5.2f} x fewer, "
-                    f"{seconds:6.1f} s",
+                    f"{cut.tokens_run:8} of {of_all:8} rows x tokens, {of_all / cut.tokens_run:5.2f} x "
+                    f"fewer, {seconds:6.1f} s",
                     flush=True,
                 )
     for top in options.top_alone:
