@@ -21,8 +21,8 @@
    of steps: of pairs with an effect of 0.5 nats or more, the part that was cut alone, with the 95 %
    percentile interval of a bootstrap over traces; rows x tokens of all passes, ranking included, against
    those of all pairs; and of pairs left to groups, the part whose own effect is beyond the tolerance.
-   `testbed` reads right solutions of fresh problems, every premise a step; other models the traces of DATA, by
-   sentences. `--cost` screens made-up traces of 40 tokens a step and fits rows x tokens by a power of the
+   `testbed` reads right solutions of fresh problems, every premise a step; other models the traces of DATA,
+   by sentences. `--cost` screens made-up traces of 40 tokens a step and fits rows x tokens by a power of the
    number of steps; those of all pairs are counted, not run, as `tokens_run` confirms on the traces above.
 """
 
