@@ -23,13 +23,18 @@ Result = TypeVar("Result", StepSaliency, StepKnockout)
 
 @dataclass(frozen=True)
 class KeptIf:
-    """What must agree between a kept result and this run; names and values as in `RunSettings`."""
+    """What must agree between a kept result and this run; names and values as in `RunSettings`.
+
+    `screening` is how a knockout's pairs were screened (`causal.screening.screening_note`), None where all
+    were cut.
+    """
 
     model_name: str
     objective: str
     dtype: str
     layers: tuple[int, ...]
     stepflow: str | None
+    screening: str | None = None
 
 
 def kept_result(path: Path, trace: ReasoningTrace, wanted: KeptIf, kind: type[Result]) -> Result | None:
@@ -49,7 +54,7 @@ def kept_result(path: Path, trace: ReasoningTrace, wanted: KeptIf, kind: type[Re
         raise DamagedResultError(str(error)) from error
     provenance = result.provenance
     made_with = (provenance.model_name, provenance.objective, provenance.dtype, result.layers)
-    found = vars(KeptIf(*made_with, provenance.notes.get("stepflow")))
+    found = vars(KeptIf(*made_with, provenance.notes.get("stepflow"), provenance.notes.get("screening")))
     for name, value in vars(wanted).items():
         if found[name] != value:
             raise ResultFileError(
