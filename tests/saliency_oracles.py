@@ -73,7 +73,7 @@ def cut_by_loops(scores, value, dz, ids, sinks=None):
 
 
 def cut_of_pattern(pattern, value, dz, ids, *, with_sink):
-    """`cut_by_loops` of one sequence's pattern: its logarithms are scores, and that of the rest the sink's."""
+    """`cut_by_loops` of one sequence's pattern: logarithms are scores, and that of the rest the sink's."""
     with torch.no_grad():
         pattern, heads = pattern.detach()[0], pattern.shape[1]
         scores = pattern.log()

@@ -34,7 +34,7 @@ def per_token_losses(logits, kind):
 
 
 def cut_outputs(model, layer, keys, names):
-    """z of one layer, `[token, head, d]`, its scores on `keys` at -inf; rows left without a key as they are."""
+    """z of one layer, `[token, head, d]`, scores on `keys` at -inf; rows left without a key as they are."""
     kept = {}
 
     def cut(scores, hook):
