@@ -40,13 +40,12 @@ def cut_outputs(model, layer, keys, names):
     def cut(scores, hook):
         cut = scores.masked_fill(keys, -torch.inf)
         # Masks are -inf, or a number so low that nothing is left of it.
-        empty = (cut < -1e30).all(-1, keepdim=True) & ~has_sink
-        return torch.where(empty, scores, cut)
+        empty = (cut < -1e30).all(-1, keepdim=True)
+        return cut if names["sink"] else torch.where(empty, scores, cut)
 
     def keep(z, hook):
         kept["z"] = z[0].detach()
 
-    has_sink = names["sink"]
     hooks = [(names["scores"], cut), (names["z"], by_heads(model, names["z"], keep))]
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         model(TOKENS[None], return_type="logits")

@@ -99,8 +99,8 @@ def test_every_backend_gives_every_score(tiny_model, tiny_trace, hooks_untouched
         scale = hooks.sums.abs().amax((1, 2, 3), keepdim=True)
         assert scale.min() > 1e-5 and (hooks.score, hooks.provenance.objective) == (score, objective)
         for other in (layerwise, auto):
-            assert ((other.sums - hooks.sums).abs() / scale).max() < 2e-6
-            assert ((other.template_sums - hooks.template_sums).abs() / scale[..., 0]).max() < 2e-6
+            assert ((other.sums - hooks.sums).abs() / scale).max() < 1e-5
+            assert ((other.template_sums - hooks.template_sums).abs() / scale[..., 0]).max() < 1e-5
         if auto.provenance.backend == "fused":
             less = step_saliency(model, tiny_trace, checkpoint=True, block_divisor=3, **arguments)
             assert torch.allclose(less.sums, auto.sums, rtol=1e-9, atol=1e-12)
