@@ -135,7 +135,7 @@ class _SaliencyAttention(torch.autograd.Function):
             if diagonal and (needs_key or needs_value):
                 dk, dv = diagonal_gradients(call)
         dsinks = None
-        if needs_sinks and sink_mass is not None:
+        if needs_sinks and sinks is not None and sink_mass is not None:
             offset = delta if bridged is None else bridged.offsets[..., OTHER]
             dsinks = -(sink_mass * offset).sum((0, 2)).to(sinks.dtype)
         danchor = dz.new_zeros(()) if needs_anchor else None
