@@ -75,6 +75,7 @@ def report(
     Raises:
         ValueError: If `pooling` is unknown.
         TraceError: If the trace has no steps.
+        ScoreError: If the map's score is signed.
         ResultFileError: If the ending is another, or the file cannot be written; `path` is then as it was.
 
     Cost: a second or two, and 1.3 to 2.7 bytes of page for each head's cell (`report_payload`): under 6 MB
@@ -108,7 +109,9 @@ def report_payload(saliency: StepSaliency, *, pooling: Pooling = "mean") -> dict
     Raises:
         ValueError: If `pooling` is unknown.
         TraceError: If the trace has no steps.
+        ScoreError: If the map's score is signed.
     """
+    saliency.require_unsigned("the report page")
     require_steps(saliency)
     maps = saliency.pooled(pooling).detach().cpu()
     mean = quantise(maps.mean(dim=1, dtype=torch.float64), 16)

@@ -4,7 +4,8 @@ On a CPU, `StepTiles` and `StepSums` add a tile of saliency into step bins. A ti
 steps are contiguous. Its rows are summed per step by a `[step, row]` one-hot product, and what is left, one
 line per step, is summed over keys by a `[column, step]` one-hot product, which costs `steps / rows` of the
 first. TEMPLATE queries have no row in the first product, so they are dropped; TEMPLATE keys have the last
-column of the second, so their mass stays beside.
+column of the second, so their mass stays beside. `cut_rows` needs each row by itself, and cuts a tile's keys
+into strips of `KEYS_PER_STRIP`, which meet few steps too: `StepTiles.strips`.
 
 On a GPU, kernels index by runs and pairs (`StepRuns`). A run is a stretch of consecutive tokens of one step,
 or of TEMPLATE between two steps. Runs tile the sequence, so consecutive bins need no special case inside a
@@ -16,7 +17,8 @@ tokens:
     run_of      0 0  1 2 | 2 2 2 2 | 3
     pairs       0 0  1 2 | 3 3 3 3 | 4      first_pair = 0 3 4 5; step 1 has the pairs 2 and 3
 
-Memory: the key one-hots of a trace take `T * (steps per tile)` numbers and are built once for all layers.
+Memory: the key one-hots of a trace take `T * (steps per tile)` numbers, or `T * (steps per strip)`, and are
+built once for all layers.
 Runs cost a few passes over the `T` step ids on the CPU, about a millisecond.
 """
 
@@ -29,8 +31,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepflow_tl.errors import FusedRefusal
+from stepflow_tl.saliency.scores import Score
 
 KEYS_PER_TILE = 1024
+KEYS_PER_STRIP = 64
 
 
 def keys_per_tile(block_divisor: int) -> int:
@@ -51,6 +55,7 @@ class StepTiles:
         """Nothing is built until a tile asks for it."""
         self.step_ids, self.n_steps, self.block_divisor = step_ids, n_steps, block_divisor
         self._one_hots: dict[tuple, tuple[Tensor, slice]] = {}
+        self._strips: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def rows(self, start: int, end: int, like: Tensor) -> tuple[Float[Tensor, "step row"], slice]:
         """One-hot of the queries `[start, end)` and the steps its lines stand for."""
@@ -63,6 +68,24 @@ class StepTiles:
         last = min(first + width, len(self.step_ids))
         one_hot, steps = self._one_hot("columns", first, last, like)
         return one_hot[start - first : end - first], steps
+
+    def strips(self, like: Tensor) -> tuple[Float[Tensor, "strip line column"], Int[Tensor, "strip line"]]:
+        """One-hots of strips of `KEYS_PER_STRIP` keys, one line per bin that a strip meets, and those bins.
+
+        Lines that a strip does not need, and columns after the last key, are zero.
+        """
+        kind = (like.dtype, like.device)
+        if kind not in self._strips:  # as with the one-hots, two threads may both build them
+            width = KEYS_PER_STRIP
+            bins = torch.where(self.step_ids >= 0, self.step_ids, self.n_steps).cpu().split(width)
+            met = [strip.unique() for strip in bins]
+            lines = torch.zeros(len(bins), max(map(len, met)), dtype=torch.long)
+            one_hots = torch.zeros(*lines.shape, width, dtype=like.dtype)
+            for number, (strip, own) in enumerate(zip(bins, met, strict=True)):
+                lines[number, : len(own)] = own
+                one_hots[number, : len(own), : len(strip)] = (own[:, None] == strip).to(like.dtype)
+            self._strips[kind] = one_hots.to(like.device), lines.to(like.device)
+        return self._strips[kind]
 
     def steps_of(self, start: int, end: int) -> slice:
         """The steps that the tokens `[start, end)` meet; empty where all are TEMPLATE."""
@@ -93,39 +116,60 @@ class StepSums:
         tiles: The trace's step bins.
         sums: `[head, query_step, key_bin]`; the last bin is TEMPLATE.
         steps: Which query steps the rows of `sums` stand for.
+        score: What is added up.
         reached: Whether a gradient has come back to this layer.
     """
 
     tiles: StepTiles
     sums: Float[Tensor, "head query_step key_bin"]
     steps: slice
+    score: Score = "saliency"
     reached: bool = False
 
     @classmethod
-    def zeros(cls, tiles: StepTiles, n_heads: int, *, dtype: torch.dtype, device: torch.device) -> StepSums:
+    def zeros(
+        cls,
+        tiles: StepTiles,
+        n_heads: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        score: Score = "saliency",
+    ) -> StepSums:
         """An empty map."""
         sums = torch.zeros(n_heads, tiles.n_steps, tiles.n_steps + 1, dtype=dtype, device=device)
-        return cls(tiles, sums, slice(0, tiles.n_steps))
+        return cls(tiles, sums, slice(0, tiles.n_steps), score)
 
     def strip(self, n_heads: int, start: int, end: int) -> StepSums:
         """An empty part for `n_heads` heads of the query rows `[start, end)`."""
         steps = self.tiles.steps_of(start, end)
         sums = self.sums.new_zeros(n_heads, steps.stop - steps.start, self.sums.shape[2])
-        return StepSums(self.tiles, sums, steps)
+        return StepSums(self.tiles, sums, steps, self.score)
 
     def add_tile(
-        self, queries: tuple[int, int], keys: tuple[int, int], saliency: Float[Tensor, "head query key"]
+        self, queries: tuple[int, int], keys: tuple[int, int], products: Float[Tensor, "head query key"]
     ) -> None:
-        """Add the tile `saliency` (not negative) of these query rows and key columns, both half-open."""
-        rows, query_steps = self.tiles.rows(*queries, saliency)
+        """Add a tile of these query rows and key columns, half-open, of a score that is a sum over tokens.
+
+        `products` are pattern times gradient, and may be overwritten.
+        """
+        rows, query_steps = self.tiles.rows(*queries, products)
         if not len(rows):
             return
-        columns, key_steps = self.tiles.columns(*keys, saliency)
-        per_key = torch.matmul(rows, saliency)
+        columns, key_steps = self.tiles.columns(*keys, products)
+        per_key = torch.matmul(rows, products.abs_() if self.score == "saliency" else products)
         pooled = torch.matmul(per_key, columns).to(self.sums.dtype)
-        out = self.sums[:, query_steps.start - self.steps.start : query_steps.stop - self.steps.start]
+        out = self._of(query_steps)
         out[..., key_steps] += pooled[..., :-1]
         out[..., -1] += pooled[..., -1]
+
+    def add_rows(self, queries: tuple[int, int], values: Float[Tensor, "head query key_bin"]) -> None:
+        """Add these query rows, half-open, their keys summed already."""
+        rows, query_steps = self.tiles.rows(*queries, values)
+        self._of(query_steps).add_(torch.matmul(rows, values))
+
+    def _of(self, query_steps: slice) -> Float[Tensor, "head query_step key_bin"]:
+        return self.sums[:, query_steps.start - self.steps.start : query_steps.stop - self.steps.start]
 
     def add(self, heads: slice, steps: slice, sums: Float[Tensor, "head step key_bin"]) -> None:
         """Add a finished part, of some heads and query steps."""
