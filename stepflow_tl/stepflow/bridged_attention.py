@@ -11,7 +11,7 @@ output, `z_S` and `z_B` the outputs of attention restricted to S and to B, and `
    `delta * z_S = (delta / p(S)) * p(S) z_S`, and that quotient is at most 1. A row whose p(S) is all rounding
    is left alone.
    In a whole pass without a mask, where that range is long, B's own is given to PyTorch's flash kernel, and
-   the other group is S.
+   the other group is O, its keys gathered, or S if that has fewer.
 2. `shifts_of` of `bridge` turns the masses into tau and the shifts of S and B, the same code as for hooks.
 3. Rows that are left alone keep their bits. Windows, padding and causality come from the mask, soft-cap and
    sinks from the call, the controls' random regions from the spans.
@@ -185,16 +185,25 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
     logsumexp = call.logsumexp[at]
     own, bridge = span.groups
     by_kernel = _bridge_by_kernel(call, span, queries)
-    rest_is_computed = by_kernel is None and len(span.around_rest) <= len(span.around_own)
+    rest = ~(own | bridge)
+    strays = None if by_kernel is None else _few_rest_keys(call, span, queries, rest)
+    rest_is_computed = strays is not None or (
+        by_kernel is None and len(span.around_rest) <= len(span.around_own)
+    )
     keys = span.around_rest if rest_is_computed else span.around_own
     if by_kernel is not None:
         last = call.visible.n_keys - call.visible.n_queries + queries.stop
         keys = range(span.own_alone.start, min(span.own_alone.stop, last))
-    inside = slice(keys.start, keys.stop)
+    inside: slice | Tensor = slice(keys.start, keys.stop) if strays is None else strays
     scores = scores_of(call.query[at], call.key[span.rows, :, inside], call.scale, call.softcap)
     value = call.value[span.rows, :, inside].to(scores.dtype)
-    visible = torch.as_tensor(call.visible.block(span.rows, queries, keys), device=scores.device)
-    second = (~(own | bridge) if rest_is_computed else own)[..., inside]
+    if strays is None:
+        visible = torch.as_tensor(call.visible.block(span.rows, queries, keys), device=scores.device)
+    else:  # no mask beside a kernel's call: a query sees the keys up to its own
+        offset = call.visible.n_keys - call.visible.n_queries
+        positions = torch.arange(queries.start, queries.stop, device=scores.device) + offset
+        visible = strays <= positions[:, None]
+    second = (rest if rest_is_computed else own)[..., inside]
     log_bridge, z_bridge = by_kernel or _restricted(scores, bridge[..., inside] & visible, value)
     log_second, z_second = _restricted(scores, second & visible, value)
     log_bridge, log_second = log_bridge - logsumexp, log_second - logsumexp
@@ -204,13 +213,13 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
     if not rest_is_computed:
         has_mass = has_mass & log_second.isfinite()
         return _Groups(torch.stack([log_second, log_bridge]), z_second, z_bridge, counts, has_mass)
-    bridge_mass, rest = log_bridge.exp(), log_second.exp()
+    bridge_mass, rest_mass = log_bridge.exp(), log_second.exp()
     if call.sinks is not None:
-        sink = call.sinks.to(call.query.dtype).to(rest.dtype)[:, None]
-        rest = rest + (sink - logsumexp).exp()
-    own_mass = 1 - rest - bridge_mass
-    z_own = call.z[at].to(rest.dtype) - bridge_mass[..., None] * z_bridge - z_second
-    no_mass = 8 * torch.finfo(rest.dtype).eps
+        sink = call.sinks.to(call.query.dtype).to(rest_mass.dtype)[:, None]
+        rest_mass = rest_mass + (sink - logsumexp).exp()
+    own_mass = 1 - rest_mass - bridge_mass
+    z_own = call.z[at].to(rest_mass.dtype) - bridge_mass[..., None] * z_bridge - z_second
+    no_mass = 8 * torch.finfo(rest_mass.dtype).eps
     has_mass = has_mass & (own_mass > no_mass)
     log_own = own_mass.clamp_min(no_mass).log()
     return _Groups(torch.stack([log_own, log_bridge]), z_own, z_bridge, counts, has_mass)
@@ -225,6 +234,16 @@ def _bridge_by_kernel(call: Call, span: QuerySpan, queries: slice) -> tuple[Tens
     tensors = (call.query[at], call.key[span.rows, :, inside], call.value[span.rows, :, inside])
     found = by_kernel(*tensors, scale=call.scale, mask=None if bool(keys.all()) else keys)
     return None if found is None else (found[1], found[0].to(found[1].dtype))
+
+
+def _few_rest_keys(
+    call: Call, span: QuerySpan, queries: slice, rest: Bool[Tensor, "row 1 1 key"]
+) -> Int[Tensor, " key"] | None:
+    """The keys up to the last query that are in neither group of some row, if they are fewer than S's."""
+    last = call.visible.n_keys - call.visible.n_queries + queries.stop
+    found = rest[..., :last].any(0).flatten().nonzero()[:, 0]
+    n_own = min(span.own_alone.stop, last) - span.own_alone.start
+    return found if len(found) < n_own else None
 
 
 def _is_for_kernel(call: Call, span: QuerySpan) -> bool:
