@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepflow_tl.models.attention import Call, by_kernel, scores_of, weighted_values
+from stepflow_tl.models.attention import Call, by_kernel, weighted_values
 from stepflow_tl.stepflow.bridge import Shifts, shifts_of
 from stepflow_tl.stepflow.report import LayerReport
 from stepflow_tl.stepflow.state import QuerySpan
@@ -191,7 +191,7 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
         last = call.visible.n_keys - call.visible.n_queries + queries.stop
         keys = range(span.own_alone.start, min(span.own_alone.stop, last))
     inside = slice(keys.start, keys.stop)
-    scores = scores_of(call.query[at], call.key[span.rows, :, inside], call.scale, call.softcap)
+    scores = call.scores(span.rows, queries, keys)
     value = call.value[span.rows, :, inside].to(scores.dtype)
     visible = torch.as_tensor(call.visible.block(span.rows, queries, keys), device=scores.device)
     second = (~(own | bridge) if rest_is_computed else own)[..., inside]
@@ -237,6 +237,7 @@ def _is_for_kernel(call: Call, span: QuerySpan) -> bool:
         and visible.mask is None
         and visible.window is None
         and call.softcap is None
+        and call.shift is None
         and span.bridge_alone.stop <= first + 1
     )
 
