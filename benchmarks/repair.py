@@ -9,10 +9,10 @@
 2. *Share undone* = (planted - repaired) / (planted - plain), means over traces, percentile bootstrap over
    traces (10 000). It is left out where the damage's own interval holds 0.
 3. *Below its control*: NLL under the control minus under the repair, paired, BCa interval.
-4. Crossed: every repair meets both failures, and no failure at all (dose 0), where a repair that lowers the
-   NLL does something else than repair.
-5. Which rows are acted on: the share of (query, head) rows that the bridge raised, and momentum's injections per
-   token of thinking and summary.
+4. Crossed: every repair meets both failures, and no failure at all (dose 0), where a repair that lowers
+   the NLL does something else than repair.
+5. Which rows are acted on: the share of (query, head) rows that the bridge raised, and momentum's injections
+   per token of thinking and summary.
 6. With `--problems`, the testbed answers so many new ones under each condition: accuracy, paired by problem.
    "plain" is the planted model without a repair there.
 
