@@ -128,8 +128,8 @@ def model_and_traces(options):
 def losses(model, trace, hooks=()):
     """Mean NLL of the tokens of the thinking and of the summary, in nats per token."""
     with torch.no_grad(), model.hooks(fwd_hooks=list(hooks)):
-        log_p = whole_pass(model, trace.tokens).double().log_softmax(-1)
-    nll = -log_p[:-1].gather(1, trace.tokens[1:, None])[:, 0]
+        logits = whole_pass(model, trace.tokens)[:-1].float()
+    nll = torch.nn.functional.cross_entropy(logits, trace.tokens[1:], reduction="none").double()
     return {name: float(nll[trace.segment_ids[1:] == part].mean()) for name, part in SEGMENTS.items()}
 
 
@@ -204,7 +204,7 @@ def curves(maps, failure, paired, options):
             for draw in range(options.draws):
                 groups = drawn(maps["", 0.0], maps[failure, dose], n, paired, rng)
                 for prefix, (x, y) in (("", groups), ("shuffled: ", shuffled(*groups, paired, rng))):
-                    tested = Resampling(0.95, n_bootstrap=1, n_permutations=999, seed=draw)
+                    tested = Resampling(0.95, n_bootstrap=1, n_permutations=499, seed=draw)
                     effect = column_effects(y, x, paired=paired, resampling=tested)
                     below = corrected(effect["p_value"], "holm") <= options.level
                     counts[prefix + "any"] += bool(below.any())

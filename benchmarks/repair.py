@@ -23,12 +23,15 @@ Measurements are kept in `OUT/losses.jsonl`, one line each, and not taken again.
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from power import PLANTS, SEGMENTS, add_source, losses, model_and_traces
 
 from stepflow_tl.evaluation import Decoding, evaluate, questions_of
+from stepflow_tl.models.bands import deep_band
+from stepflow_tl.models.passes import replaced_forward
 from stepflow_tl.statistics.resampling import bca_interval
 from stepflow_tl.stepflow import StepFlow
 from stepflow_tl.testbed import ProblemSpec, make_problems
@@ -90,34 +93,56 @@ def planted(failure, dose, flow=None):
 
 
 def measured(model, traces, flows, options):
-    """By failure, dose and repair (None: nothing): NLLs `[trace, 2]`, and what was acted on `[trace, 2]`."""
+    """By failure, dose and repair ("" for none): NLLs `[trace, 2]`, and what was acted on `[trace, 2]`."""
     path, held, found = options.out / "losses.jsonl", {}, {}
     if path.exists():
         for line in filter(lambda line: line.endswith("}"), path.read_text().splitlines()):
             row = json.loads(line)
             held[tuple(row["key"])] = row
+    flows = {"": None, **flows}
+    wanted = [(*case, repair, flow) for case in cases(options) for repair, flow in flows.items()]
+    keys = {
+        name: [(name, len(trace), *each[:3], repr(each[3])) for each in wanted]
+        for name, trace in traces.items()
+    }
     with path.open("a") as file:
         for index, (name, trace) in enumerate(traces.items()):
-            n_written = sum(int((trace.segment_ids == part).sum()) for part in SEGMENTS.values())
-            for failure, dose in cases(options):
-                for repair, flow in {"": None, **flows}.items():
-                    key = (name, len(trace), failure, dose, repair, repr(flow))
-                    if key not in held:
-                        hooks = planted(failure, dose, flow).hooks(model, trace)
-                        nll = losses(model, trace, hooks)
-                        counts = hooks.report().to_json()
-                        n_rows = sum(row["rows"] for row in counts)
-                        raised = sum(row["adjusted"] for row in counts) / max(1, n_rows)
-                        injections = max((row["injections"] for row in counts), default=0) / n_written
-                        held[key] = dict(key=key, nll=nll, acted=[raised, injections])
-                        file.write(json.dumps(held[key]) + "\n")
-                        file.flush()
-                    row = held[key]
-                    values = [row["nll"][segment] for segment in SEGMENTS] + row["acted"]
-                    found.setdefault((failure, dose, repair), []).append(values)
+            below = {}  # what enters the deep band under each repair, which no decay changes
+            for key, (failure, dose, _, flow) in zip(keys[name], wanted, strict=True):
+                if key not in held:
+                    held[key] = dict(key=key) | measure(model, trace, failure, dose, flow, below)
+                    file.write(json.dumps(held[key]) + "\n")
+                    file.flush()
             print(f"\r{index + 1}/{len(traces)} traces", end="", file=sys.stderr)
     print(file=sys.stderr)
+    for own in keys.values():
+        for key, (failure, dose, repair, _) in zip(own, wanted, strict=True):
+            row = held[key]
+            values = [row["nll"][segment] for segment in SEGMENTS] + row["acted"]
+            found.setdefault((failure, dose, repair), []).append(values)
     return {key: np.array(values) for key, values in found.items()}
+
+
+def measure(model, trace, failure, dose, flow, below):
+    """NLLs of one trace, and the shares of rows raised and of tokens injected."""
+    n_layers = model.cfg.n_layers
+    first, point = deep_band(n_layers).start, f"blocks.{deep_band(n_layers).start}.hook_resid_pre"
+    hooks = planted(failure, dose, flow).hooks(model, trace)
+    with ExitStack() as stack:
+        if failure == "decay" and flow in below:
+            for block in model.blocks[:first]:  # the same output as under this repair without the plant
+                stack.enter_context(replaced_forward(block, lambda hidden, *_, **__: below[flow][0]))
+        kept = []
+        keep = [] if failure else [(point, lambda hidden, hook: kept.append(hidden))]
+        nll = losses(model, trace, [*keep, *hooks])
+    counts = hooks.report().to_json()
+    raised = sum(row["adjusted"] for row in counts) / max(1, sum(row["rows"] for row in counts))
+    if kept:
+        below[flow] = kept[0], raised
+    elif failure == "decay" and flow in below:
+        raised = below[flow][1]
+    n_written = sum(int((trace.segment_ids == part).sum()) for part in SEGMENTS.values())
+    return dict(nll=nll, acted=[raised, max((row["injections"] for row in counts), default=0) / n_written])
 
 
 def summarise(found, failure, dose, flows, rng):
