@@ -36,7 +36,7 @@ from stepflow_tl.statistics.resampling import bca_interval
 from stepflow_tl.stepflow import StepFlow
 from stepflow_tl.testbed import ProblemSpec, make_problems
 
-CONTROLS = {"bridge": "bridge", "momentum": "momentum", "StepFlow": "both"}
+REPAIRS = ("bridge", "momentum", "StepFlow")
 
 
 def main() -> None:
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--doses", type=float, nargs="+", default=[2, 4, 8])
     parser.add_argument("--tau", type=float, nargs="+", default=[0.15, 0.05, 0.3])
     parser.add_argument("--alpha", type=float, nargs="+", default=[0.06, 0.03, 0.12])
+    parser.add_argument("--repairs", nargs="+", default=REPAIRS, choices=REPAIRS)
     parser.add_argument("--problems", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/repair"))
     options = parser.parse_args()
@@ -85,7 +86,8 @@ def repairs(options):
     shared = dict(seed=options.seed)
     flows["bridge control"] = StepFlow(tau_max=tau, alpha=0.0, placebo="bridge", **shared)
     flows["momentum control"] = StepFlow(tau_max=0.0, alpha=alpha, placebo="momentum", **shared)
-    return flows | {"StepFlow control": StepFlow(tau_max=tau, alpha=alpha, placebo="both", **shared)}
+    flows["StepFlow control"] = StepFlow(tau_max=tau, alpha=alpha, placebo="both", **shared)
+    return {name: flow for name, flow in flows.items() if name.split()[0] in options.repairs}
 
 
 def planted(failure, dose, flow=None):
