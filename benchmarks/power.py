@@ -261,7 +261,9 @@ def table(failure, found, options):
             )
             lines.append(f"  {dose:>6g}" + "".join(f"{cell:>28}" for cell in cells))
         ends = [by_dose["dose found in 80 %"] for by_dose in found[kind].values()]
-        lines.append("  80 %: " + "".join(f"{'never' if d is None else f'{d:.2f}':>28}" for d in ends))
+        first = min(options.doses)  # nothing was measured between it and 0
+        shown = ("never" if d is None else f"{d:.2f}" if d > first else f"<= {first:g}" for d in ends)
+        lines.append("  80 %: " + "".join(f"{each:>28}" for each in shown))
     return "\n".join(lines)
 
 

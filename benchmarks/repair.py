@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--tau", type=float, nargs="+", default=[0.15, 0.05, 0.3])
     parser.add_argument("--alpha", type=float, nargs="+", default=[0.06, 0.03, 0.12])
     parser.add_argument("--repairs", nargs="+", default=REPAIRS, choices=REPAIRS)
+    parser.add_argument("--failures", nargs="+", default=list(PLANTS), choices=list(PLANTS))
     parser.add_argument("--problems", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/repair"))
     options = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def cases(options):
-    return [("", 0.0), *((failure, dose) for failure in PLANTS for dose in options.doses)]
+    return [("", 0.0), *((failure, dose) for failure in options.failures for dose in options.doses)]
 
 
 def repairs(options):
