@@ -133,7 +133,7 @@ class AnswerWriter:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             run = None
-            if flow is None or not any(flow.bands(self._model)):
+            if flow is None or not flow.layers(self._model):
                 stack.enter_context(without_scores(self._model))  # the same attention under every condition
             else:
                 run = stack.enter_context(

@@ -3,8 +3,8 @@
 1. On a CPU, PyTorch's flash kernel gives both, for causal calls, masks, grouped heads and single queries. It
    is called in the layout in which transformers' own SDPA function calls it, so z has the same bits.
 2. On a GPU, flash attention where nothing is masked.
-3. Elsewhere (a mask on a GPU, soft-cap, sinks, values of another width, other devices, or a gradient is
-   wanted), scores are formed for one block of queries at a time.
+3. Elsewhere (a mask on a GPU, soft-cap, sinks, a shift of the scores, values of another width, other devices,
+   or a gradient is wanted), scores are formed for one block of queries at a time.
 
 Sinks are logits without a value that join the softmax: z shrinks by what they take.
 
@@ -13,6 +13,7 @@ Memory: O(tokens); in the third way one block of `_BLOCK_ELEMENTS` scores, all o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 22
+
+ScoreShift = Callable[[Tensor, slice, slice, range], Tensor]
+"""Takes the scores of some rows, queries and keys, after the soft-cap, and gives them changed."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Call:
         scale: Factor on `q . k`.
         softcap: Bound of the scores, or None.
         sinks: One logit per head that joins the softmax without a value, or None.
+        shift: What changes the scores, or None.
     """
 
     query: Float[Tensor, "batch head query d_head"]
@@ -97,6 +102,7 @@ class Call:
     scale: float
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
+    shift: ScoreShift | None = None
 
     @classmethod
     def computed(
@@ -108,12 +114,19 @@ class Call:
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        shift: ScoreShift | None = None,
     ) -> Call:
         """Compute it; arguments as the attributes."""
         z, logsumexp = attention_with_logsumexp(
-            query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks
+            query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks, shift=shift
         )
-        return cls(query, key, value, z, logsumexp, visible, scale, softcap, sinks)
+        return cls(query, key, value, z, logsumexp, visible, scale, softcap, sinks, shift)
+
+    def scores(self, rows: slice, queries: slice, keys: range) -> Float[Tensor, "row head query key"]:
+        """Scores of some rows, queries and keys in at least float32, without a mask."""
+        key = self.key[rows, :, keys.start : keys.stop]
+        scores = scores_of(self.query[rows, :, queries], key, self.scale, self.softcap)
+        return scores if self.shift is None else self.shift(scores, rows, queries, keys)
 
 
 def attention_with_logsumexp(
@@ -125,6 +138,7 @@ def attention_with_logsumexp(
     scale: float,
     softcap: float | None = None,
     sinks: Float[Tensor, " head"] | None = None,
+    shift: ScoreShift | None = None,
 ) -> tuple[Float[Tensor, "batch head query d_value"], Float[Tensor, "batch head query"]]:
     """z, and the natural logarithm of each row's normaliser in at least float32.
 
@@ -136,11 +150,13 @@ def attention_with_logsumexp(
         scale: Factor on `q . k`.
         softcap: Bound of the scores, `cap * tanh(score / cap)`.
         sinks: One logit per head that joins the softmax without a value.
+        shift: What changes the scores.
     """
     batch, n_heads, n_queries, _ = query.shape
     is_causal = visible.mask is None and n_queries > 1
     aligned = not is_causal or n_queries == key.shape[2]  # the kernels align the first rows, not the last
-    if softcap is None and sinks is None and visible.window is None and aligned:
+    by_scores = softcap is not None or sinks is not None or shift is not None
+    if not by_scores and visible.window is None and aligned:
         packed = query
         if n_queries == 1 and visible.mask is not None:  # a KV head's queries as the rows of one head
             packed = query.reshape(batch, key.shape[1], -1, query.shape[-1])
@@ -148,7 +164,7 @@ def attention_with_logsumexp(
         if found is not None:
             z, logsumexp = found
             return z.reshape(query.shape), logsumexp.reshape(batch, n_heads, n_queries)
-    return _in_blocks(query, key, value, visible, scale, softcap, sinks)
+    return _in_blocks(query, key, value, visible, scale, softcap, sinks, shift)
 
 
 def by_kernel(
@@ -241,6 +257,7 @@ def _in_blocks(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    shift: ScoreShift | None,
 ) -> tuple[Tensor, Tensor]:
     batch, n_heads, n_queries, _ = query.shape
     size = max(1, _BLOCK_ELEMENTS // (batch * n_heads * key.shape[2]))
@@ -250,6 +267,8 @@ def _in_blocks(
         queries = slice(start, min(start + size, n_queries))
         n_seen = key.shape[2] if visible.mask is not None else offset + queries.stop
         scores = scores_of(query[:, :, queries], key[:, :, :n_seen], scale, softcap)
+        if shift is not None:
+            scores = shift(scores, everyone, queries, range(n_seen))
         seen = visible.block(everyone, queries, range(n_seen))
         if not isinstance(seen, bool):
             scores = scores.masked_fill(~seen.to(scores.device), float("-inf"))

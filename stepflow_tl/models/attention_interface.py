@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from stepflow_tl.errors import FusedRefusal
-from stepflow_tl.models.attention import Call, Visible
+from stepflow_tl.models.attention import Call, ScoreShift, Visible
 from stepflow_tl.models.facts import class_names, computes_pattern_inside, is_bridge, wrapped_model
 from stepflow_tl.models.passes import replaced_forward
 
@@ -82,7 +82,8 @@ UNSERVED = (
 class PlainAttention(AttentionCalls):
     """Attention as transformers computes it with "sdpa"; what that cannot do, in blocks of queries.
 
-    Subclasses say in which layers they need the logsumexp, and what they make of a call.
+    Subclasses say in which layers they need the logsumexp, what changes its scores, and what they make of a
+    call.
     """
 
     name: ClassVar[str] = "stepflow_tl_plain"
@@ -104,7 +105,8 @@ class PlainAttention(AttentionCalls):
         layer = getattr(module, "layer_idx", None)
         sinks = kwargs.get("s_aux", kwargs.get("sinks"))
         needed = self.needs_logsumexp(layer, query, key, kwargs)
-        if softcap is None and sinks is None and not needed:
+        shift = self.shift(layer, query, key, kwargs)
+        if softcap is None and sinks is None and shift is None and not needed:
             from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
             z, _ = sdpa_attention_forward(
@@ -113,7 +115,7 @@ class PlainAttention(AttentionCalls):
         else:
             visible = Visible(query.shape[2], key.shape[2], attention_mask)
             scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-            call = Call.computed(query, key, value, visible, scale, softcap, sinks)
+            call = Call.computed(query, key, value, visible, scale, softcap, sinks, shift)
             z = self.output(layer, call).transpose(1, 2).contiguous()
         return self.finished(layer, value, z), None
 
@@ -122,6 +124,12 @@ class PlainAttention(AttentionCalls):
     ) -> bool:
         """Whether `output` is to be asked about this call, whatever computes it."""
         return False
+
+    def shift(
+        self, layer: int | None, query: Tensor, key: Tensor, arguments: Mapping[str, Any]
+    ) -> ScoreShift | None:
+        """What changes the scores of this call; None where nothing does."""
+        return None
 
     def output(self, layer: int | None, call: Call) -> Tensor:
         """What becomes of a call that was computed with its logsumexp."""

@@ -138,7 +138,7 @@ class AnswerWorker:
         self._grade = prepared(asked.grader, asked.questions, allow_code_execution=asked.allow_code_execution)
         for flow in asked.conditions.values():
             if flow is not None:
-                flow.bands(model)
+                flow.layers(model)
         texts = [asked.questions[number].text for number in asked.numbers]
         self._writer = AnswerWriter(model, texts, asked.decoding, asked.prompting)
         facts = model_facts(model)

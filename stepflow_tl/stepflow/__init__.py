@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from stepflow_tl.stepflow.flow import StepFlow as StepFlow
     from stepflow_tl.stepflow.momentum import capture_values_hook as capture_values_hook
     from stepflow_tl.stepflow.momentum import momentum_hook as momentum_hook
+    from stepflow_tl.stepflow.planting import PlantedFlow as PlantedFlow
+    from stepflow_tl.stepflow.planting import plant_decay as plant_decay
+    from stepflow_tl.stepflow.planting import plant_lock_in as plant_lock_in
     from stepflow_tl.stepflow.report import FlowHooks as FlowHooks
     from stepflow_tl.stepflow.report import FlowReport as FlowReport
     from stepflow_tl.stepflow.report import LayerReport as LayerReport

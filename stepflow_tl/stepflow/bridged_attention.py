@@ -194,15 +194,17 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
     if by_kernel is not None:
         last = call.visible.n_keys - call.visible.n_queries + queries.stop
         keys = range(span.own_alone.start, min(span.own_alone.stop, last))
-    inside: slice | Tensor = slice(keys.start, keys.stop) if strays is None else strays
-    scores = scores_of(call.query[at], call.key[span.rows, :, inside], call.scale, call.softcap)
-    value = call.value[span.rows, :, inside].to(scores.dtype)
+    inside: slice | Tensor = slice(keys.start, keys.stop)
     if strays is None:
+        scores = call.scores(span.rows, queries, keys)
         visible = torch.as_tensor(call.visible.block(span.rows, queries, keys), device=scores.device)
     else:  # no mask beside a kernel's call: a query sees the keys up to its own
+        inside = strays
+        scores = scores_of(call.query[at], call.key[span.rows, :, strays], call.scale, None)
         offset = call.visible.n_keys - call.visible.n_queries
         positions = torch.arange(queries.start, queries.stop, device=scores.device) + offset
         visible = strays <= positions[:, None]
+    value = call.value[span.rows, :, inside].to(scores.dtype)
     second = (rest if rest_is_computed else own)[..., inside]
     log_bridge, z_bridge = by_kernel or _restricted(scores, bridge[..., inside] & visible, value)
     log_second, z_second = _restricted(scores, second & visible, value)
@@ -238,7 +240,7 @@ def _bridge_by_kernel(call: Call, span: QuerySpan, queries: slice) -> tuple[Tens
 
 def _few_rest_keys(
     call: Call, span: QuerySpan, queries: slice, rest: Bool[Tensor, "row 1 1 key"]
-) -> Int[Tensor, " key"] | None:
+) -> Int[Tensor, " stray"] | None:
     """The keys up to the last query that are in neither group of some row, if they are fewer than S's."""
     last = call.visible.n_keys - call.visible.n_queries + queries.stop
     found = rest[..., :last].any(0).flatten().nonzero()[:, 0]
@@ -256,6 +258,7 @@ def _is_for_kernel(call: Call, span: QuerySpan) -> bool:
         and visible.mask is None
         and visible.window is None
         and call.softcap is None
+        and call.shift is None
         and span.bridge_alone.stop <= first + 1
     )
 

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
-from stepflow_tl.models.attention import Call
+from stepflow_tl.models.attention import Call, ScoreShift
 from stepflow_tl.models.attention_interface import UNSERVED, PlainAttention
 from stepflow_tl.models.passes import NamedHook
 from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, bridged_attention
@@ -50,6 +50,7 @@ class FlowCalls:
         placebo_seed: If given, the bridge is its control.
         momenta: Momentum of each layer that gets it inside the call.
         hooks: What is to be attached to the model's hook points beside it.
+        shifts: What changes a layer's scores before its bridge, made for a number of keys and a device.
     """
 
     state: FlowState
@@ -59,6 +60,7 @@ class FlowCalls:
     placebo_seed: int | None = None
     momenta: Mapping[int, Momentum] = field(default_factory=dict)
     hooks: Sequence[NamedHook] = ()
+    shifts: Mapping[int, Callable[[int, Any], ScoreShift | None]] = field(default_factory=dict)
 
     def bridge_of(self, layer: int, device: torch.device | str = "cpu") -> Bridge | None:
         """The bridge of a layer, on the device of its call; None where it has none."""
@@ -129,13 +131,24 @@ class FlowAttention(PlainAttention):
         """
         if layer not in self._calls.bridges or not self._calls.spans(key.shape[2], query.device):
             return False
-        for name in UNSERVED:
-            if arguments.get(name) is not None:
-                raise ModelError(
-                    f"layer {layer}'s attention takes `{name}`, with which its bridge cannot be "
-                    "computed here: leave the layer out with shallow=[...]"
-                )
+        _refuse_unserved(arguments, f"layer {layer}'s", "its bridge", "shallow")
         return True
+
+    def shift(
+        self, layer: int | None, query: Tensor, key: Tensor, arguments: Mapping[str, Any]
+    ) -> ScoreShift | None:
+        """What is planted in the layer.
+
+        Raises:
+            ModelError: As `needs_logsumexp`, or if the pass is not the one that the state describes.
+        """
+        if layer is None or layer not in self._calls.shifts:
+            return None
+        self._calls.state.check_shape(query.shape[0], query.shape[2], _Place.of(layer, "attn_scores").name)
+        shift = self._calls.shifts[layer](key.shape[2], query.device)
+        if shift is not None:
+            _refuse_unserved(arguments, f"layer {layer}'s", "what is planted there", "layers")
+        return shift
 
     def output(self, layer: int | None, call: Call) -> Tensor:
         """The call under its layer's bridge."""
@@ -144,6 +157,15 @@ class FlowAttention(PlainAttention):
     def finished(self, layer: int | None, value: Tensor, z: Tensor) -> Tensor:
         """The output with its layer's momentum."""
         return z if layer is None else self._calls.injected(layer, value, z)
+
+
+def _refuse_unserved(arguments: Mapping[str, Any], whose: str, what: str, option: str) -> None:
+    for name in UNSERVED:
+        if arguments.get(name) is not None:
+            raise ModelError(
+                f"{whose} attention takes `{name}`, with which {what} cannot be "
+                f"computed here: leave the layer out with {option}=[...]"
+            )
 
 
 class _Place(NamedTuple):

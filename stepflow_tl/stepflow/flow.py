@@ -139,6 +139,11 @@ class StepFlow:
         shallow, deep = (check_layers(facts, layers) if layers else () for layers in (shallow, deep))
         return shallow if self.tau_max else (), deep if self.alpha else ()
 
+    def layers(self, model: Any) -> tuple[int, ...]:
+        """Layers of this `model` in which anything is done; a ModelError if one does not exist."""
+        shallow, deep = self.bands(model)
+        return tuple(sorted({*shallow, *deep}))
+
     def hooks(
         self,
         model: Any,
@@ -226,7 +231,7 @@ class StepFlow:
         stream = TokenStream(lambda: TokenTracker(tokenizer, entry, *splitters))
         report = FlowReport(*self.bands(model))
         with ExitStack() as stack:
-            if report.shallow or report.deep:
+            if self.layers(model):
                 stack.enter_context(following(model, stream))
                 stack.enter_context(self._on(model, stream.state, report))
             yield FlowRun(stream, report)
@@ -244,13 +249,13 @@ class StepFlow:
         calls = self._calls(model, state, report, detach_values=False)
 
         @cache
-        def scores_hook(layer: int) -> NamedHook:
+        def scores_hooks(layer: int) -> list[NamedHook]:
             (hooks,) = resolve_hooks(model, [layer]).layers
-            shared = dict(state=state, heads=self._heads_of(model, layer), report=report)
-            return self._bridge(model, hooks, shared)
+            return self._at_scores(model, hooks, state, report)
 
         def eager(layer: int) -> AbstractContextManager[None]:
-            return attached(model, last=[scores_hook(layer)]) if layer in calls.bridges else nullcontext()
+            acts = layer in calls.bridges or layer in calls.shifts
+            return attached(model, last=scores_hooks(layer)) if acts else nullcontext()
 
         with attached(model, last=calls.hooks), installed(model, FlowAttention(calls), eager):
             yield
@@ -259,16 +264,22 @@ class StepFlow:
         self, model: Any, state: FlowState, report: FlowReport, detach_values: bool
     ) -> list[NamedHook]:
         pairs: list[NamedHook] = []
-        for hooks in resolve_hooks(model, sorted({*report.shallow, *report.deep})).layers:
+        for hooks in resolve_hooks(model, self.layers(model)).layers:
+            pairs += self._at_scores(model, hooks, state, report)
             heads = self._heads_of(model, hooks.layer)
-            if heads == ():
-                continue
-            shared = dict(state=state, heads=heads, report=report)
-            if hooks.layer in report.shallow:
-                pairs.append(self._bridge(model, hooks, shared))
-            if hooks.layer in report.deep:
+            if hooks.layer in report.deep and heads != ():
+                shared = dict(state=state, heads=heads, report=report)
                 pairs += self._momentum(model, hooks, shared, detach_values)
         return pairs
+
+    def _at_scores(
+        self, model: Any, hooks: LayerHooks, state: FlowState, report: FlowReport
+    ) -> list[NamedHook]:
+        """What acts at one layer's scores, or at its pattern, in order."""
+        heads = self._heads_of(model, hooks.layer)
+        if hooks.layer not in report.shallow or heads == ():
+            return []
+        return [self._bridge(model, hooks, dict(state=state, heads=heads, report=report))]
 
     def _calls(self, model: Any, state: FlowState, report: FlowReport, detach_values: bool) -> FlowCalls:
         bridges: dict[int, Bridge] = {}
