@@ -3,7 +3,7 @@
 1. Dose: at `hook_pattern`, the attention from step i's queries to step j's keys is multiplied by `1 - eps`,
    in the chosen layers and heads at once, after the softmax and without renormalising. Then
    `dL / d eps = - sum of A * dL/dA` over the edge's tokens, layers and heads, at eps = 0.
-2. Predicted: that sum, from one backward pass (`signed_step_saliency`).
+2. Predicted: that sum, from one backward pass (`step_saliency(score="signed")`, through the pattern hooks).
 3. Measured: the slope at 0 by central differences of fourth order, from four forward passes per pair:
    `(8 (L(eps) - L(-eps)) - (L(2 eps) - L(-2 eps))) / (12 eps)`.
 
@@ -30,12 +30,12 @@ from torch import Tensor
 
 from stepflow_tl.causal.controls import StepPair
 from stepflow_tl.causal.cut import causal_pair
-from stepflow_tl.errors import AlignmentError, ModelError
+from stepflow_tl.errors import AlignmentError, ModelError, ObjectiveError
 from stepflow_tl.models.facts import check_heads, check_layers, model_facts
 from stepflow_tl.models.hook_names import resolve_hooks
 from stepflow_tl.models.passes import NamedHook, attached, frozen, model_device
 from stepflow_tl.saliency.objectives import Objective, ObjectiveLike, resolve_objective
-from stepflow_tl.saliency.run import signed_step_saliency
+from stepflow_tl.saliency.run import step_saliency
 from stepflow_tl.stepflow.flow import StepFlow
 from stepflow_tl.stepflow.standing import FwdHooks, standing_hooks
 from stepflow_tl.trace import ReasoningTrace, Step
@@ -100,7 +100,7 @@ def linearity_check(
         trace: The trace, in this model's token ids.
         pairs: (query step, key step) labels, or "all": every pair whose key step is not later.
         objective: One scalar loss as in `step_saliency`, or "query_step" for the NLL of each pair's query
-            step. "per_token" is refused.
+            step. "per_token" and "log_odds" are refused.
         layers: Layers dosed together; all by default.
         heads: Heads dosed together, the same in every layer; all by default.
         eps: Size of the smaller dose; doses are +-eps and +-2 eps.
@@ -112,7 +112,7 @@ def linearity_check(
         TraceError: If a pair names a step that the trace lacks.
         AlignmentError: If a pair's key step is later, or there is no pair.
         ModelError: If the trace does not fit, a head does not exist, or patterns are missing or silent.
-        ObjectiveError: If the objective is "per_token", unknown, no scalar, or touches no token.
+        ObjectiveError: If the objective is per token, unknown, no scalar, or touches no token.
         GradientError: If a gradient is missing or not finite.
         ValueError: If `eps` is not between 0 and 0.5.
 
@@ -133,16 +133,20 @@ def linearity_check(
     predicted, measured = [], []
     for query, key in edges:
         loss = query if objective == "query_step" else objective
+        resolved = resolve_objective(loss, trace)
+        if resolved.per_token:
+            raise ObjectiveError(
+                f"objective={resolved.name!r} has a loss for each row, and no change of an edge moves only "
+                "that one: use a scalar such as 'response', 'summary' or a step's label"
+            )
         name = query.label if objective == "query_step" else ""
         if name not in maps:
-            maps[name] = signed_step_saliency(
-                model, trace, objective=loss, layers=chosen_layers, fwd_hooks=standing
-            )
+            how: Any = dict(score="signed", backend="hooks", layers=chosen_layers, fwd_hooks=standing)
+            maps[name] = step_saliency(model, trace, objective=loss, **how).sums
         by_head = maps[name][:, :, query.index, key.index]
         by_head = by_head if chosen_heads is None else by_head[:, list(chosen_heads)]
         predicted.append(-float(by_head.double().sum()))
         dosing = partial(dose_hook, edge=(query, key), heads=chosen_heads)
-        resolved = resolve_objective(loss, trace)
         loss_at = partial(_dosed_loss, model, trace, resolved, patterns, dosing, standing)
         measured.append(_slope_at_zero(loss_at, eps))
     slopes = torch.tensor([predicted, measured], dtype=torch.float64)

@@ -127,8 +127,8 @@ def step_patching(
     resolved = resolve_objective(metric, corrupted_trace)
     if resolved.per_token:
         raise ObjectiveError(
-            "metric='per_token' is a loss for each row, not one number: use 'response', 'summary', a step's "
-            "label, a LogitDifference or a callable (logits, tokens) -> scalar"
+            f"metric={resolved.name!r} is a loss for each row, not one number: use 'response', 'summary', a "
+            "step's label, a LogitDifference or a callable (logits, tokens) -> scalar"
         )
     plan = PatchingPlan(
         model=model,

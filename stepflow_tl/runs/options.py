@@ -21,6 +21,7 @@ from stepflow_tl.errors import InputFileError
 Options = TypeVar("Options", bound="OptionSet")
 
 ENGINES = ("local", "ray")
+PER_TOKEN = ("per_token", "log_odds")  # objectives with a loss for each row
 SPLITTERS = ("paragraph", "line", "sentence", "whole")
 
 
@@ -117,11 +118,10 @@ def parse_objective(text: str) -> str:
     Raises:
         ValueError: If it is not one.
     """
-    if text in ("per_token", "response", "thinking", "summary") or re.fullmatch(r"[QTS][0-9]*", text):
+    names = (*PER_TOKEN, "response", "thinking", "summary")
+    if text in names or re.fullmatch(r"[QTS][0-9]*", text):
         return text
-    raise ValueError(
-        f"{text!r} is none of per_token, response, thinking, summary, nor a step such as T3 or S1"
-    )
+    raise ValueError(f"{text!r} is none of {', '.join(names)}, nor a step such as T3 or S1")
 
 
 def parse_match(text: str) -> tuple[str, ...]:
@@ -209,7 +209,7 @@ class RunOptions(GroupOptions):
     """Options of `analyze_dataset` and `stepflow-tl analyze`; `GroupOptions` are among them.
 
     Attributes:
-        objective: per_token (default), response, thinking, summary, or a step such as S1
+        objective: per_token (default), log_odds, response, thinking, summary, or a step such as S1
         layers: layers to keep, on the command line such as 0-6,23-29 (all)
         splitter: how thinking and summary are cut into steps (as an answer file says, else paragraph)
         format: reasoning format, or FILE.json of your own (auto: as an answer file says, else the model's)

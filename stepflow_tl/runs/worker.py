@@ -50,7 +50,7 @@ from stepflow_tl.runs.memory import (
     saliency_rungs,
     with_less_and_less,
 )
-from stepflow_tl.runs.options import SPLITTERS, RunOptions
+from stepflow_tl.runs.options import PER_TOKEN, SPLITTERS, RunOptions
 from stepflow_tl.runs.outcomes import Outcome
 from stepflow_tl.runs.plan import Task
 from stepflow_tl.runs.records import Record, pair_field
@@ -84,7 +84,7 @@ class Worker:
         """
         self._model, self._options, self._out = model, options, out
         self._n_taken = 0
-        is_per_token = options.objective == "per_token"
+        is_per_token = options.objective in PER_TOKEN
         if is_per_token:  # attention must be all that mixes positions, so there is a pattern in every layer
             resolve_hooks(model)
         facts = model_facts(model)

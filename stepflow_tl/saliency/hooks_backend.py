@@ -3,9 +3,9 @@
 1. Parameters are frozen and dropout is off for the run; the embedding output becomes the only leaf.
 2. A forward hook on every `blocks.{l}.attn.hook_pattern` hangs a gradient hook on the pattern. For
    `per_token`, `PositionLocalGradients` confines gradients to their own position first.
-3. One backward pass. As dL/dA of a layer arrives, `|A * dL/dA|` is pooled into step sums and both are let
-   go: beyond what autograd itself holds for the pass (T x T per layer and head), only one layer's gradient
-   lives at a time.
+3. One backward pass. As dL/dA of a layer arrives, `|A * dL/dA|` (or another of `scores`) is pooled into step
+   sums and both are let go: beyond what autograd itself holds for the pass (T x T per layer and head), only
+   one layer's gradient lives at a time.
 4. Every layer must have delivered a finite gradient, or an error says which did not.
 
 This is the slow obvious version: it works wherever there is a pattern hook, composes with any hook attached
@@ -22,11 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
+from stepflow_tl.models.facts import attention_sinks
 from stepflow_tl.models.hook_names import ModelHooks, resolve_hooks
 from stepflow_tl.models.passes import NamedHook, attached, frozen, model_device
 from stepflow_tl.saliency.objectives import Objective
 from stepflow_tl.saliency.pooling import pool_tokens, stack_layers, step_bins
 from stepflow_tl.saliency.position_local import PositionLocalGradients
+from stepflow_tl.saliency.scores import Score
 
 
 def hooks_backend(
@@ -36,7 +38,7 @@ def hooks_backend(
     objective: Objective,
     layers: tuple[int, ...],
     *,
-    signed: bool = False,
+    score: Score = "saliency",
 ) -> Float[Tensor, "layer head query_step key_bin"]:
     """Step sums of the chosen layers from one forward and one backward pass.
 
@@ -46,17 +48,17 @@ def hooks_backend(
         step_ids: Step of each token, -1 on TEMPLATE.
         objective: What is differentiated.
         layers: Model layers to pool, in order.
-        signed: Pool `A * dL/dA` instead of its absolute value.
+        score: What is made of pattern and gradient.
 
     Returns:
-        Sums of `|A * dL/dA|` on the CPU, in at least float32; the last key bin is TEMPLATE.
+        Sums of the score on the CPU, in at least float32; the last key bin is TEMPLATE.
 
     Raises:
         ModelError: If the model lacks a hook point, or a pattern hook never fires.
         GradientError: If a pattern gets no gradient, or one that is not finite.
         ObjectiveError: If a callable objective does not return a differentiable scalar.
     """
-    taps = PatternTaps(model, step_ids, layers, per_token=objective.per_token, signed=signed)
+    taps = PatternTaps(model, step_ids, layers, per_token=objective.per_token, score=score)
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         with attached(model, last=taps.start), attached(model, first=taps.first, last=taps.last):
             batch = tokens[None].to(model_device(model))
@@ -87,7 +89,7 @@ class PatternTaps:
         layers: tuple[int, ...],
         *,
         per_token: bool,
-        signed: bool = False,
+        score: Score = "saliency",
         recomputed: bool = False,
     ) -> None:
         """Collect for these layers and steps.
@@ -101,7 +103,10 @@ class PatternTaps:
         self._hooks: ModelHooks = resolve_hooks(model, None if per_token else layers)
         self._local = PositionLocalGradients(model, self._hooks.layers if per_token else ())
         self._step_ids, self._layers = step_ids, layers
-        self._signed, self._recomputed = signed, recomputed
+        self._score, self._recomputed = score, recomputed
+        self._has_sink = {
+            layer: score == "cut" and attention_sinks(model, layer) is not None for layer in layers
+        }
         self._bins: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._patterns: dict[int, Tensor] = {}
         self._fired: set[int] = set()
@@ -158,5 +163,5 @@ class PatternTaps:
         key = (dtype, pattern.device)
         if key not in self._bins:
             self._bins[key] = step_bins(self._step_ids, dtype=dtype, device=pattern.device)
-        pooled = pool_tokens(pattern[0], grad[0], self._bins[key], signed=self._signed)
-        self.pooled[layer] = pooled.cpu()
+        how: Any = dict(score=self._score, has_sink=self._has_sink[layer])
+        self.pooled[layer] = pool_tokens(pattern[0], grad[0], self._bins[key], **how).cpu()

@@ -39,6 +39,7 @@ from stepflow_tl.models.passes import attached, frozen, model_device, replaced_f
 from stepflow_tl.saliency.hooks_backend import PatternTaps
 from stepflow_tl.saliency.objectives import Objective
 from stepflow_tl.saliency.pooling import stack_layers
+from stepflow_tl.saliency.scores import Score
 
 _TAIL_ROWS = 256
 # A second run of the same operations on the same numbers; kernels may still sum in another order.
@@ -57,6 +58,8 @@ def layerwise_backend(
     step_ids: Int[Tensor, " token"],
     objective: Objective,
     layers: tuple[int, ...],
+    *,
+    score: Score = "saliency",
 ) -> Float[Tensor, "layer head query_step key_bin"]:
     """Step sums of the chosen layers, with the patterns of one layer in memory at a time.
 
@@ -66,7 +69,7 @@ def layerwise_backend(
         ModelError: Also if blocks do not run once each in their order, or a block's second run gives another
             output.
     """
-    taps = PatternTaps(model, step_ids, layers, per_token=objective.per_token, recomputed=True)
+    taps = PatternTaps(model, step_ids, layers, per_token=objective.per_token, score=score, recomputed=True)
     with frozen(model), torch.inference_mode(False), torch.enable_grad():
         batch = tokens[None].to(model_device(model))
         blocks = CheckpointedBlocks(list(model.blocks))

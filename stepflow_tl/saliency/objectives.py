@@ -1,13 +1,15 @@
 """What is differentiated: the per-token losses of the paper, or one scalar.
 
 `per_token` (default) is the paper's definition: row t of the map is the gradient of L_t, the NLL of the
-token after t, and nothing else. Every other objective is one scalar, so its row t also counts what row t
-does to all later tokens.
+token after t, and nothing else. `log_odds` is the same with `L_t = -log(p / (1 - p))`, p the probability of
+that token: the NLL's derivative by the token's logit is `p - 1`, which fades where the model is sure; that of
+the log-odds is -1. Every other objective is one scalar, so its row t also counts what row t does to all later
+tokens.
 
-Names: `"per_token"`; `"response"` (mean NLL of thinking and summary tokens); `"thinking"`; `"summary"`; a
-step's label such as `"T3"` or a `Step`; a token span `(start, end)`, of which `(0, len(trace))` is the mean
-over all tokens, as in the authors' code; a `LogitDifference`; or any callable `(logits, tokens) -> scalar`.
-Losses are in nats, taken in at least float32.
+Names: `"per_token"`; `"log_odds"`; `"response"` (mean NLL of thinking and summary tokens); `"thinking"`;
+`"summary"`; a step's label such as `"T3"` or a `Step`; a token span `(start, end)`, of which `(0,
+len(trace))` is the mean over all tokens, as in the authors' code; a `LogitDifference`; or any callable
+`(logits, tokens) -> scalar`. Losses are in nats, taken in at least float32.
 """
 
 from __future__ import annotations
@@ -52,7 +54,34 @@ class LogitDifference:
         return row[self.token] - row[self.other_token]
 
 
+def token_nll(
+    logits: Float[Tensor, "target vocabulary"], tokens: Int[Tensor, " target"]
+) -> Float[Tensor, " target"]:
+    """Negative log-likelihood of each token, in nats and at least float32."""
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(precise, tokens, reduction="none")
+
+
+def token_log_odds(
+    logits: Float[Tensor, "target vocabulary"], tokens: Int[Tensor, " target"]
+) -> Float[Tensor, " target"]:
+    """`-log(p / (1 - p))` of each token: logsumexp of all other logits minus its own, in at least float32.
+
+    No probability is formed, so a token that the model is sure of keeps its value and its gradient.
+    """
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    own = tokens[:, None]
+    others = precise.scatter(-1, own, float("-inf")).logsumexp(-1)
+    return others - precise.gather(-1, own)[:, 0]
+
+
 ObjectiveLike = str | Step | tuple[int, int] | LogitDifference | Callable[..., Any]
+
+
+#: Objectives whose rows each have a loss of their own.
+_TOKEN_LOSSES = {"per_token": token_nll, "log_odds": token_log_odds}
+#: Every objective that has a name of its own on every trace.
+OBJECTIVES = (*_TOKEN_LOSSES, *_SEGMENT_OBJECTIVES)
 
 
 @dataclass(frozen=True)
@@ -61,20 +90,22 @@ class Objective:
 
     Attributes:
         name: What goes into the provenance.
-        targets: Positions u >= 1 whose NLL counts, or None for a callable on logits.
+        targets: Positions u >= 1 whose loss counts, or None for a callable on logits.
         per_token: Whether each row keeps its own loss (the sum is then the scalar handed to autograd).
         function: The callable on `(logits, tokens)`, where `targets` is None.
+        token_loss: Loss of each target, of its logits and token id.
     """
 
     name: str
     targets: Int[Tensor, " target"] | None
     per_token: bool = False
     function: Callable[..., Any] | None = None
+    token_loss: Callable[[Tensor, Tensor], Tensor] = token_nll
 
     def loss(
         self, logits: Float[Tensor, "1 token vocabulary"], tokens: Int[Tensor, "1 token"]
     ) -> Float[Tensor, ""]:
-        """The scalar handed to autograd, in nats for the NLL objectives.
+        """The scalar handed to autograd, in nats for all but callables.
 
         Raises:
             ObjectiveError: If a callable does not return one differentiable number.
@@ -104,8 +135,8 @@ class Objective:
             return value.reshape(())
         assert self.targets is not None
         targets = self.targets.to(logits.device)
-        nll = token_nll(logits[0, targets - 1], tokens[0, targets])
-        return nll.sum() if self.per_token else nll.mean()
+        losses = self.token_loss(logits[0, targets - 1], tokens[0, targets])
+        return losses.sum() if self.per_token else losses.mean()
 
     def residual_gradient(
         self,
@@ -136,19 +167,11 @@ class Objective:
         for targets in self.targets.to(residual.device).split(rows):
             leaf = residual[:, targets - 1].requires_grad_(True)
             logits = unembed(leaf)
-            nll = token_nll(logits[0], tokens[0, targets.to(tokens.device)].to(logits.device))
+            losses = self.token_loss(logits[0], tokens[0, targets.to(tokens.device)].to(logits.device))
             del logits
-            gradient[:, targets - 1] = torch.autograd.grad(nll.sum() * weight, leaf)[0]
-            del nll
+            gradient[:, targets - 1] = torch.autograd.grad(losses.sum() * weight, leaf)[0]
+            del losses
         return gradient
-
-
-def token_nll(
-    logits: Float[Tensor, "target vocabulary"], tokens: Int[Tensor, " target"]
-) -> Float[Tensor, " target"]:
-    """Negative log-likelihood of each token, in nats and at least float32."""
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(precise, tokens, reduction="none")
 
 
 def resolve_objective(objective: Any, trace: ReasoningTrace) -> Objective:
@@ -179,12 +202,13 @@ def resolve_objective(objective: Any, trace: ReasoningTrace) -> Objective:
 
 
 def _resolve_name(name: str, trace: ReasoningTrace) -> Objective:
-    if name == "per_token":
+    if name in _TOKEN_LOSSES:
         if len(trace) < 2:
             raise ObjectiveError(
                 "a trace of one token has no next token, so no loss: give at least two tokens"
             )
-        return Objective(name, torch.arange(1, len(trace)), per_token=True)
+        loss = _TOKEN_LOSSES[name]
+        return Objective(name, torch.arange(1, len(trace)), per_token=True, token_loss=loss)
     if name in _SEGMENT_OBJECTIVES:
         segments = _SEGMENT_OBJECTIVES[name]
         touched = torch.isin(trace.segment_ids, torch.tensor([int(segment) for segment in segments]))
@@ -202,8 +226,8 @@ def _resolve_name(name: str, trace: ReasoningTrace) -> Objective:
             return _span_objective(name, *step.token_span)
     labels = ", ".join(step.label for step in trace.steps)
     raise ObjectiveError(
-        f"unknown objective {name!r}: expected 'per_token', {', '.join(map(repr, _SEGMENT_OBJECTIVES))}, or "
-        f"a step label of this trace ({labels})"
+        f"unknown objective {name!r}: expected {', '.join(map(repr, OBJECTIVES))}, or a step label of this "
+        f"trace ({labels})"
     )
 
 

@@ -1,8 +1,9 @@
 """From token saliency to step sums, and from step sums to the three pooled maps.
 
 1. `step_bins` numbers each token with its step; TEMPLATE tokens share one extra bin at the end.
-2. `pool_tokens` adds a `[head, query, key]` token map into `[head, query_step, key_bin]`. Queries on TEMPLATE
-   tokens are dropped; the mass on TEMPLATE keys (the attention sink) lands in the extra bin.
+2. `pool_tokens` adds a `[head, query, key]` token map into `[head, query_step, key_bin]`, by one of the
+   scores of `scores`. Queries on TEMPLATE tokens are dropped; the mass on TEMPLATE keys (the attention sink)
+   lands in the extra bin.
 3. `normalise` divides stored sums by the number of token pairs, which depends on step lengths alone.
 
 Sums and lengths are stored once; every pooled map is derived. Memory of one call: a `[head, block, T]`
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepflow_tl.errors import GradientError
+from stepflow_tl.saliency.scores import Score, cut_effects
 
 Pooling = Literal["mean", "causal_mean", "sum"]
 
@@ -41,26 +43,32 @@ def pool_tokens(
     pattern_grad: Float[Tensor, "head query key"],
     bins: Float[Tensor, "token bin"],
     *,
-    signed: bool = False,
+    score: Score = "saliency",
+    has_sink: bool = False,
 ) -> Float[Tensor, "head query_step key_bin"]:
-    """Sum `|A * dL/dA|` over step pairs (docs/method.md section 4; paper, Step-Saliency).
+    """Sum a score over step pairs (docs/method.md section 4; paper, Step-Saliency).
 
     Args:
         pattern: Post-softmax attention A of one layer.
         pattern_grad: dL/dA of the same layer.
         bins: The trace's `step_bins`; their dtype is the accumulation dtype.
-        signed: Sum `A * dL/dA` itself, so that opposite signs cancel.
+        score: What is summed.
+        has_sink: Whether a sink without a column joins the softmax, so that a row lacks its mass; for "cut".
 
     Returns:
         Sums per step pair; the last key bin is TEMPLATE.
 
-    Cost: `O(H T^2 S)` multiply-adds, one `[head, 256, key]` buffer.
+    Cost: `O(H T^2 S)` multiply-adds, one `[head, 256, key]` buffer; two of them for "cut".
     """
     out = bins.new_zeros(pattern.shape[0], bins.shape[1] - 1, bins.shape[1])
     for start in range(0, pattern.shape[1], _QUERY_BLOCK):
         rows = slice(start, start + _QUERY_BLOCK)
-        saliency = pattern[:, rows].to(out.dtype) * pattern_grad[:, rows].to(out.dtype)
-        per_key_bin = (saliency if signed else saliency.abs_()) @ bins
+        weights = pattern[:, rows].to(out.dtype)
+        products = weights * pattern_grad[:, rows].to(out.dtype)
+        per_key_bin = (products.abs_() if score == "saliency" else products) @ bins
+        if score == "cut":
+            sink_mass = (1 - weights.sum(-1)).clamp(min=0) if has_sink else None
+            per_key_bin = cut_effects(weights @ bins, per_key_bin, sink_mass)
         out += bins[rows, :-1].T @ per_key_bin
     return out
 

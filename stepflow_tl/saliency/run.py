@@ -1,4 +1,4 @@
-"""`step_saliency` and its signed form: check the inputs, choose a backend, run it, label the result.
+"""`step_saliency`: check the inputs, choose a backend, run it, label the result.
 
 `"auto"` takes the fused backend where it can be exact, else hooks; the reason for falling back goes into the
 provenance. Hooks on scores or patterns need those tensors to exist, so they make it choose `"hooks"`.
@@ -13,16 +13,16 @@ from typing import Any, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.errors import FusedRefusal, ModelError, ObjectiveError
+from stepflow_tl.errors import FusedRefusal, ModelError
 from stepflow_tl.models.facts import check_fit, check_layers, is_transformerlens, model_facts
 from stepflow_tl.models.hook_names import resolve_hooks
 from stepflow_tl.models.passes import NamedHook, attached
 from stepflow_tl.results.provenance import Provenance, package_versions
 from stepflow_tl.saliency.backends import BACKENDS, Backend, check_per_token, refuse_early
 from stepflow_tl.saliency.fused.run import fused_backend
-from stepflow_tl.saliency.hooks_backend import hooks_backend
 from stepflow_tl.saliency.objectives import Objective, ObjectiveLike, resolve_objective
 from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.saliency.scores import Score, check_score
 from stepflow_tl.stepflow.flow import StepFlow
 from stepflow_tl.stepflow.standing import FwdHooks, standing_hooks, standing_notes
 from stepflow_tl.trace import ReasoningTrace
@@ -33,6 +33,7 @@ def step_saliency(
     trace: ReasoningTrace,
     *,
     objective: ObjectiveLike = "per_token",
+    score: Score = "saliency",
     backend: Backend = "auto",
     layers: Sequence[int] | None = None,
     checkpoint: bool = False,
@@ -52,10 +53,14 @@ def step_saliency(
             need no gradient; hooks that are already attached stay in force. The fused backend also takes
             a plain transformers causal LM.
         trace: The trace, in this model's token ids.
-        objective: `"per_token"`, `"response"` (mean NLL of thinking and summary), `"thinking"`, `"summary"`,
-            a step or its label, a token span `(start, end)` (`(0, len(trace))` is the mean over all tokens,
-            as in the authors' code), a `LogitDifference`, or any callable `(logits, tokens) -> scalar` with
-            logits `[1, T, vocabulary]` and tokens `[1, T]`.
+        objective: `"per_token"`, `"log_odds"` (per token too, of `-log(p / (1 - p))`, whose gradient does not
+            fade where the model is sure), `"response"` (mean NLL of thinking and summary), `"thinking"`,
+            `"summary"`, a step or its label, a token span `(start, end)` (`(0, len(trace))` is the mean over
+            all tokens, as in the authors' code), a `LogitDifference`, or any callable `(logits, tokens) ->
+            scalar` with logits `[1, T, vocabulary]` and tokens `[1, T]`.
+        score: `"saliency"`, the paper's `|A * dL/dA|`; `"signed"`, the same with its sign; or `"cut"`, what
+            removing a step from a row's softmax does to L to first order, signed, comparable with knockout
+            (`saliency.scores`). Every backend and option serves each.
         backend: `"fused"` recomputes attention tile by tile, in O(T) memory, where attention goes through
             transformers' attention interface; `"hooks"` reads `hook_pattern` and its gradient, in O(L T^2);
             `"layerwise"` does so one layer at a time, in O(T^2), for one more forward pass;
@@ -81,11 +86,14 @@ def step_saliency(
             points.
         ObjectiveError: If the objective is unknown, no scalar, or touches no token.
         GradientError: If a gradient is missing or not finite.
-        ValueError: If `backend` is unknown, or cannot do with `checkpoint` or `block_divisor`.
+        ValueError: If `score` or `backend` is unknown, or the backend cannot do with `checkpoint` or
+            `block_divisor`.
 
-    Cost: one forward and one backward pass. Memory: that of the activations with `fused`, `O(L H T^2)` on top
-    with `hooks`.
+    Cost: one forward and one backward pass. On a GPU the Triton kernel pools "saliency" only; other scores go
+    through the tiles of the CPU path there, which take longer. Memory: that of the activations with `fused`,
+    `O(L H T^2)` on top with `hooks`.
     """
+    check_score(score)
     facts = model_facts(model)
     check_fit(facts, trace)
     chosen = check_layers(facts, layers)
@@ -104,6 +112,7 @@ def step_saliency(
         chosen,
         own,
         stepflow,
+        score=score,
         checkpoint=checkpoint,
         block_divisor=block_divisor,
     )
@@ -113,6 +122,7 @@ def step_saliency(
         trace=trace,
         layers=chosen,
         n_layers=facts.n_layers,
+        score=score,
         provenance=Provenance(
             model_name=facts.name,
             objective=resolved.name,
@@ -134,6 +144,7 @@ def _run_backend(
     own: Sequence[NamedHook],
     stepflow: StepFlow | None,
     *,
+    score: Score,
     checkpoint: bool,
     block_divisor: int,
 ) -> tuple[Float[Tensor, "layer head query_step key_bin"], str, dict[str, str]]:
@@ -160,7 +171,7 @@ def _run_backend(
             flow = stepflow and stepflow.calls(model, trace, detach_values=objective.per_token)
             with attached(model, last=[*own, *(flow.hooks if flow else ())]):
                 sums = fused_backend(
-                    *arguments, checkpoint=checkpoint, block_divisor=block_divisor, flow=flow
+                    *arguments, score=score, checkpoint=checkpoint, block_divisor=block_divisor, flow=flow
                 )
             if checkpoint or block_divisor > 1:
                 notes["memory"] = f"checkpoint={checkpoint}, block_divisor={block_divisor}"
@@ -175,53 +186,4 @@ def _run_backend(
     if objective.per_token:
         notes["self_check"] = check_per_token(model, trace.tokens, name)
     with attached(model, last=hooks):
-        return BACKENDS[name](*arguments), name, notes
-
-
-def signed_step_saliency(
-    model: Any,
-    trace: ReasoningTrace,
-    *,
-    objective: ObjectiveLike = "response",
-    layers: Sequence[int] | None = None,
-    stepflow: StepFlow | None = None,
-    fwd_hooks: FwdHooks = (),
-) -> Float[Tensor, "layer head query_step key_step"]:
-    """Sums of `A * dL/dA` over step pairs, so that opposite signs cancel; L one scalar, through all paths.
-
-    Step-Saliency says how strongly a loss hangs on an edge; this says what a small change of the edge does.
-    Scale the attention of an edge by `1 - eps` (after the softmax, without renormalising) and the loss
-    changes by `- eps * sum of A * dL/dA` over its tokens, layers and heads, to first order.
-    `causal.linearity` measures it.
-
-    Args:
-        model: A TransformerLens model whose patterns are live.
-        trace: The trace, in this model's token ids.
-        objective: Any objective of `step_saliency` but "per_token", whose rows each have a loss of their own:
-            no intervention on an edge changes only that.
-        layers: Layers to keep, in order; all by default.
-        stepflow: Map the repaired flow, as in `step_saliency`.
-        fwd_hooks: Hooks in force in the pass, as in `step_saliency`.
-
-    Returns:
-        Signed sums on the CPU, in the objective's unit (nats).
-
-    Raises:
-        ModelError: If the trace does not fit, or a hook point is missing or silent.
-        ObjectiveError: If the objective is "per_token", unknown, no scalar, or touches no token.
-        GradientError: If a gradient is missing or not finite.
-
-    Cost: that of `step_saliency(backend="hooks")`, `O(L H T^2)` memory.
-    """
-    facts = model_facts(model)
-    check_fit(facts, trace)
-    chosen = check_layers(facts, layers)
-    resolved = resolve_objective(objective, trace)
-    if resolved.per_token:
-        raise ObjectiveError(
-            "objective='per_token' has a loss for each row, and no change of an edge moves only that one: "
-            "use a scalar such as 'response', 'summary' or a step's label"
-        )
-    with attached(model, last=standing_hooks(model, trace, stepflow=stepflow, fwd_hooks=fwd_hooks)):
-        sums = hooks_backend(model, trace.tokens, trace.step_ids, resolved, chosen, signed=True)
-    return sums[..., :-1].contiguous()
+        return BACKENDS[name](*arguments, score=score), name, notes

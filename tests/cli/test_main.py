@@ -57,7 +57,10 @@ def test_help_imports_nothing_heavy():
         (["analyze", "x", "--out", "y", "--layers", "0-"], "expected numbers and ranges such as 0-6,23-29"),
         (["analyze", "x", "--out", "y", "--layers", "6-2"], "'6-2' runs backwards: write 2-6"),
         (["analyze", "x", "--out", "y", "--layers", "1,0-3"], "names a number twice"),
-        (["analyze", "x", "--out", "y", "--objective", "loss"], "'loss' is none of per_token, response"),
+        (
+            ["analyze", "x", "--out", "y", "--objective", "loss"],
+            "'loss' is none of per_token, log_odds",
+        ),
         (["analyze", "x", "--out", "y", "--limit", "0"], "'0' is not a whole number from 1 on"),
         (["analyze", "x", "--out", "y", "--device", "gpu"], "'gpu' is none of cpu, cuda, cuda:N, mps"),
         (["analyze", "x", "--out", "y", "--splitter", "word"], "invalid choice: 'word'"),

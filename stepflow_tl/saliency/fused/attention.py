@@ -5,7 +5,7 @@ Notation: A = softmax(scores) is the pattern, z = A v, `dX` is dL/dX. Per head a
 1. Forward: z and the row-wise logsumexp of the scores. SDPA's flash kernel where it serves, else tile
    by tile.
 2. Backward, tile by tile: `A = exp(scores - logsumexp)` again, and `dA = dz v^T`. Their product is the
-   token saliency `|A * dA|`, which is pooled on the spot and forgotten.
+   token saliency `|A * dA|` (or another of `saliency.scores`), which is pooled on the spot and forgotten.
 3. The same product gives the scores' gradient: `ds = A * (dA - delta)`, with `delta[t] = sum_k A[t,k]
    dA[t,k] = <dz[t], z[t]>` known beforehand. Soft-capped scores `u = cap tanh(s / cap)` multiply it by `1 -
    (u / cap)^2`.
@@ -28,8 +28,8 @@ On a CPU the tiles of `sweep` do all of this. On an NVIDIA GPU:
   else of the softmax. It adds up dq in no fixed order unless PyTorch is told otherwise, so it is told.
 * Backward, `diagonal_only`: `pool_on_device` gives the map and dq in one sweep of three matrix products; dk
   and dv are the diagonal's. The flash backward would spend five products to throw two gradients away.
-* What is not served so (float64, ordinary objectives under a window, a soft-cap or the bridge, no Triton)
-  goes through the tiles, on any device.
+* What is not served so (float64, scores other than "saliency", ordinary objectives under a window, a soft-cap
+  or the bridge, no Triton) goes through the tiles, on any device.
 
 Memory beyond the inputs: q, k, v, z and one number per row saved; two or three tile buffers while backward
 runs, or what the two kernels need on a GPU (`triton_pooling.LINE_BYTES`, and flash attention's float32 copy
@@ -122,8 +122,11 @@ class _SaliencyAttention(torch.autograd.Function):
         if kept:
             rows = BridgedRows(ctx.bridging.spans, *kept)
             bridged = BridgedTerms.of(rows, dz, delta, ctx.bridging)
-        call = BackwardCall(query, key, value, logsumexp, dz, delta, ctx.spec, bridged)
-        if kernels_serve(query, key, value, ctx.spec, pooling=ctx.sums is not None, bridged=bridged):
+        sink_mass = None if sinks is None else torch.exp(sinks.to(work)[:, None] - logsumexp)
+        call = BackwardCall(query, key, value, logsumexp, dz, delta, ctx.spec, bridged, sink_mass)
+        pooled_by_kernel = ctx.sums is None or ctx.sums.score == "saliency"  # the only score that they pool
+        pooling = ctx.sums is not None
+        if pooled_by_kernel and kernels_serve(query, key, value, ctx.spec, pooling=pooling, bridged=bridged):
             dq, dk, dv = kernel_backward(call, z, ctx.sums)
         else:
             diagonal = ctx.spec.diagonal_only
@@ -132,9 +135,9 @@ class _SaliencyAttention(torch.autograd.Function):
             if diagonal and (needs_key or needs_value):
                 dk, dv = diagonal_gradients(call)
         dsinks = None
-        if needs_sinks:
+        if needs_sinks and sink_mass is not None:
             offset = delta if bridged is None else bridged.offsets[..., OTHER]
-            dsinks = -(torch.exp(sinks.to(work)[:, None] - logsumexp) * offset).sum((0, 2)).to(sinks.dtype)
+            dsinks = -(sink_mass * offset).sum((0, 2)).to(sinks.dtype)
         danchor = dz.new_zeros(()) if needs_anchor else None
         return dq, dk, dv, dsinks, danchor, None, None, None
 

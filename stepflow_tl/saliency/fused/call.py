@@ -52,6 +52,7 @@ class BackwardCall:
         delta: `<dz, z>` of each row, z without the bridge, `[*batch, head, token]`.
         spec: What is computed.
         bridged: What the bridge does to each row; None without one.
+        sink_mass: Mass of the sink in each row, `[*batch, head, token]`; None without one.
 
     Raises:
         FusedRefusal: If the shapes do not fit together.
@@ -65,6 +66,7 @@ class BackwardCall:
     delta: Tensor
     spec: AttentionSpec
     bridged: BridgedTerms | None = None
+    sink_mass: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse tensors that do not fit together."""
@@ -78,8 +80,11 @@ class BackwardCall:
             "dz": (*batch, n_heads, n_tokens, d_value),
             "logsumexp": (*batch, n_heads, n_tokens),
             "delta": (*batch, n_heads, n_tokens),
+            "sink_mass": (*batch, n_heads, n_tokens),
         }
         for name, shape in expected.items():
+            if name == "sink_mass" and self.sink_mass is None:
+                continue
             found = tuple(getattr(self, name).shape)
             if found != shape:
                 raise FusedRefusal(
@@ -100,7 +105,9 @@ class BackwardCall:
         """One sequence of the batch."""
         names = ("query", "key", "value", "logsumexp", "dz", "delta")
         bridged = None if self.bridged is None else self.bridged.sequence(batch)
-        return replace(self, bridged=bridged, **{name: getattr(self, name)[batch] for name in names})
+        sink_mass = None if self.sink_mass is None else self.sink_mass[batch]
+        own = {name: getattr(self, name)[batch] for name in names}
+        return replace(self, bridged=bridged, sink_mass=sink_mass, **own)
 
     def kv_heads(self, first: int, last: int) -> BackwardCall:
         """The KV heads `[first, last)` of one sequence, and the query heads that share them."""
@@ -108,7 +115,8 @@ class BackwardCall:
         shared = {name: getattr(self, name)[first:last] for name in ("key", "value")}
         own = {name: getattr(self, name)[heads] for name in ("query", "logsumexp", "dz", "delta")}
         bridged = None if self.bridged is None else self.bridged.heads(heads)
-        return replace(self, bridged=bridged, **shared, **own)
+        sink_mass = None if self.sink_mass is None else self.sink_mass[heads]
+        return replace(self, bridged=bridged, sink_mass=sink_mass, **shared, **own)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -35,6 +35,7 @@ from stepflow_tl.saliency.fused.session import FusedSession
 from stepflow_tl.saliency.fused.steps import StepTiles
 from stepflow_tl.saliency.objectives import Objective
 from stepflow_tl.saliency.pooling import stack_layers
+from stepflow_tl.saliency.scores import Score
 from stepflow_tl.stepflow.calls import FlowCalls
 
 LOGITS_PER_CHUNK = 1 << 24
@@ -47,6 +48,7 @@ def fused_backend(
     objective: Objective,
     layers: tuple[int, ...],
     *,
+    score: Score = "saliency",
     checkpoint: bool = False,
     block_divisor: int = 1,
     flow: FlowCalls | None = None,
@@ -66,7 +68,7 @@ def fused_backend(
     config = inner.config.get_text_config()
     n_layers = int(config.num_hidden_layers)
     tiles = StepTiles(step_ids, int(step_ids.max()) + 1, block_divisor)
-    session = FusedSession(tiles, frozenset(layers), objective.per_token, flow)
+    session = FusedSession(tiles, frozenset(layers), objective.per_token, flow, score)
     with ExitStack() as stack:
         for context in (torch.inference_mode(False), torch.enable_grad(), frozen(inner)):
             stack.enter_context(context)

@@ -28,6 +28,7 @@ from stepflow_tl.saliency.fused.attention import saliency_attention
 from stepflow_tl.saliency.fused.bridged import Bridging, SequenceGroups
 from stepflow_tl.saliency.fused.call import AttentionSpec, accumulation_dtype
 from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
+from stepflow_tl.saliency.scores import Score
 from stepflow_tl.stepflow.calls import FlowCalls
 
 _MASK_ENTRIES_PER_BLOCK = 1 << 22
@@ -42,6 +43,7 @@ class FusedSession(AttentionCalls):
         layers: Layers whose map is pooled.
         diagonal_only: Whether gradients stay at their own position (objective "per_token").
         flow: What StepFlow does in these calls; None without it.
+        score: What is pooled.
         anchor: Scalar that requires a gradient; what autograd is asked for.
         sums: Pooled maps by layer, made at the layer's first call.
         seen: Every layer that has come through here.
@@ -54,6 +56,7 @@ class FusedSession(AttentionCalls):
     layers: frozenset[int]
     diagonal_only: bool
     flow: FlowCalls | None = None
+    score: Score = "saliency"
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     sums: dict[int, StepSums] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
@@ -108,8 +111,8 @@ class FusedSession(AttentionCalls):
         sinks = kwargs.get("s_aux", kwargs.get("sinks"))
         anchor = self.anchor if layer >= min(self.layers) else None
         if layer in self.layers and layer not in self.sums:
-            dtype = accumulation_dtype(query.dtype)
-            self.sums[layer] = StepSums.zeros(self.tiles, query.shape[1], dtype=dtype, device=query.device)
+            like: Any = dict(dtype=accumulation_dtype(query.dtype), device=query.device)
+            self.sums[layer] = StepSums.zeros(self.tiles, query.shape[1], **like, score=self.score)
         sums = self.sums.get(layer)
         bridging = self._bridging(layer, n_tokens, query.device)
         z = saliency_attention(

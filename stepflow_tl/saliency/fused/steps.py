@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepflow_tl.errors import FusedRefusal
+from stepflow_tl.saliency.scores import Score
 
 KEYS_PER_TILE = 1024
 
@@ -93,39 +94,60 @@ class StepSums:
         tiles: The trace's step bins.
         sums: `[head, query_step, key_bin]`; the last bin is TEMPLATE.
         steps: Which query steps the rows of `sums` stand for.
+        score: What is added up.
         reached: Whether a gradient has come back to this layer.
     """
 
     tiles: StepTiles
     sums: Float[Tensor, "head query_step key_bin"]
     steps: slice
+    score: Score = "saliency"
     reached: bool = False
 
     @classmethod
-    def zeros(cls, tiles: StepTiles, n_heads: int, *, dtype: torch.dtype, device: torch.device) -> StepSums:
+    def zeros(
+        cls,
+        tiles: StepTiles,
+        n_heads: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        score: Score = "saliency",
+    ) -> StepSums:
         """An empty map."""
         sums = torch.zeros(n_heads, tiles.n_steps, tiles.n_steps + 1, dtype=dtype, device=device)
-        return cls(tiles, sums, slice(0, tiles.n_steps))
+        return cls(tiles, sums, slice(0, tiles.n_steps), score)
 
     def strip(self, n_heads: int, start: int, end: int) -> StepSums:
         """An empty part for `n_heads` heads of the query rows `[start, end)`."""
         steps = self.tiles.steps_of(start, end)
         sums = self.sums.new_zeros(n_heads, steps.stop - steps.start, self.sums.shape[2])
-        return StepSums(self.tiles, sums, steps)
+        return StepSums(self.tiles, sums, steps, self.score)
 
     def add_tile(
-        self, queries: tuple[int, int], keys: tuple[int, int], saliency: Float[Tensor, "head query key"]
+        self, queries: tuple[int, int], keys: tuple[int, int], products: Float[Tensor, "head query key"]
     ) -> None:
-        """Add the tile `saliency` (not negative) of these query rows and key columns, both half-open."""
-        rows, query_steps = self.tiles.rows(*queries, saliency)
+        """Add a tile of these query rows and key columns, half-open, of a score that is a sum over tokens.
+
+        `products` are pattern times gradient, and may be overwritten.
+        """
+        rows, query_steps = self.tiles.rows(*queries, products)
         if not len(rows):
             return
-        columns, key_steps = self.tiles.columns(*keys, saliency)
-        per_key = torch.matmul(rows, saliency)
+        columns, key_steps = self.tiles.columns(*keys, products)
+        per_key = torch.matmul(rows, products.abs_() if self.score == "saliency" else products)
         pooled = torch.matmul(per_key, columns).to(self.sums.dtype)
-        out = self.sums[:, query_steps.start - self.steps.start : query_steps.stop - self.steps.start]
+        out = self._of(query_steps)
         out[..., key_steps] += pooled[..., :-1]
         out[..., -1] += pooled[..., -1]
+
+    def add_rows(self, queries: tuple[int, int], values: Float[Tensor, "head query key_bin"]) -> None:
+        """Add these query rows, half-open, their keys summed already."""
+        rows, query_steps = self.tiles.rows(*queries, values)
+        self._of(query_steps).add_(torch.matmul(rows, values))
+
+    def _of(self, query_steps: slice) -> Float[Tensor, "head query_step key_bin"]:
+        return self.sums[:, query_steps.start - self.steps.start : query_steps.stop - self.steps.start]
 
     def add(self, heads: slice, steps: slice, sums: Float[Tensor, "head step key_bin"]) -> None:
         """Add a finished part, of some heads and query steps."""

@@ -4,7 +4,8 @@
    blocks of query rows, and the keys that a block sees into a fixed grid of columns. One block of rows and
    one column are a tile; the rows of its heads are stacked into one matrix. Tiles above the diagonal or
    before the band are never visited.
-2. Per tile, as `attention` numbers it: the pattern again, the saliency, its pooling, the scores' gradient.
+2. Per tile, as `attention` numbers it: the pattern again, the saliency, its pooling (for `score="cut"` by
+   `cut_rows`, which ends with the block's last tile), the scores' gradient.
    What the mask hides inside a tile is zeroed in the pattern, and so in everything made from it. Under the
    bridge, f and E of `bridged` come in.
 3. A strip owns its rows of z and dq. Its parts of dk, dv and of the pooled map are added up after all strips
@@ -35,6 +36,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepflow_tl.saliency.fused.call import AttentionSpec, BackwardCall, accumulation_dtype
+from stepflow_tl.saliency.fused.cut_rows import CutRows
 from stepflow_tl.saliency.fused.steps import StepSums, keys_per_tile
 
 ROWS_PER_TILE = 512  # query rows of all heads that share one KV head
@@ -164,6 +166,10 @@ def _backward_strip(
         row_logsumexp = (group.logsumexp[:, rows] * LOG2_E).reshape(n_rows, 1)
         row_delta = group.delta[:, rows].reshape(n_rows, 1)
         dq = matrix("dq", n_rows, d_head).zero_() if dq_out is not None else None
+        cut = None
+        if partial.sums is not None and partial.sums.score == "cut":
+            sink_mass = None if group.sink_mass is None else group.sink_mass[:, rows]
+            cut = CutRows(partial.sums, (start, end), sink_mass)
         for first, last in _key_tiles(spec.first_key(start), end, keys_per_tile(spec.block_divisor)):
             own = slice(first - partial.keys.start, last - partial.keys.start)
             k, v = key[first:last], value[first:last]
@@ -176,16 +182,19 @@ def _backward_strip(
                 torch.mul(capped, spec.softcap * LOG2_E, out=pattern)
             pattern.sub_(row_logsumexp).exp2_()
             _hide(pattern.view(n_heads, end - start, len(k)), (start, end), (first, last), spec)
-            bridged, weighted, offset = pattern, dz, row_delta
+            bridged, weighted, offset, row_factor = pattern, dz, row_delta, None
             if group.bridged is not None:
                 factor, offset = group.bridged.tile((start, end), (first, last))
                 if factor is not None and factor.shape[1] == 1:  # cheaper on dz than on the tile
+                    row_factor = factor
                     weighted = torch.mul(dz, factor, out=matrix("weighted", n_rows, dz.shape[1]))
                 elif factor is not None:
                     bridged = torch.mul(pattern, factor, out=matrix("bridged", n_rows, len(k)))
             if partial.dv is not None:
                 partial.dv[own].addmm_(bridged.T, weighted)
             saliency = torch.mm(weighted, v.T, out=matrix("saliency", n_rows, len(k))).mul_(bridged)
+            if cut is not None:
+                cut.add_tile((first, last), bridged, saliency, row_factor)
             if dq is not None or partial.dk is not None:
                 dscores = torch.addcmul(saliency, pattern, offset, value=-1, out=pattern)
                 if capped is not None:
@@ -194,9 +203,11 @@ def _backward_strip(
                     dq.addmm_(dscores, k)
                 if partial.dk is not None:
                     partial.dk[own].addmm_(dscores.T, q)
-            if partial.sums is not None:
-                tile = saliency.abs_().view(n_heads, end - start, len(k))
+            if partial.sums is not None and cut is None:
+                tile = saliency.view(n_heads, end - start, len(k))
                 partial.sums.add_tile((start, end), (first, last), tile)
+        if cut is not None:
+            cut.close()
         if dq is not None and dq_out is not None:
             dq_out[:, rows] = dq.mul_(spec.scale).view(n_heads, end - start, d_head)
     if partial.dk is not None:
