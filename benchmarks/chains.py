@@ -1,15 +1,17 @@
 """Proof chains with rules, and which line of the question and which earlier step each step needs.
 
 After the published definition of PrOntoQA (Saparov and He 2023, arXiv 2210.01240) and its extension to
-conjunctions (Saparov et al. 2023, arXiv 2305.15269): an individual, made-up concepts, facts, rules "everything
-that is a P and a Q is a R", and a proof each of whose steps applies one rule. The text is a program of ours:
+conjunctions (Saparov et al. 2023, arXiv 2305.15269): an individual, made-up concepts, facts, rules
+"everything that is a P and a Q is a R", and a proof each of whose steps applies one rule. The program is
+ours:
 
 1. The facts are `n_facts` concepts that the individual has, one line each.
-2. A step takes one or two antecedents, any of the facts and of the conclusions so far, so that its sources are
-   as far as they happen to be, and concludes a concept of its own. The goal is what the last step concludes.
+2. A step takes one or two antecedents, any of the facts and of the conclusions so far, so that its sources
+   are as far as they happen to be, and concludes a concept of its own. The goal is what the last step
+   concludes.
 3. Branches that lead nowhere: steps whose conclusion the goal does not use; rules that apply and are not
-   applied; rules with a conclusion of the proof and an antecedent that never holds. The last share their words
-   with the right ones, so that equal words are not enough to find the rule.
+   applied; rules with a conclusion of the proof and an antecedent that never holds. The last share their
+   words with the right ones, so that equal words are not enough to find the rule.
 4. Rules and facts stand in random order, a line each, then the question.
 
 Every concept of the proof is the conclusion of one rule that can apply, or a fact: what a step needs is its
@@ -25,7 +27,9 @@ from itertools import product
 
 INDIVIDUALS = ("Max", "Sally", "Alex", "Polly", "Sam", "Stella")
 # Made-up names that no text explains; all take the article "a".
-CONCEPTS = tuple(a + b + "pus" for a, b in product("b d f g j k l m n r s t v w z".split(), ("am", "em", "im", "om", "um")))
+CONCEPTS = tuple(
+    a + b + "pus" for a, b in product("b d f g j k l m n r s t v w z".split(), ("am", "em", "im", "om", "um"))
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class Proof:
         )
 
 
-def make_proofs(n: int, *, seed: int, n_steps: int = 8, n_facts: int = 3, n_distractors: int = 6) -> list[Proof]:
+def make_proofs(
+    n: int, *, seed: int, n_steps: int = 8, n_facts: int = 3, n_distractors: int = 6
+) -> list[Proof]:
     """Proofs of one size; the same for the same seed.
 
     Args:
@@ -110,8 +116,8 @@ def make_proofs(n: int, *, seed: int, n_steps: int = 8, n_facts: int = 3, n_dist
     needed = n_facts + n_steps + n_distractors
     if n_steps < 2 or n_facts < 2 or n_distractors < 0 or needed > len(CONCEPTS):
         raise ValueError(
-            f"n_steps={n_steps}, n_facts={n_facts}, n_distractors={n_distractors}: expected at least 2, 2 and 0, "
-            f"and {len(CONCEPTS)} concepts at most"
+            f"n_steps={n_steps}, n_facts={n_facts}, n_distractors={n_distractors}: expected at least "
+            f"2, 2 and 0, and {len(CONCEPTS)} concepts at most"
         )
     rng = random.Random(f"{seed}/{n_steps}/{n_facts}/{n_distractors}")
     return [_make(rng, n_steps, n_facts, n_distractors) for _ in range(n)]

@@ -13,8 +13,8 @@ How well a score finds the needed candidates of a row, chance 0.5 for the first 
 1. AUROC against every candidate that is not needed.
 2. `near`: against the one, or the two, of the same row nearest in distance. A score that knows only the order
    still gains where sources sit at the end of the row, for instance right before the query.
-3. `equally far`: against those of other rows of the trace at exactly the same distance: no function of the distance
-   is above chance.
+3. `equally far`: against those of other rows of the trace at exactly the same distance: no function of the
+   distance is above chance.
 4. top-1: whether the highest candidate is needed.
 """
 
@@ -82,7 +82,9 @@ def scores_of(model: Any, trace: ReasoningTrace) -> Scores:
     return Scores(ranked, summed)
 
 
-def in_rows(values: Float[np.ndarray, "*layer query_step key_step"]) -> Float[np.ndarray, "*layer query_step key_step"]:
+def in_rows(
+    values: Float[np.ndarray, "*layer query_step key_step"],
+) -> Float[np.ndarray, "*layer query_step key_step"]:
     """Rows divided by the sum of their sizes; a row without any stays 0."""
     return values / np.maximum(np.abs(values).sum(-1, keepdims=True), 1e-300)
 
@@ -108,9 +110,9 @@ def headroom(model: Any, trace: ReasoningTrace) -> Float[np.ndarray, " step"]:
 def influence(weights: StepMap, *, ends: int = 0) -> StepMap:
     """Influence of each step on each other through all chains of steps.
 
-    Rows of the strict lower triangle are normalised to W (negative values count as none). The influence of j on i is
-    the sum over all chains i > k > ... > j of the products of W along them: `(I - W)^-1 - I`, one triangular
-    solve. It is the probability that a walk from i which moves by W comes by j. Cost: O(n^3).
+    Rows of the strict lower triangle are normalised to W (negative values count as none). The influence of j
+    on i is the sum over all chains i > k > ... > j of the products of W along them: `(I - W)^-1 - I`, one
+    triangular solve. It is the probability that a walk from i which moves by W comes by j. Cost: O(n^3).
 
     Args:
         weights: A step map.
@@ -124,7 +126,9 @@ def influence(weights: StepMap, *, ends: int = 0) -> StepMap:
     return solve_triangular(eye - walk, eye, lower=True, unit_diagonal=True) - eye
 
 
-def effects_of_removal(model: Any, trace: ReasoningTrace, steps: tuple[int, ...]) -> Float[np.ndarray, " step"]:
+def effects_of_removal(
+    model: Any, trace: ReasoningTrace, steps: tuple[int, ...]
+) -> Float[np.ndarray, " step"]:
     """Rise of the summary's NLL, in nats, when no later token may read a step: a pass for each."""
     facts, tokens = model_facts(model), trace.tokens.to(model_device(model))
     first = next(step.token_start for step in trace.steps if step.segment == Segment.SUMMARY)
@@ -143,7 +147,7 @@ def effects_of_removal(model: Any, trace: ReasoningTrace, steps: tuple[int, ...]
 
 
 def row_metrics(row: EdgeRow, others: list[EdgeRow], step_map: StepMap) -> list[float]:
-    """The four metrics of one row; `others` are the rows of the same kind in its trace. NaN: nothing to compare."""
+    """The four metrics of one row among those of its kind and trace; NaN where there is nothing to compare."""
     auroc, _, top = score_rows([row], step_map)
     keys = np.array(row.candidates)
     values = step_map[row.query, keys]

@@ -2,12 +2,13 @@
 
 | task | traces | a step's sources |
 |---|---|---|
-| testbed | right solutions of `stepflow_tl.testbed`, read by the testbed's own model | definitions, earlier steps |
+| testbed | right solutions, read by the testbed's own model | definitions, earlier steps |
 | chains | proofs of `chains.py` | rules and facts in the question, earlier steps |
-| parc | solutions of real problems with annotated premises (PARC, Mukherjee et al. 2025) | earlier steps |
+| parc | solutions with annotated premises (PARC, Mukherjee et al. 2025) | earlier steps |
 
-`rows` holds the candidates of each step by kind of source; `onto_summary` has the thinking steps as candidates of
-the summary, needed where it hangs on them through any number of steps. In parc the last step is the summary.
+`rows` holds the candidates of each step by kind of source; `onto_summary` has the thinking steps as candidates
+of the summary, needed where it hangs on them through any number of steps. In parc the last step is the
+summary.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def task_model(task: str, path: str | None) -> Any:
     return load_testbed_model() if task == "testbed" else load_default_model()
 
 
-def readings(task: str, tokenizer: Any, n: int, *, seed: int, steps: list[int], parc: Path = PARC) -> list[Reading]:
+def readings(
+    task: str, tokenizer: Any, n: int, *, seed: int, steps: list[int], parc: Path = PARC
+) -> list[Reading]:
     """`n` traces of a task; for testbed and chains, lengths `steps` in turn."""
     if task == "parc":
         return _parc(tokenizer, n, seed, parc)
@@ -65,7 +68,9 @@ def readings(task: str, tokenizer: Any, n: int, *, seed: int, steps: list[int], 
         problems = [p for spec, count in specs for p in make_problems(spec, count, seed=1000 * seed + 2)]
         return [_testbed(tokenizer, problem) for problem in problems]
     sizes = zip(steps, counts, strict=True)
-    return [_chain(tokenizer, proof) for length, c in sizes for proof in make_proofs(c, seed=seed, n_steps=length)]
+    return [
+        _chain(tokenizer, proof) for length, c in sizes for proof in make_proofs(c, seed=seed, n_steps=length)
+    ]
 
 
 def edge_row(edges: Edges, query: int, candidates: Iterable[int]) -> EdgeRow | None:
@@ -119,7 +124,9 @@ def _chain(tokenizer: Any, proof: Any) -> Reading:
 
 def _parc(tokenizer: Any, n: int, seed: int, path: Path) -> list[Reading]:
     if not path.exists():
-        raise SystemExit(f"{path} is not there: pass the PARC file with --data (a step list and edges per line)")
+        raise SystemExit(
+            f"{path} is not there: pass the PARC file with --data (a step list and edges per line)"
+        )
     records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     records = [record for record in records if 5 <= len(record["steps"]) <= 16]
     random.Random(seed).shuffle(records)

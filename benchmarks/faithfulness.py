@@ -1,8 +1,9 @@
 """Does a map find the edges that the text needs, and does it say what a cut will do?
 
-    python benchmarks/faithfulness.py --task testbed|chains|parc [--n 10] [--model x.gguf] [--seed 0] [--json out.json]
+    python benchmarks/faithfulness.py --task testbed|chains|parc [--n 10] [--model x.gguf] [--json out.json]
 
-1. Traces whose edges are known (`edge_tasks.py`), read by one model; every score of `edge_scores.py`, and knockout.
+1. Traces whose edges are known (`edge_tasks.py`), read by one model; every score of `edge_scores.py`, and
+   knockout.
 2. Edges as judge: does a score rank what the text needs above what it does not, of the same row, of the same
    row and near it, equally far? Edges say what the text needs, not what the model uses.
 3. Knockout as judge: the same with the pairs that cost 0.5 nats or more when cut; and the correlation of each
@@ -56,7 +57,7 @@ DEPTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 class Found(NamedTuple):
-    """One figure: of a trace, by what it was judged, of which score, and how unsure the model was of the row."""
+    """One figure of a trace: by what it was judged, of which score, how unsure the model was of the row."""
 
     trace: int
     truth: str
@@ -83,9 +84,18 @@ def main() -> None:
     try:
         model = task_model(options.task, options.model)
         traces = readings(
-            options.task, model.tokenizer, options.n, seed=options.seed, steps=options.steps, parc=options.data
+            options.task,
+            model.tokenizer,
+            options.n,
+            seed=options.seed,
+            steps=options.steps,
+            parc=options.data,
         )
-        found = [figure for index, reading in enumerate(traces) for figure in measure(model, reading, index, options)]
+        found = [
+            figure
+            for index, reading in enumerate(traces)
+            for figure in measure(model, reading, index, options)
+        ]
         for index, reading in enumerate(traces[: options.randomised]):
             found += against_random_weights(model, reading, index, options.seed)
     finally:
@@ -128,7 +138,9 @@ def measure(model: Any, reading: Reading, index: int, options: argparse.Namespac
 def correlations(score: np.ndarray, effect: np.ndarray, *, signed: bool) -> tuple[float, float, float]:
     """Spearman, Pearson, and how often the sign is right, of pairs that cost or gain a hundredth of a nat."""
     clear = np.abs(effect) >= 0.01
-    sign = float((np.sign(score) == np.sign(effect))[clear].mean()) if signed and clear.any() else float("nan")
+    sign = (
+        float((np.sign(score) == np.sign(effect))[clear].mean()) if signed and clear.any() else float("nan")
+    )
     return spearman(score, effect), float(np.corrcoef(score, effect)[0, 1]), sign
 
 
@@ -154,7 +166,7 @@ def chains_of_steps(model: Any, reading: Reading, index: int, maps: dict[str, np
 
 
 def against_random_weights(model: Any, reading: Reading, index: int, seed: int) -> list[Found]:
-    """Agreement, in rows, of each map with itself when the top layers are random; and its AUROC when all are."""
+    """Agreement, in rows, of each map with itself under random top layers; its AUROC when all are random."""
     trace, n_layers = reading.trace, model.cfg.n_layers
     own = scores_of(model, trace).ranked
     readers = np.array([step.segment != Segment.QUESTION for step in trace.steps])
@@ -223,7 +235,10 @@ def as_text(title: str, rows: list[dict[str, Any]]) -> str:
     columns = [name for name in rows[0] if name != "score"]
     counts = {name: max(row[name][3] for row in rows) for name in columns}
     header = ["score", *(f"{name}, n={counts[name]}" for name in columns)]
-    cells = [[row["score"], *("{:.3f} [{:.3f}, {:.3f}]".format(*row[name][:3]) for name in columns)] for row in rows]
+    cells = [
+        [row["score"], *("{:.3f} [{:.3f}, {:.3f}]".format(*row[name][:3]) for name in columns)]
+        for row in rows
+    ]
     if title == "knockout":
         title = f"knockout (pairs that cost {MATTERS} nats or more)"
     return text_table(f"Judge: {title}", header, cells)

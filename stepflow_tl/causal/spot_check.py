@@ -3,18 +3,18 @@
 A map says which earlier step a step draws on most. How far that is what the model uses differs from trace to
 trace, and no figure over other traces says it of this one. So:
 
-1. Shares: each layer's head mean, rows divided by their sum over earlier steps, averaged over layers (by size,
-   where the score has signs; a cut score is in nats and is summed over heads and layers first).
-2. Of every thinking and summary step with two earlier steps or more, its strongest source. The `n_pairs` steps
-   whose strongest source has the largest share are checked: the cells that a reader looks at first.
-3. Each has a control: of the same step's sources with at most half of that share, the one nearest to the strongest
-   (where there is none, the weakest). Same reader, much the same distance, another share.
-4. Both are cut, alone. By the size of the effects, the map is right where the strongest source costs `threshold`
-   or more, and more than its control.
+1. Shares: each layer's head mean, rows divided by their sum over earlier steps, averaged over layers (by
+   size, where the score has signs; a cut score is in nats and is summed over heads and layers first).
+2. Of every thinking and summary step with two earlier steps or more, its strongest source. The `n_pairs`
+   steps whose strongest source has the largest share are checked: the cells that a reader looks at first.
+3. Each has a control: of the same step's sources with at most half of that share, the one nearest to the
+   strongest (where there is none, the weakest). Same reader, much the same distance, another share.
+4. Both are cut, alone. By the size of the effects, the map is right where the strongest source costs
+   `threshold` or more, and more than its control.
 
-A map that knew nothing would be ahead in half of the steps, and 6 of 6 happens by chance once in 64: one trace gives
-numbers, not a verdict. A map that knows only the order of steps gains as far as the model reads what is near. Effects are of single cuts, so
-a source that another one stands in for looks idle.
+A map that knew nothing would be ahead in half of the steps, and 6 of 6 happens by chance once in 64: one
+trace gives numbers, not a verdict. A map that knows only the order of steps gains as far as the model reads
+what is near. Effects are of single cuts, so a source that another one stands in for looks idle.
 
 Cost: 2 `n_pairs` cuts (`step_knockout`), or none where a knockout holds them.
 """
@@ -63,7 +63,7 @@ class SpotCheck:
         n_readers: Thinking and summary steps that could have been checked.
         threshold: Size of an effect from which a source counts as used, in the unit of `measure`.
         measure: What was measured: "nll" in nats.
-        score: What the map is: its objective and score.
+        score: What the map is: score, objective, model.
         trace: The trace.
     """
 
@@ -99,10 +99,19 @@ class SpotCheck:
         ]
         return (
             f"Spot check by {2 * n} cuts: {self.n_used} of the map's {n} strongest sources have an effect of "
-            f"{self.threshold:g} {unit} or more (median {sizes[0]}), {self.n_controls_used} of {n} weak ones near "
-            f"them (median {sizes[1]}); the strongest has the larger effect in {self.n_ahead} of {n} steps, where "
-            "a map that knows nothing has half."
+            f"{self.threshold:g} {unit} or more (median {sizes[0]}), {self.n_controls_used} of {n} weak ones "
+            f"near them (median {sizes[1]}); the strongest has the larger effect in {self.n_ahead} of {n} "
+            "steps, where a map that knows nothing has half."
         )
+
+    def line_for(self, saliency: StepSaliency) -> str:
+        """The sentence, to stand beside this map; a ComparisonError if another one was checked."""
+        if saliency.trace != self.trace or _name(saliency) != self.score:
+            raise ComparisonError(
+                f"the spot check is of another map ({self.score}) than this one ({_name(saliency)}), or of "
+                "another trace: run spot_check on the map that is shown"
+            )
+        return self.line
 
     def __str__(self) -> str:
         """The table."""
@@ -135,15 +144,14 @@ def spot_pairs(saliency: StepSaliency, *, n_pairs: int = 6) -> list[tuple[int, i
     return [found[1:] for found in _readers(saliency, _shares(saliency), n_pairs)[0]]
 
 
-def spot_check(
-    saliency: StepSaliency, by: Any, *, n_pairs: int = 6, threshold: float = 0.5
-) -> SpotCheck:
+def spot_check(saliency: StepSaliency, by: Any, *, n_pairs: int = 6, threshold: float = 0.5) -> SpotCheck:
     """Cut the strongest pairs of a map and their controls, and count how often it is right.
 
     Args:
         saliency: The step map of one trace.
-        by: The model of the map, which then makes 2 `n_pairs` cuts in all layers; or a `StepKnockout` of the same
-            trace that holds them (`spot_pairs` says which), for other layers, measures, or under StepFlow.
+        by: The model of the map, which then makes 2 `n_pairs` cuts in all layers; or a `StepKnockout` of the
+            same trace that holds them (`spot_pairs` says which), for other layers, measures, or under
+            StepFlow.
         n_pairs: Steps to check, each with one strongest source and one control.
         threshold: Size of an effect from which a source counts as used.
 
@@ -157,12 +165,14 @@ def spot_check(
     knockout = by if isinstance(by, StepKnockout) else step_knockout(by, saliency.trace, pairs=pairs)
     labels = saliency.labels
     if knockout.trace != saliency.trace:
-        raise ComparisonError("saliency and knockout are of different traces: check a map by cuts of its own trace")
+        raise ComparisonError(
+            "saliency and knockout are of different traces: check a map by cuts of its own trace"
+        )
     missing = [(labels[query], labels[key]) for query, key in pairs if not knockout.measured[query, key]]
     if missing:
         raise ComparisonError(
-            f"the knockout has not measured {len(missing)} of the {len(pairs)} pairs to check, such as {missing[0]}: "
-            "pass the model, or run step_knockout with the pairs of spot_pairs(saliency)"
+            f"the knockout has not measured {len(missing)} of the {len(pairs)} pairs to check, such as "
+            f"{missing[0]}: pass the model, or run step_knockout with the pairs of spot_pairs(saliency)"
         )
 
     def cut(query: int, key: int) -> Cut:
@@ -180,7 +190,12 @@ def _readers(
     found: list[tuple[float, int, int, int]] = []
     for step in trace.steps:
         row = shares[step.index, : step.index].tolist()
-        if step.segment == Segment.QUESTION or len(row) < 2 or step.token_start >= len(trace) - 1 or not any(row):
+        if (
+            step.segment == Segment.QUESTION
+            or len(row) < 2
+            or step.token_start >= len(trace) - 1
+            or not any(row)
+        ):
             continue
         strongest = max(range(len(row)), key=row.__getitem__)
         others = [key for key in range(len(row)) if key != strongest]
@@ -189,8 +204,8 @@ def _readers(
         found.append((row[strongest], step.index, strongest, control))
     if n_pairs < 1 or not found:
         raise ComparisonError(
-            f"{len(found)} thinking or summary steps have two earlier steps and a row with mass, and n_pairs is "
-            f"{n_pairs}: a spot check needs at least one of either"
+            f"{len(found)} thinking or summary steps have two earlier steps and a row with mass, and "
+            f"n_pairs is {n_pairs}: a spot check needs at least one of either"
         )
     return sorted(found, key=lambda reader: -reader[0])[:n_pairs], len(found)
 
@@ -198,17 +213,13 @@ def _readers(
 def _shares(saliency: StepSaliency) -> Float[Tensor, "query_step key_step"]:
     """Rows as shares of earlier steps, float64; a row without mass is 0."""
     maps = saliency.head_mean().double()
-    if _is_cut(saliency):
+    if saliency.score == "cut":
         maps = saliency.sums.double().sum((0, 1))[None]
     sizes = maps.abs().tril(-1)
     totals = sizes.sum(-1, keepdim=True)
     return (sizes / totals.where(totals > 0, totals.new_ones(()))).mean(0)
 
 
-def _is_cut(saliency: StepSaliency) -> bool:
-    return getattr(saliency, "score", "saliency") == "cut"
-
-
 def _name(saliency: StepSaliency) -> str:
     p = saliency.provenance
-    return f"{p.model_name}, {p.objective}"
+    return f"{saliency.title}, {p.objective}: {p.model_name}"

@@ -38,6 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.causal.knockout_result import StepKnockout
+from stepflow_tl.causal.spot_check import SpotCheck
 from stepflow_tl.diagnosis import row_shares
 from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView, circuitsvis_view
 from stepflow_tl.rendering.layout import (
@@ -73,7 +74,12 @@ _FEWEST_LAYERS = 6
 
 
 def show_step_maps(
-    saliency: StepSaliency, layer: int | None = None, *, scale: Scale = "share", pooling: Pooling = "mean"
+    saliency: StepSaliency,
+    layer: int | None = None,
+    *,
+    scale: Scale = "share",
+    pooling: Pooling = "mean",
+    check: SpotCheck | None = None,
 ) -> CircuitsvisView:
     """Show the heads of one layer, or the head mean of every stored layer, as selectable heatmaps.
 
@@ -86,9 +92,11 @@ def show_step_maps(
             or less (0), logarithmically; `"row"` divides each row by its largest value; `"log"` colours from
             the largest value of all maps shown (1) to a thousandth of it or less (0), logarithmically.
         pooling: How token saliency was pooled, see `StepSaliency.pooled`.
+        check: A `spot_check` of this map; the caption ends with what it found.
 
     Raises:
         ValueError: If `scale` or `pooling` is unknown.
+        ComparisonError: If the check is of another map.
         ModelError: If `layer` is not among the stored ones.
         TraceError: If the trace has no steps.
         MissingExtraError: If circuitsvis is not installed.
@@ -111,6 +119,8 @@ def show_step_maps(
     maps = maps.detach().cpu().to(torch.float64)
     title = f"Step-Saliency, {what}: {saliency.provenance.model_name}"
     caption = f"{title}. {_caption(scale, pooling, float(maps.max()))}"
+    if check is not None:
+        caption += f" {check.line_for(saliency)}"
     return _heatmaps(_SCALES[scale](maps), names, saliency.labels, title, caption)
 
 

@@ -69,7 +69,9 @@ def test_the_text_is_the_proof():
     assert proof.thinking.split("\n\n")[-1] == (
         f"{who} is a {first} and a {second}, so {who} is a {step.conclusion}."
     )
-    assert f"Everything that is a {first} and a {second} is a {step.conclusion}." in proof.question.split("\n")
+    assert f"Everything that is a {first} and a {second} is a {step.conclusion}." in proof.question.split(
+        "\n"
+    )
     assert proof.answer == f"Yes, {who} is a {step.conclusion}."
 
 

@@ -67,7 +67,9 @@ def test_what_cannot_be_checked_is_refused():
         spot_check(saliency, make_knockout(make_saliency(6, 1)))
     measured = torch.ones(6, 6, dtype=torch.bool).tril(-1)
     measured[3, 1] = False
-    with pytest.raises(ComparisonError, match=r"not measured 1 of the 6 pairs .* \('T3', 'T1'\): pass the model"):
+    with pytest.raises(
+        ComparisonError, match=r"not measured 1 of the 6 pairs .* \('T3', 'T1'\): pass the model"
+    ):
         spot_check(saliency, make_knockout(saliency, measured=measured))
     with pytest.raises(ComparisonError, match="n_pairs is 0"):
         spot_pairs(saliency, n_pairs=0)
