@@ -4,6 +4,7 @@
     python benchmarks/saliency.py --model smollm2 qwen-1.5b --lengths 512 1024 2048 4096 8192
     python benchmarks/saliency.py --against "fused checkpointed" --lengths 8192 --methods \
         "fused checkpointed" "fused checkpointed under StepFlow"
+    python benchmarks/saliency.py --against "fused per_token" --methods "fused per_token" "fused cut"
     python benchmarks/saliency.py --device cuda --dtype bfloat16 --model qwen-7b --lengths 32768
 
 1. One process a (model, T): every method runs once to warm up, then all of them in turn, `--repeats` times.
@@ -18,7 +19,8 @@ Methods. `sdpa` is the limit: logits, mean NLL, gradient of the input embedding;
 gradient, since ours need none either. `sdpa+chunks` is the same with the unembedding a few rows at a time,
 as `fused` does it, to tell that saving from the rest. `eager` keeps the gradient of every pattern, as the
 field's scripts do; those scripts also leave `requires_grad` on for every parameter, and `eager, as scripts do
-it` does too. Weights of the Qwen shapes are random: cost does not depend on values. Steps are 24
+it` does too. `fused cut` and `fused signed` are those scores of
+the per-token objective, `fused log_odds` is that objective. Weights of the Qwen shapes are random: cost does not depend on values. Steps are 24
 tokens; under StepFlow the first is the question, the last tenth of them the summary.
 """
 
@@ -52,6 +54,9 @@ METHODS = (
     "sdpa checkpointed",
     "fused per_token",
     "fused response",
+    "fused cut",
+    "fused signed",
+    "fused log_odds",
     "fused checkpointed",
     "fused per_token under StepFlow",
     "fused response under StepFlow",
@@ -197,7 +202,7 @@ def _prepare(method: str, models: dict[bool, Any], length: int, device: torch.de
     from stepflow_tl.saliency.fused.run import fused_backend
     from stepflow_tl.saliency.hooks_backend import hooks_backend
     from stepflow_tl.saliency.layerwise import layerwise_backend
-    from stepflow_tl.saliency.objectives import Objective
+    from stepflow_tl.saliency.objectives import Objective, token_log_odds
 
     base = method.removesuffix(", bridge")
     model = models[method in ON_BRIDGE or base != method]
@@ -211,6 +216,12 @@ def _prepare(method: str, models: dict[bool, Any], length: int, device: torch.de
         return lambda: fused_backend(model, tokens, step_ids, per_token, layers)
     if base == "fused response":
         return lambda: fused_backend(model, tokens, step_ids, response, layers)
+    if base in ("fused cut", "fused signed"):
+        score = base.removeprefix("fused ")
+        return lambda: fused_backend(model, tokens, step_ids, per_token, layers, score=score)
+    if base == "fused log_odds":
+        log_odds = Objective("log_odds", torch.arange(1, length), per_token=True, token_loss=token_log_odds)
+        return lambda: fused_backend(model, tokens, step_ids, log_odds, layers)
     if base == "fused checkpointed":
         return lambda: fused_backend(model, tokens, step_ids, per_token, layers, checkpoint=True)
     if base.endswith(" under StepFlow"):

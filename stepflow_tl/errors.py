@@ -42,6 +42,10 @@ class AlignmentError(StepflowError, ValueError):
     """The steps of two traces, or of a trace and a request, cannot be matched as asked."""
 
 
+class ScoreError(StepflowError, ValueError):
+    """A score is unknown, or a map's score has negative entries where shares of a row are asked for."""
+
+
 class GradientError(StepflowError, ArithmeticError):
     """A gradient is missing or not finite, so no saliency can be stated."""
 

@@ -89,14 +89,14 @@ def score_maps(
     pooling: Pooling = "mean",
     signed: bool = False,
 ) -> dict[str, StepMap]:
-    """The maps to compare: Step-Saliency, attention, knockout and nearness.
+    """The maps to compare: Step-Saliency (or the map's own title), attention, knockout and nearness.
 
     Args:
         model: The model behind the two results, for its attention.
         saliency: Step map of the trace; its layers are averaged, and the same layers' attention.
         knockout: Effects on the same trace.
         pooling: One for all, see `StepSaliency.pooled`.
-        signed: Rank knockout effects with their sign instead of by their size.
+        signed: Rank knockout effects, and a map whose score is signed, with their sign instead of by size.
 
     Raises:
         ComparisonError: If the two results are of different traces.
@@ -106,7 +106,7 @@ def score_maps(
     n_steps = len(saliency.labels)
     steps = np.arange(n_steps)
     return {
-        "Step-Saliency": own,
+        saliency.title: own if signed else np.abs(own),
         "attention": _array(normalise(attention, saliency.step_lengths, pooling).mean((0, 1))),
         "knockout": cut if signed else np.abs(cut),
         "nearness": -np.abs(steps[:, None] - steps[None, :]).astype(np.float64),

@@ -243,6 +243,7 @@ def diagnose(
     Raises:
         TraceError: If the trace has neither thinking nor summary steps, so that nothing applies.
         GradientError: If the map holds no mass at all.
+        ScoreError: If the map's score is signed.
         ValueError: If `window` is negative, `recent` below 1 or `pooling` unknown.
     """
     if window < 0 or recent < 1:

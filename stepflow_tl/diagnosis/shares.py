@@ -34,7 +34,9 @@ def row_shares(
 
     Raises:
         ValueError: If `pooling` is unknown.
+        ScoreError: If the map's score is signed, so that parts of a row are no shares.
     """
+    saliency.require_unsigned("a share of a row")
     step_map = saliency.pooled(pooling).to(torch.float64)
     step_map = (step_map if per_head else step_map.mean(dim=1)).tril()
     # Dividing by the largest entry first keeps a row of denormal numbers from losing its sum to rounding.
@@ -75,6 +77,7 @@ class MapShares:
 
         Raises:
             ValueError: If `pooling` is unknown.
+            ScoreError: If the map's score is signed.
         """
         shares = row_shares(saliency, pooling, per_head=per_head)
         segments = torch.tensor([int(step.segment) for step in saliency.trace.steps], dtype=torch.int64)

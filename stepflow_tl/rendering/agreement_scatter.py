@@ -72,8 +72,10 @@ def agreement_figure(
         ComparisonError: If the two results are of different traces, or no pair with key before query was
             measured.
         ValueError: If `pooling` is unknown.
+        ScoreError: If the map's score is signed.
         MissingExtraError: If matplotlib is not installed.
     """
+    saliency.require_unsigned("agreement_figure")
     own, effects = saliency_and_effects(saliency, knockout, pooling)
     pairs = np.tril(knockout.measured.numpy(), -1)
     if not pairs.any():

@@ -69,6 +69,7 @@ def arc_figure(
         ValueError: If `per_step` is below 1.
         ModelError: If a layer is not among the stored ones.
         TraceError: If the trace has fewer than two steps.
+        ScoreError: If the map's score is signed.
         MissingExtraError: If matplotlib is not installed.
     """
     if per_step < 1:
@@ -119,6 +120,7 @@ def edge_weights(
     saliency: StepSaliency, layers: tuple[int, ...], pooling: Pooling = "mean"
 ) -> Float[np.ndarray, "query_step key_step"]:
     """Shares of what each step takes from the steps before it; rows sum to 1, empty ones to 0."""
+    saliency.require_unsigned("a share of a row")
     mean = saliency.head_mean(pooling, layers=layers).mean(0).numpy().astype(np.float64)
     below = np.tril(mean, -1)
     total = below.sum(-1, keepdims=True)

@@ -32,14 +32,13 @@ from stepflow_tl.rendering.layout import (
     segment_runs,
 )
 from stepflow_tl.rendering.sheet import MAP_TICK_SIZE, TEXT_SIZE, Margins, Sheet, matplotlib_part, style_ticks
-from stepflow_tl.rendering.step_maps import COLOUR_MAP, PERCENT_TICKS, draw_map, label_axes
+from stepflow_tl.rendering.step_maps import COLOUR_MAP, DIVERGING_MAP, PERCENT_TICKS, draw_map, label_axes
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
-_CHANGE_MAP = "RdBu_r"
 _FLOW = Margins(left=0.52, right=0.15, bottom=0.95, top=0.25, line=0.14, first=0.13)
 _PATCHING = Margins(left=0.5, right=0.85, bottom=0.5, top=0.22, line=0.14, first=0.13)
 _PATCHING_BAR_WIDTH, _PATCHING_BAR_GAP = 0.11, 0.14
@@ -70,8 +69,11 @@ def flow_figure(
         ComparisonError: If the maps are of different tokens, steps, models or objectives.
         ModelError: If a layer is not stored in both.
         TraceError: If the trace has no steps.
+        ScoreError: If a map's score is signed.
         MissingExtraError: If matplotlib is not installed.
     """
+    for saliency in (plain, repaired):
+        saliency.require_unsigned("flow_figure")
     _check_comparable(plain, repaired)
     n = require_steps(plain)
     colors = matplotlib_part("colors")
@@ -88,7 +90,7 @@ def flow_figure(
     panels = [
         ("plain", np.maximum(shares[0], log.vmin), COLOUR_MAP, log),
         (_treatment(repaired), np.maximum(shares[1], log.vmin), COLOUR_MAP, log),
-        ("change", change, _CHANGE_MAP, colors.Normalize(-largest, largest)),
+        ("change", change, DIVERGING_MAP, colors.Normalize(-largest, largest)),
     ]
 
     subject = "StepFlow" if _treatment(repaired) == "with StepFlow" else "Control of StepFlow"
@@ -142,7 +144,7 @@ def patching_figure(
     axes = sheet.panel(0.0, 0.0, inner, tall)
     norm = colors.Normalize(-largest, largest)
     image = axes.imshow(
-        values, cmap=_CHANGE_MAP, norm=norm, aspect="auto", origin="lower", interpolation="nearest"
+        values, cmap=DIVERGING_MAP, norm=norm, aspect="auto", origin="lower", interpolation="nearest"
     )
     for names, setter, length in (
         (patching.labels, axes.set_xticks, inner),

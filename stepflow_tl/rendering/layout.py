@@ -10,6 +10,7 @@ its level. Each scale answers one question:
 - `share_decades`: the same on a logarithmic scale, so that a share of 1 % can still be seen.
 - `row_max`: the same picture with every row stretched to its own strongest source.
 - `log_decades`: how strong is the pair compared with the strongest pair of all the maps shown together?
+- `signed_extent`, for signed scores, into [-1, 1]: the same on a linear scale, with its sign.
 
 All keep zeros at zero and never return NaN: a row without any mass stays zero.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 from stepflow_tl.errors import TraceError
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.saliency.scores import TITLES, Score
 from stepflow_tl.trace import Step
 from stepflow_tl.trace.steps import Segment
 
@@ -148,9 +150,10 @@ def layer_span(layers: Sequence[int]) -> str:
     return "layers " + ", ".join(map(str, layers))
 
 
-def saliency_words(pooling: Pooling) -> str:
-    """What pooled saliency is; `PER_PAIR` continues its unit."""
-    return "summed saliency" if pooling == "sum" else "mean saliency"
+def saliency_words(pooling: Pooling, score: Score = "saliency") -> str:
+    """What a pooled map is; `PER_PAIR` continues its unit."""
+    noun = "saliency" if score == "saliency" else TITLES[score].lower()
+    return f"{'summed' if pooling == 'sum' else 'mean'} {noun}"
 
 
 def wrap_to_width(text: str, font_size: float, width: float) -> list[str]:
@@ -181,6 +184,11 @@ def log_decades(maps: StepMaps) -> StepMaps:
     if maps.numel() == 0 or not bool((maps > 0).any()):
         return torch.zeros_like(maps)
     return _decades(maps / maps.max())
+
+
+def signed_extent(maps: StepMaps) -> StepMaps:
+    """Divide by the largest size of any entry of all maps, signs kept."""
+    return maps / (float(maps.abs().max()) or 1.0) if maps.numel() else maps.clone()
 
 
 def _decades(relative: StepMaps) -> StepMaps:

@@ -83,6 +83,7 @@ def report(
         ValueError: If `pooling` is unknown.
         TraceError: If the trace has no steps.
         ComparisonError: If the check is of another map.
+        ScoreError: If the map's score is signed.
         ResultFileError: If the ending is another, or the file cannot be written; `path` is then as it was.
 
     Cost: a second or two, and 1.3 to 2.7 bytes of page for each head's cell (`report_payload`): under 6 MB
@@ -119,7 +120,9 @@ def report_payload(
         ValueError: If `pooling` is unknown.
         TraceError: If the trace has no steps.
         ComparisonError: If the check is of another map.
+        ScoreError: If the map's score is signed.
     """
+    saliency.require_unsigned("the report page")
     require_steps(saliency)
     found = None if check is None else check.line_for(saliency)
     maps = saliency.pooled(pooling).detach().cpu()

@@ -35,14 +35,16 @@ from stepflow_tl.rendering.layout import (
 from stepflow_tl.rendering.sheet import MAP_TICK_SIZE, TEXT_SIZE, Margins, Sheet, matplotlib_part, style_ticks
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.saliency.scores import Score
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
-Normalise = Literal["row", "row_linear", "log"]
+Normalise = Literal["row", "row_linear", "log", "signed"]
 
 MAX_DEFAULT_PANELS = 6
 COLOUR_MAP = "magma_r"
+DIVERGING_MAP = "RdBu_r"
 PERCENT_TICKS = (0.001, 0.01, 0.1, 1.0)
 BOUNDARY_COLOUR = "#00a08a"  # absent from the colour maps, and visible on both of their ends
 
@@ -50,9 +52,9 @@ _MARGINS = Margins(left=0.52, right=0.88, bottom=0.52, top=0.25, line=0.14, firs
 _GAP_X, _GAP_Y = 0.14, 0.24
 _BAR_WIDTH, _BAR_GAP, _BAR_LENGTH = 0.11, 0.14, 2.4
 _UNIT = {
-    "mean": "mean saliency\n(nats per token pair)",
-    "causal_mean": "mean saliency (nats\nper causal token pair)",
-    "sum": "summed saliency\n(nats)",
+    "mean": "\n(nats per token pair)",
+    "causal_mean": " (nats\nper causal token pair)",
+    "sum": "\n(nats)",
 }
 
 
@@ -61,7 +63,7 @@ def step_map_figure(
     *,
     layers: Iterable[int] | None = None,
     pooling: Pooling = "mean",
-    normalise: Normalise = "row",
+    normalise: Normalise | None = None,
     columns: int | None = None,
     width: float = 7.0,
     title: str | None = None,
@@ -75,7 +77,9 @@ def step_map_figure(
         pooling: How token saliency was pooled, see `StepSaliency.pooled`.
         normalise: `"row"` and `"row_linear"` show each row's shares (they sum to 1 over the steps drawn on),
             coloured on a logarithmic scale from 0.1 % or a linear one from 0. `"log"` shows saliency itself,
-            from the largest value of the panels down to a thousandth of it.
+            from the largest value of the panels down to a thousandth of it. `"signed"` shows it on a linear
+            scale with a colour for each sign, and is the only one for maps whose score is signed. By default
+            "row", or "signed" for those.
         columns: Panels side by side; by default as many as stay readable at `width`.
         width: Figure width in inches: 7 for a page, 3.3 for a column of a two-column paper. Text keeps its
             size.
@@ -84,11 +88,16 @@ def step_map_figure(
     Raises:
         ValueError: If `normalise`, `pooling` or `columns` is not one of those allowed.
         ModelError: If a layer is not among the stored ones.
+        ScoreError: If `normalise` does not go with the map's score.
         TraceError: If the trace has no steps.
         MissingExtraError: If matplotlib is not installed.
     """
+    if normalise is None:
+        normalise = "signed" if saliency.signed else "row"
     if normalise not in get_args(Normalise):
         raise ValueError(f"unknown normalise {normalise!r}: expected one of {', '.join(get_args(Normalise))}")
+    if normalise != "signed":
+        saliency.require_unsigned(f"normalise={normalise!r}")
     n_steps = require_steps(saliency)
     chosen = evenly_over_depth(saliency.layers, MAX_DEFAULT_PANELS) if layers is None else tuple(layers)
     if not chosen:
@@ -100,10 +109,11 @@ def step_map_figure(
     columns = min(columns, len(chosen))
 
     maps = saliency.head_mean(pooling, layers=chosen).detach().cpu().to(torch.float64)
-    values, norm, bar = _scale(maps, normalise, pooling)
+    values, norm, bar = _scale(maps, normalise, pooling, saliency.score)
+    colour_map = DIVERGING_MAP if normalise == "signed" else COLOUR_MAP
     side = (_MARGINS.inner(width) - _GAP_X * (columns - 1)) / columns
     rows = -(-len(chosen) // columns)
-    heading = title if title is not None else f"Step-Saliency, head mean: {saliency.provenance.model_name}"
+    heading = title if title is not None else f"{saliency.title}, head mean: {saliency.provenance.model_name}"
     note = _note(saliency, chosen, by_default=layers is None)
     body = rows * side + (rows - 1) * _GAP_Y
     sheet = Sheet(width, body, _MARGINS, heading, note)
@@ -112,7 +122,7 @@ def step_map_figure(
     for panel, layer in enumerate(chosen):
         row, column = divmod(panel, columns)
         axes = sheet.panel(column * (side + _GAP_X), row * (side + _GAP_Y), side, side)
-        image = draw_map(axes, values[panel], COLOUR_MAP, norm, runs, cell)
+        image = draw_map(axes, values[panel], colour_map, norm, runs, cell)
         axes.set_title(f"layer {layer}", fontsize=TEXT_SIZE, pad=2.5)
         outer = {"left": column == 0, "bottom": panel + columns >= len(chosen)}
         label_axes(axes, saliency.labels, runs, cell, **outer)
@@ -173,21 +183,24 @@ def _readable_columns(panels: int, width: float) -> int:
 
 
 def _scale(
-    maps: torch.Tensor, normalise: Normalise, pooling: Pooling
+    maps: torch.Tensor, normalise: Normalise, pooling: Pooling, score: Score
 ) -> tuple[np.ma.MaskedArray, Any, dict[str, Any]]:
     """Maps ready to draw, their colour norm, and the options of the colour bar."""
     colors = matplotlib_part("colors")
     label = f"share of the row's\n{saliency_words(pooling)}"
     bar: dict[str, Any] = {"label": label, "percent_ticks": PERCENT_TICKS, "extend": "min"}
-    if normalise == "log":
-        largest = float(maps.max()) or 1.0
-        bar |= {"label": _UNIT[pooling], "percent_ticks": None}
+    if normalise in ("log", "signed"):
+        largest = float(maps.abs().max()) or 1.0
+        bar |= {"label": saliency_words(pooling, score) + _UNIT[pooling], "percent_ticks": None}
     else:
         maps, largest = row_shares(maps), 1.0
     values = maps.numpy()
     if normalise == "row_linear":
         norm = colors.Normalize(0, 1)
         bar |= {"percent_ticks": (0.0, 0.25, 0.5, 0.75, 1.0), "extend": "neither"}
+    elif normalise == "signed":
+        norm = colors.Normalize(-largest, largest)
+        bar |= {"extend": "neither"}
     else:  # matplotlib masks the logarithm of 0; a pair without saliency is pale, not absent
         norm = colors.LogNorm(largest / 10**DECADES, largest, clip=True)
         values = np.maximum(values, norm.vmin)

@@ -50,15 +50,17 @@ from stepflow_tl.rendering.layout import (
     row_max,
     saliency_words,
     share_decades,
+    signed_extent,
 )
 from stepflow_tl.saliency.pooling import Pooling
 from stepflow_tl.saliency.result import StepSaliency
+from stepflow_tl.saliency.scores import Score
 from stepflow_tl.trace.steps import WHITE_SPACE
 
-Scale = Literal["share", "row", "log"]
+Scale = Literal["share", "row", "log", "signed"]
 Direction = Literal["sources", "readers"]
 
-_SCALES = {"share": share_decades, "row": row_max, "log": log_decades}
+_SCALES = {"share": share_decades, "row": row_max, "log": log_decades, "signed": signed_extent}
 _PURPLE, _GREEN = "#3b0f70", "#00806a"
 _COLOUR = "#e69f00"  # Okabe and Ito's orange: black text stays readable on it
 _WIDTH = 92
@@ -77,7 +79,7 @@ def show_step_maps(
     saliency: StepSaliency,
     layer: int | None = None,
     *,
-    scale: Scale = "share",
+    scale: Scale | None = None,
     pooling: Pooling = "mean",
     check: SpotCheck | None = None,
 ) -> CircuitsvisView:
@@ -90,7 +92,9 @@ def show_step_maps(
             layers.
         scale: `"share"` colours what part of a row's saliency a cell is, from all of it (1) to a thousandth
             or less (0), logarithmically; `"row"` divides each row by its largest value; `"log"` colours from
-            the largest value of all maps shown (1) to a thousandth of it or less (0), logarithmically.
+            the largest value of all maps shown (1) to a thousandth of it or less (0), logarithmically;
+            `"signed"` has a colour for each sign, linearly up to the largest size shown, and is the only one
+            for maps whose score is signed. By default "share", or "signed" for those.
         pooling: How token saliency was pooled, see `StepSaliency.pooled`.
         check: A `spot_check` of this map; the caption ends with what it found.
 
@@ -99,13 +103,18 @@ def show_step_maps(
         ComparisonError: If the check is of another map.
         ModelError: If `layer` is not among the stored ones.
         TraceError: If the trace has no steps.
+        ScoreError: If the scale does not go with the map's score.
         MissingExtraError: If circuitsvis is not installed.
 
     Cost: a browser takes about 0.1 ms per cell of a map: seconds for the layers of 24 steps, ten seconds or
     more for 8 heads of 120 steps. `report` shows any number at once.
     """
+    if scale is None:
+        scale = "signed" if saliency.signed else "share"
     if scale not in get_args(Scale):
         raise ValueError(f"unknown scale {scale!r}: expected one of {', '.join(get_args(Scale))}")
+    if scale != "signed":
+        saliency.require_unsigned(f"scale={scale!r}")
     cells = require_steps(saliency) ** 2
     if layer is None:
         shown = evenly_over_depth(saliency.layers, max(_FEWEST_LAYERS, _MOST_CELLS // cells))
@@ -117,8 +126,10 @@ def show_step_maps(
         maps, what = saliency.pooled(pooling, layers=[layer])[0], f"heads of layer {layer}"
         names = [f"L{layer}H{head}" for head in range(saliency.n_heads)]
     maps = maps.detach().cpu().to(torch.float64)
-    title = f"Step-Saliency, {what}: {saliency.provenance.model_name}"
-    caption = f"{title}. {_caption(scale, pooling, float(maps.max()))}"
+    title = f"{saliency.title}, {what}: {saliency.provenance.model_name}"
+    caption = f"{title}. {_caption(scale, pooling, float(maps.abs().max()), saliency.score)}"
+    colours = {"negativeColor": _GREEN} if scale == "signed" else {}
+    return _heatmaps(_SCALES[scale](maps), names, saliency.labels, title, caption, **colours)
     if check is not None:
         caption += f" {check.line_for(saliency)}"
     return _heatmaps(_SCALES[scale](maps), names, saliency.labels, title, caption)
@@ -171,8 +182,9 @@ def _heatmaps(
     return circuitsvis_view("AttentionHeads", props, title=title, caption=caption)
 
 
-def _caption(scale: Scale, pooling: Pooling, largest: float) -> str:
-    quantity = saliency_words(pooling) + PER_PAIR[pooling]
+def _caption(scale: Scale, pooling: Pooling, largest: float, score: Score) -> str:
+    quantity = saliency_words(pooling, score) + PER_PAIR[pooling]
+    hurts, helps = (", the cut hurts", ", it helps") if score == "cut" else ("", "")
     third = f"each third is a factor of {10 ** (DECADES // 3)}."
     colours = {
         "share": f"Share of a row's {quantity}, logarithmic: full colour (1) is all of it, white (0) a "
@@ -180,6 +192,8 @@ def _caption(scale: Scale, pooling: Pooling, largest: float) -> str:
         "row": f"Each row's {quantity}, relative to the row's largest value (full colour, 1).",
         "log": f"Logarithm of {quantity}: full colour (1) is the largest value shown, {largest:.2g} nats; "
         f"white (0) is a thousandth of it or less; {third}",
+        "signed": f"{quantity.capitalize()}, from {largest:.2g} nats (purple{hurts}) to -{largest:.2g} "
+        f"(green{helps}).",
     }[scale]
     return f"Rows are the steps that read, columns the steps they draw on. {colours}"
 
@@ -204,6 +218,7 @@ def show_text(
 
     Raises:
         ValueError: If `direction` or `pooling` is unknown.
+        ScoreError: If the map's score is signed: there are no shares.
         TraceError: If the trace has no such step.
         ModelError: If `layer` is not among the stored ones.
         MissingExtraError: If circuitsvis is not installed.

@@ -2,7 +2,7 @@
 
 1. No file: no.
 2. A file that is cut off or inconsistent: no, and it is replaced.
-3. A whole result of the same trace, model, objective, layers, dtype and StepFlow: yes.
+3. A whole result of the same trace, model, objective, score, layers, dtype and StepFlow: yes.
 4. Anything else at that place (another analysis, another trace, foreign tensors, a later version): an
    error. To keep it would mix analyses, to replace it would destroy what someone may want.
 """
@@ -30,6 +30,7 @@ class KeptIf:
     dtype: str
     layers: tuple[int, ...]
     stepflow: str | None
+    score: str = "saliency"
 
 
 def kept_result(path: Path, trace: ReasoningTrace, wanted: KeptIf, kind: type[Result]) -> Result | None:
@@ -49,7 +50,8 @@ def kept_result(path: Path, trace: ReasoningTrace, wanted: KeptIf, kind: type[Re
         raise DamagedResultError(str(error)) from error
     provenance = result.provenance
     made_with = (provenance.model_name, provenance.objective, provenance.dtype, result.layers)
-    found = vars(KeptIf(*made_with, provenance.notes.get("stepflow")))
+    score = result.score if isinstance(result, StepSaliency) else wanted.score
+    found = vars(KeptIf(*made_with, provenance.notes.get("stepflow"), score))
     for name, value in vars(wanted).items():
         if found[name] != value:
             raise ResultFileError(

@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 from stepflow_tl.causal.agreement import MEASURES, TraceAgreement
 from stepflow_tl.diagnosis import LAYER_METRICS, Diagnosis, diagnose
 from stepflow_tl.diagnosis.diagnosis import Band
-from stepflow_tl.errors import GradientError, ResultFileError, TraceError
+from stepflow_tl.errors import GradientError, ResultFileError, ScoreError, TraceError
 from stepflow_tl.results.files import file_digest
 from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.results.result import read_head
@@ -235,7 +235,7 @@ def _from_map(folder: Path, path: Path) -> Outcome:
     try:
         saliency = StepSaliency.load(inside(folder, path.name))
         diagnosis = diagnose(saliency)
-    except (ResultFileError, TraceError, GradientError, OSError) as error:
+    except (ResultFileError, ScoreError, TraceError, GradientError, OSError) as error:
         return Outcome(path.stem, "damaged", str(error))
     provenance = saliency.provenance
     numbers = Done(

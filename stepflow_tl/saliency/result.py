@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepflow_tl.errors import ModelError
+from stepflow_tl.errors import ModelError, ScoreError
 from stepflow_tl.results.files import Schema
 from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.results.result import TracedResult
@@ -74,10 +74,10 @@ class StepSaliency(TracedResult):
         """Refuse a signed map where only one without negative entries makes sense.
 
         Raises:
-            ValueError: If the score is signed; the message says what to do.
+            ScoreError: If the score is signed; the message says what to do.
         """
         if self.signed:
-            raise ValueError(
+            raise ScoreError(
                 f"{what} needs a map without negative entries, and this one has score={self.score!r}: take "
                 "it from step_saliency(..., score='saliency')"
             )

@@ -86,8 +86,8 @@ def step_saliency(
             points.
         ObjectiveError: If the objective is unknown, no scalar, or touches no token.
         GradientError: If a gradient is missing or not finite.
-        ValueError: If `score` or `backend` is unknown, or the backend cannot do with `checkpoint` or
-            `block_divisor`.
+        ScoreError: If `score` is unknown.
+        ValueError: If `backend` is unknown, or cannot do with `checkpoint` or `block_divisor`.
 
     Cost: one forward and one backward pass. On a GPU the Triton kernel pools "saliency" only; other scores go
     through the tiles of the CPU path there, which take longer. Memory: that of the activations with `fused`,

@@ -33,6 +33,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepflow_tl.errors import ScoreError
+
 Score = Literal["saliency", "signed", "cut"]
 
 #: What a map of each score is called.
@@ -43,10 +45,10 @@ def check_score(score: str) -> None:
     """Refuse a name that is no score.
 
     Raises:
-        ValueError: If it is not one of the three.
+        ScoreError: If it is not one of the three.
     """
     if score not in get_args(Score):
-        raise ValueError(f"unknown score {score!r}: expected one of {', '.join(get_args(Score))}")
+        raise ScoreError(f"unknown score {score!r}: expected one of {', '.join(get_args(Score))}")
 
 
 def cut_effects(
