@@ -1,8 +1,9 @@
 """Cut attention edges (query step <- key step), and put a number on what that does.
 
-1. `causal_pair` and `resolve_pairs` say which edges: (query step i, key step j), i reads j.
+1. `causal_pair` and `resolve_pairs` say which edges: (query step i, key step j), i reads j; `resolve_joint`
+   which sets of them are cut together, one query step and several key steps.
 2. `cut_mask` marks, for each row of a batch, which scores of a pass are cut: the queries of one step, the
-   keys of another. A token's score on itself is never marked.
+   keys of others. A token's score on itself is never marked.
 3. `EdgeCut` holds the hooks of the chosen layers and heads, and the mask of the pass that is about to run:
    scores are set to -inf before the softmax, so the other keys share the mass. They run after every hook that
    is attached already, so an edge that is cut stays cut. Where a layer has no live scores but a live pattern,
@@ -34,7 +35,11 @@ from stepflow_tl.saliency.objectives import token_nll
 from stepflow_tl.trace import ReasoningTrace, Step
 
 Span = tuple[int, int]
-Pairs = Literal["all"] | str | Iterable[Sequence[Any]]
+KeySet = tuple[int, ...]
+"""Key steps that are cut together, as indices into `trace.steps`."""
+Pairs = Literal["all", "screened"] | str | Iterable[Sequence[Any]]
+Joint = Iterable[Any]
+"""Sets of steps to cut together: (query step, [key steps])."""
 Measure = Literal["nll", "kl"] | str | Callable[[Tensor, Tensor, Tensor], Any]
 
 
@@ -56,13 +61,14 @@ def causal_pair(trace: ReasoningTrace, pair: Sequence[Any]) -> tuple[Step, Step]
     return query, key
 
 
-def resolve_pairs(pairs: Pairs, trace: ReasoningTrace) -> dict[int, list[int]]:
+def resolve_pairs(pairs: Pairs, trace: ReasoningTrace, *, may_be_empty: bool = False) -> dict[int, list[int]]:
     """Key steps by query step, both as indices into `trace.steps`, in ascending order.
 
     Args:
-        pairs: "all", every step with each earlier one; or (query, key) pairs as in `causal_pair`. A pair
-            (i, i) keeps the tokens of step i from one another, but not from themselves.
+        pairs: "all" or "screened", every step with each earlier one; or (query, key) pairs as in
+            `causal_pair`. A pair (i, i) keeps the tokens of step i from one another, but not from themselves.
         trace: The trace.
+        may_be_empty: Whether an empty list will do.
 
     Raises:
         TraceError: If a step does not exist.
@@ -71,14 +77,15 @@ def resolve_pairs(pairs: Pairs, trace: ReasoningTrace) -> dict[int, list[int]]:
     """
     n_steps = len(trace.steps)
     if isinstance(pairs, str):
-        if pairs != "all":
+        if pairs not in ("all", "screened"):
             raise KnockoutError(
-                f"pairs is {pairs!r}: expected 'all' or a list of (query, key) pairs such as [('S1', 'Q')]"
+                f"pairs is {pairs!r}: expected 'all', 'screened' or a list of (query, key) pairs such as "
+                "[('S1', 'Q')]"
             )
         found = {(query, key) for query in range(n_steps) for key in range(query)}
     else:
         found = {(query.index, key.index) for query, key in (causal_pair(trace, pair) for pair in pairs)}
-    if not found:
+    if not found and (isinstance(pairs, str) or not may_be_empty):
         raise KnockoutError(
             f"there is no pair to cut: the trace has {n_steps} step(s) and pairs is {pairs!r}. A pair needs "
             "a step and an earlier one."
@@ -89,22 +96,53 @@ def resolve_pairs(pairs: Pairs, trace: ReasoningTrace) -> dict[int, list[int]]:
     return by_query
 
 
+def resolve_joint(joint: Joint, trace: ReasoningTrace) -> dict[int, list[KeySet]]:
+    """The sets of key steps that are cut together, by query step; indices into `trace.steps`, ascending.
+
+    Args:
+        joint: (query step, key steps), each step by its label, its index or as a step.
+        trace: The trace.
+
+    Raises:
+        TraceError: If a step does not exist.
+        AlignmentError: If a key step comes after its query step.
+        KnockoutError: If an entry is something else, or names fewer than two key steps.
+    """
+    by_query: dict[int, list[KeySet]] = {}
+    for entry in joint:
+        if not isinstance(entry, (tuple, list)) or len(entry) != 2 or isinstance(entry[1], (str, int, Step)):
+            raise KnockoutError(
+                f"joint entry {entry!r}: expected (query step, [key steps]) such as ('S1', ['Q', 'T3'])"
+            )
+        found = [causal_pair(trace, (entry[0], key)) for key in entry[1]]
+        keys = tuple(sorted({key.index for _, key in found}))
+        if len(keys) < 2:
+            raise KnockoutError(
+                f"joint entry {entry!r} names {len(keys)} key step(s): expected two or more to be cut "
+                "together; a single one goes into pairs"
+            )
+        sets = by_query.setdefault(found[0][0].index, [])
+        if keys not in sets:
+            sets.append(keys)
+    return by_query
+
+
 def cut_mask(
-    queries: Span, keys: Sequence[Span | None], n_queries: int, n_keys: int
+    queries: Span, keys: Sequence[Sequence[Span]], n_queries: int, n_keys: int
 ) -> Bool[Tensor, "batch 1 query key"]:
     """Which scores of a pass are cut.
 
     Args:
         queries: Half-open span of the cut rows, counted from the first query of the pass.
-        keys: Half-open span of cut keys for each batch row, counted from the trace's first token; None cuts
-            nothing in that row.
+        keys: Half-open spans of cut keys for each batch row, counted from the trace's first token; no span
+            cuts nothing in that row.
         n_queries: Queries of the pass, the last of its keys.
         n_keys: Keys of the pass.
     """
     mask = torch.zeros(len(keys), 1, n_queries, n_keys, dtype=torch.bool)
-    for row, span in enumerate(keys):
-        if span is not None:
-            mask[row, 0, queries[0] : queries[1], span[0] : span[1]] = True
+    for row, spans in enumerate(keys):
+        for start, end in spans:
+            mask[row, 0, queries[0] : queries[1], start:end] = True
     own = torch.arange(n_queries)
     mask[:, :, own, own + n_keys - n_queries] = False
     return mask

@@ -13,44 +13,50 @@
    each batch is not cut: the effects are differences to that row, so rounding that depends on the shape of a
    pass cancels. These uncut rows must also predict what a plain pass over the trace predicts, or the cache is
    not exact and is refused.
-5. `full`: one plain forward pass of the whole trace for each pair, with the same cut. The slow obvious
+5. `full`: one plain forward pass of the whole trace for each cut, with the same mask. The slow obvious
    version, for models without such a cache and for hooks that know the positions of a whole pass.
+6. `pairs="screened"`: of each query step the most salient candidates one by one, all others together, halved
+   where that has an effect (`screening`). `joint`: sets that are cut together, beside the pairs.
 
 Cost: `cached` two passes over the trace, and for each pair one over the tokens of its query step: with n
-steps of equal length about n / 2 passes for n^2 / 2 pairs; `full` one pass per pair. Memory: keys and values
-of the trace, and those of a batch in one layer; logits of the trace, and of a batch.
+steps of equal length about n / 2 passes for n^2 / 2 pairs, and `top + 2` passes screened, as long as every
+group is within the tolerance; `full` one pass per cut. Memory: keys and values of the trace, and those of a
+batch in one layer; logits of the trace, and of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
-from stepflow_tl.causal.cut import EdgeCut, Effect, Measure, Pairs, cut_mask, resolve_pairs
-from stepflow_tl.causal.knockout_result import StepKnockout
+from stepflow_tl.causal.cut import EdgeCut, Effect, Joint, Measure, Pairs, resolve_joint, resolve_pairs
+from stepflow_tl.causal.knockout_passes import CachedPasses, CutPasses, FullPasses, Reading
+from stepflow_tl.causal.knockout_result import TOLERANCE, StepKnockout
+from stepflow_tl.causal.screening import (
+    TOP,
+    QueryCuts,
+    check_screening,
+    promise_order,
+    screen,
+    screening_note,
+)
 from stepflow_tl.errors import KnockoutError
 from stepflow_tl.models.bands import named_layers
-from stepflow_tl.models.facts import ModelFacts, check_fit, check_heads, check_layers, model_facts
+from stepflow_tl.models.facts import check_fit, check_heads, check_layers, model_facts
 from stepflow_tl.models.hook_names import hook_counts, resolve_hooks
-from stepflow_tl.models.passes import NamedHook, attached, frozen, model_device, whole_pass
-from stepflow_tl.models.prefix_cache import PrefixCacheRefusal, fill_prefix
-from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective, token_nll
+from stepflow_tl.models.passes import attached, frozen
+from stepflow_tl.models.prefix_cache import PrefixCacheRefusal
+from stepflow_tl.saliency import StepSaliency, step_saliency
+from stepflow_tl.saliency.objectives import ObjectiveLike, resolve_objective
 from stepflow_tl.stepflow.flow import StepFlow
 from stepflow_tl.stepflow.standing import FwdHooks, standing_hooks, standing_notes
-from stepflow_tl.trace import ReasoningTrace, Step
+from stepflow_tl.trace import ReasoningTrace
 
 Method = Literal["auto", "cached", "full"]
-Effects = dict[tuple[int, int], float]
-
-# Mean difference of NLL, in nats, between an uncut row and a plain pass. A cache that is not exact is off by
-# tenths.
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
-_HALF_TOLERANCE = 0.1
 
 
 def step_knockout(
@@ -61,6 +67,10 @@ def step_knockout(
     heads: Sequence[int] | None = None,
     measure: Measure = "nll",
     pairs: Pairs = "all",
+    joint: Joint = (),
+    top: int = TOP,
+    tolerance: float = TOLERANCE,
+    ranking: StepSaliency | None = None,
     onto: ObjectiveLike | None = None,
     method: Method | str = "auto",
     batch_tokens: int = 32_768,
@@ -81,9 +91,20 @@ def step_knockout(
         measure: `"nll"`, the change of the NLL of the tokens that follow; `"kl"`, the KL of the next-token
             distributions from the uncut ones; or a callable `(logits, clean, tokens) -> number` on the
             logits `[row, vocabulary]` with and without the cut and the tokens `[row]` that follow.
-        pairs: `"all"`: every step with every earlier one. Or (query, key) pairs of indices, labels or steps,
-            as [("S1", "Q")]. A pair (i, i) keeps the tokens of step i from one another but not from
-            themselves.
+        pairs: `"all"`: every step with every earlier one. `"screened"`: of these, for each query step, the
+            `top` most salient alone and the others in groups, see `causal.screening`; `groups` of the result
+            says which and how much. Or (query, key) pairs of indices, labels or steps, as [("S1", "Q")]. A
+            pair (i, i) keeps the tokens of step i from one another but not from themselves.
+        joint: Sets of steps that a query step is cut from all at once, such as [("S1", ["Q", "T3"])]: a
+            second source may stand in for the first, so that each cut alone reads nothing. They become
+            `groups` of the result, beside the pairs; with `pairs=[]` they are all that is cut.
+        top: How many candidates of a query step screening cuts alone before it groups.
+        tolerance: Size of a joint effect, in the measure's unit, up to which screening does not look into a
+            group; also what a group must exceed its parts by to count as redundant. That a group is within
+            the tolerance is measured; that each member by itself is, does not follow: effects of opposite
+            sign can cancel under "nll", and one cut can make up for another one.
+        ranking: Step-Saliency of the trace whose rows order the candidates, heads and layers as it has them.
+            By default it is computed in the layers that are cut: of each token, or of `onto`.
         onto: Measure the effect carried on to these tokens instead: `"summary"`, a step or its label, a token
             span, any objective over tokens. Cut stays at the queries of step i; the rest of the trace runs
             on. Each pair costs a pass from step i on, so choose pairs.
@@ -100,13 +121,17 @@ def step_knockout(
         Effects on the CPU in float64.
 
     Raises:
-        KnockoutError: If pairs, measure or method are unknown, or no prediction is left to measure.
+        KnockoutError: If pairs, joint sets, measure or method are unknown, `top`, `tolerance` or `ranking`
+            cannot be meant, or no prediction is left to measure.
         TraceError: If a step does not exist.
         AlignmentError: If the key step of a pair comes after its query step.
         ModelError: If the trace does not fit the model, a layer or head does not exist, a layer cannot be
             cut, or `"cached"` was asked for and is not exact.
         ObjectiveError: If `onto` is unknown or touches no token.
         ValueError: If a band is unknown.
+
+    Cost: see the module. `tokens_run` of the result counts what was run, rows times tokens; a ranking that is
+    computed here adds one forward and one backward pass to it, counted as three.
     """
     facts = model_facts(model)
     check_fit(facts, trace)
@@ -120,17 +145,47 @@ def step_knockout(
     if batch_tokens < 1:
         raise KnockoutError(f"batch_tokens is {batch_tokens}: expected at least 1")
     effect = Effect(measure)
-    readings, onto_name = _readings(trace, pairs, onto)
+    is_screened = isinstance(pairs, str) and pairs == "screened"
+    check_screening(trace, top, tolerance, ranking, is_screened=is_screened)
+    readings, onto_name = _readings(trace, pairs, joint, onto)
     cut = EdgeCut(model, chosen, chosen_heads)
     standing = standing_hooks(model, trace, stepflow=stepflow, fwd_hooks=fwd_hooks)
-    run = _Run(model, trace, facts, cut, standing, effect, batch_tokens)
+    notes, n_ranking = standing_notes(stepflow, fwd_hooks), 0
+    if is_screened:
+        if ranking is None:
+            objective = "per_token" if onto is None else onto
+            ranking = step_saliency(
+                model, trace, objective=objective, layers=chosen, stepflow=stepflow, fwd_hooks=fwd_hooks
+            )
+            n_ranking = 3 * len(trace)
+        order = partial(promise_order, ranking)
+        readings = [replace(each, keys=order(each.query.index, each.keys)) for each in readings]
+        notes["screening"] = screening_note(top, tolerance)
+        notes["ranking"] = f"Step-Saliency, {ranking.provenance.objective}, {ranking.provenance.backend}"
+    search = partial(_search, readings, top=top if is_screened else None, tolerance=tolerance)
     with frozen(model), torch.no_grad():
-        effects, used, notes = run.effects(readings, method)
+        passes, cuts = None, []
+        if method == "auto" and hook_counts(model):
+            notes["not_cached"] = "hooks are attached, which may know the positions of a whole pass"
+        elif method != "full":
+            try:
+                if standing:
+                    raise PrefixCacheRefusal("hooks stay on, which may know the positions of a whole pass")
+                passes = CachedPasses(model, trace, cut, effect, batch_tokens)
+                cuts = search(passes)
+            except PrefixCacheRefusal as refusal:
+                if method == "cached":
+                    raise
+                passes, notes["not_cached"] = None, refusal.reason
+        if passes is None:
+            passes = FullPasses(model, trace, cut, effect, standing)
+            cuts = search(passes)
     n_steps = len(trace.steps)
     values = torch.zeros(n_steps, n_steps, dtype=torch.float64)
     measured = torch.zeros(n_steps, n_steps, dtype=torch.bool)
-    for pair, value in effects.items():
-        values[pair], measured[pair] = value, True
+    for each, found in zip(readings, cuts, strict=True):
+        for key, value in found.alone.items():
+            values[each.query.index, key], measured[each.query.index, key] = value, True
     return StepKnockout(
         effects=values,
         measured=measured,
@@ -142,135 +197,57 @@ def step_knockout(
         onto=onto_name,
         provenance=facts.provenance(
             effect.name if onto_name is None else f"{effect.name} onto {onto_name}",
-            used,
-            notes | standing_notes(stepflow, fwd_hooks),
+            passes.name,
+            notes | passes.notes(),
         ),
+        groups=tuple(group for found in cuts for group in found.groups),
+        tolerance=float(tolerance),
+        tokens_run=n_ranking + passes.tokens_run,
     )
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """What is run and read for one query step: a pair per key step, all read on the same rows of logits."""
-
-    query: Step
-    keys: list[int]
-    rows: Int[Tensor, " row"]  # positions in the trace; the first is not before the step
-
-    @property
-    def end(self) -> int:
-        """One past the last token that must run."""
-        return max(int(self.rows[-1]) + 1, self.query.token_end)
+def _search(
+    readings: Sequence[Reading], passes: CutPasses, *, top: int | None, tolerance: float
+) -> list[QueryCuts]:
+    """The cuts of each query step: all candidates alone, or screened where `top` is given."""
+    with attached(passes.model, last=passes.hooks):
+        return [
+            screen(
+                each.query.index,
+                each.keys,
+                partial(passes.effects, each),
+                top=len(each.keys) if top is None else top,
+                tolerance=tolerance,
+                joint=each.joint,
+            )
+            for each in readings
+        ]
 
 
 def _readings(
-    trace: ReasoningTrace, pairs: Pairs, onto: ObjectiveLike | None
-) -> tuple[list[_Reading], str | None]:
-    """The rows of each query step, and the name of `onto`."""
+    trace: ReasoningTrace, pairs: Pairs, joint: Joint, onto: ObjectiveLike | None
+) -> tuple[list[Reading], str | None]:
+    """The rows and cuts of each query step, and the name of `onto`."""
     name, onto_rows = None, None
     if onto is not None:
         objective = resolve_objective(onto, trace)
         if objective.targets is None:
             raise KnockoutError(f"onto={onto!r} names no tokens: expected 'summary', a step or a token span")
         name, onto_rows = objective.name, objective.targets - 1
+    sets = resolve_joint(joint, trace)
+    keys = resolve_pairs(pairs, trace, may_be_empty=bool(sets))
     readings = []
-    for query, keys in resolve_pairs(pairs, trace).items():
+    for query in sorted({*keys, *sets}):
         step = trace.steps[query]
         if onto_rows is None:
             rows = torch.arange(step.token_start, min(step.token_end, len(trace) - 1))
         else:
             rows = onto_rows[onto_rows >= step.token_start]
         if len(rows):
-            readings.append(_Reading(step, keys, rows))
-        elif not isinstance(pairs, str):
+            readings.append(Reading(step, tuple(keys.get(query, ())), tuple(sets.get(query, ())), rows))
+        elif not isinstance(pairs, str) or query in sets:
             what = "no token follows it" if onto is None else f"all of {name} comes before it"
             raise KnockoutError(f"a cut at step {step.label} has no prediction to change: {what}")
     if not readings:
         raise KnockoutError("no step of the trace has both an earlier step and a prediction to measure")
     return readings, name
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One call of `step_knockout`, its inputs checked."""
-
-    model: Any
-    trace: ReasoningTrace
-    facts: ModelFacts
-    cut: EdgeCut
-    standing: Sequence[NamedHook]
-    effect: Effect
-    batch_tokens: int
-
-    @property
-    def tokens(self) -> Int[Tensor, " token"]:
-        """The trace's tokens on the model's device."""
-        return self.trace.tokens.to(model_device(self.model))
-
-    def effects(self, readings: list[_Reading], method: str) -> tuple[Effects, str, dict[str, str]]:
-        """Effects by pair, the method that ran, and notes for the provenance."""
-        notes = {}
-        if method == "auto" and hook_counts(self.model):
-            notes["not_cached"] = "hooks are attached, which may know the positions of a whole pass"
-        elif method != "full":
-            try:
-                effects, deviation = self._cached(readings)
-                return effects, "cached", {"self_check": f"mean NLL off by at most {deviation:.1e} nats"}
-            except PrefixCacheRefusal as refusal:
-                if method == "cached":
-                    raise
-                notes["not_cached"] = refusal.reason
-        return self._full(readings), "full", notes
-
-    def _cached(self, readings: list[_Reading]) -> tuple[Effects, float]:
-        if self.standing:
-            raise PrefixCacheRefusal("hooks stay on, which may know the positions of a whole pass")
-        tokens = self.tokens
-        plain = token_nll(whole_pass(self.model, tokens)[:-1], tokens[1:])
-        prefix, _ = fill_prefix(self.model, tokens)
-        effects: Effects = {}
-        worst = 0.0
-        with attached(self.model, last=self.cut.hooks):
-            for reading, keys in self._batches(readings):
-                start, end = reading.query.token_start, reading.end
-                spans = [None, *(self.trace.steps[key].token_span for key in keys)]
-                mask = cut_mask((0, reading.query.n_tokens), spans, end - start, end)
-                self.cut.mask = mask.to(tokens.device)
-                logits = prefix.run(start, end, len(spans))
-                self.cut.check_fired()
-                rows, following = reading.rows.to(tokens.device), tokens[reading.rows + 1]
-                logits = logits[:, rows - start]
-                deviation = float((token_nll(logits[0], following) - plain[rows]).abs().mean())
-                if not deviation <= _TOLERANCE.get(self.facts.dtype, _HALF_TOLERANCE):
-                    raise PrefixCacheRefusal(
-                        f"from the cache, the predictions of step {reading.query.label} are off by "
-                        f"{deviation:.1e} nats on average"
-                    )
-                worst = max(worst, deviation)
-                for key, cut in zip(keys, logits[1:], strict=True):
-                    effects[reading.query.index, key] = self.effect(cut, logits[0], following)
-        return effects, worst
-
-    def _batches(self, readings: list[_Reading]) -> Iterator[tuple[_Reading, list[int]]]:
-        for reading in readings:
-            size = max(1, self.batch_tokens // reading.end - 1)  # one row is not cut
-            for first in range(0, len(reading.keys), size):
-                yield reading, reading.keys[first : first + size]
-
-    def _full(self, readings: list[_Reading]) -> Effects:
-        tokens, n_tokens = self.tokens, len(self.trace)
-        effects: Effects = {}
-        with attached(self.model, last=[*self.standing, *self.cut.hooks]):
-            self.cut.mask = None
-            clean = whole_pass(self.model, tokens)
-            self.cut.check_fired()
-            for reading in readings:
-                rows, following = reading.rows.to(tokens.device), tokens[reading.rows + 1]
-                for key in reading.keys:
-                    span = self.trace.steps[key].token_span
-                    mask = cut_mask(reading.query.token_span, [span], n_tokens, n_tokens)
-                    self.cut.mask = mask.to(tokens.device)
-                    logits = whole_pass(self.model, tokens)
-                    self.cut.check_fired()
-                    pair = (reading.query.index, key)
-                    effects[pair] = self.effect(logits[rows], clean[rows], following)
-        return effects

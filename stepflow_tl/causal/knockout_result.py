@@ -1,23 +1,60 @@
 """`StepKnockout`: what cutting each step from each earlier one does, with what is needed to read and redo it.
 
 Stored once: the effect of every pair that was measured, summed over the predictions it was measured on, which
-pairs those are, the trace and the provenance. Rows and columns are the trace's steps in order, as in
-`StepSaliency`; means per token pair are derived.
+pairs those are, the groups of key steps that were cut together, the trace and the provenance. Rows and
+columns are the trace's steps in order, as in `StepSaliency`; means per token pair, bounds and redundancy are
+derived.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepflow_tl.results.files import Schema
 from stepflow_tl.results.provenance import Provenance
 from stepflow_tl.results.result import TracedResult
+from stepflow_tl.results.tables import number
 from stepflow_tl.saliency.pooling import Pooling, normalise
 from stepflow_tl.trace import ReasoningTrace
+
+_MOST_NAMES = 6  # of a group's steps in a line of text
+
+#: In nats. Half of what counts as a large effect (0.5 nats, a probability that falls by two fifths), so that
+#: a large one still shows when another member of its group takes some of it back.
+TOLERANCE = 0.25
+
+
+@dataclass(frozen=True)
+class CutGroup:
+    """Key steps that a query step was cut from all at once.
+
+    Attributes:
+        query: The query step, as an index into `trace.steps`.
+        keys: The key steps, likewise, in ascending order; two or more.
+        effect: Effect of the joint cut.
+        role: "bound": the effect is within the tolerance and stands for members that were not cut alone;
+            "split": it was not, so each member was cut alone or is in a smaller group; "joint": asked for.
+    """
+
+    query: int
+    keys: tuple[int, ...]
+    effect: float
+    role: Literal["bound", "split", "joint"]
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a group of earlier steps."""
+        ascending = list(self.keys) == sorted(set(self.keys))
+        if len(self.keys) < 2 or not ascending or not 0 <= self.keys[0] <= self.keys[-1] <= self.query:
+            raise ValueError(
+                f"a group of keys {self.keys} for query {self.query}: expected two or more steps, ascending, "
+                "none after the query"
+            )
 
 
 @dataclass(frozen=True)
@@ -36,9 +73,12 @@ class StepKnockout(TracedResult):
         onto: None where the query step's own predictions were measured, else whose: "summary", a step's
             label.
         provenance: Model, measure, method ("cached" or "full"), versions.
+        groups: Key steps that were cut together, in the order in which that was done; see `CutGroup`.
+        tolerance: Effect up to which a group was not looked into, in the unit of the effects.
+        tokens_run: Tokens that all forward passes were fed, rows times length; None in older files.
     """
 
-    schema: ClassVar = Schema("stepflow_tl.StepKnockout", 1, "a step-knockout result")
+    schema: ClassVar = Schema("stepflow_tl.StepKnockout", 1, "a step-knockout result", minor=1)
 
     effects: Float[Tensor, "query_step key_step"]
     measured: Bool[Tensor, "query_step key_step"]
@@ -49,6 +89,9 @@ class StepKnockout(TracedResult):
     measure: str
     onto: str | None
     provenance: Provenance
+    groups: tuple[CutGroup, ...] = ()
+    tolerance: float = TOLERANCE
+    tokens_run: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be a knockout map."""
@@ -59,6 +102,86 @@ class StepKnockout(TracedResult):
             raise ValueError("effects must be 0 where nothing was measured")
         if not self.layers:
             raise ValueError("layers () must be distinct and at least one")
+        taken = self.measured.clone()
+        for group in self.groups:
+            if group.query >= len(self.trace.steps):
+                raise ValueError(f"{group} names a step that the trace does not have")
+            if not math.isfinite(group.effect):
+                raise ValueError(f"{group}: its effect must be finite")
+            if group.role == "bound":
+                keys = list(group.keys)
+                if taken[group.query, keys].any():
+                    raise ValueError(f"{group} bounds a pair that was measured, or that another group bounds")
+                taken[group.query, keys] = True
+
+    @property
+    def bounds(self) -> Float[Tensor, "query_step key_step"]:
+        """The joint effect of the group that stands for a pair; NaN where none does."""
+        values = torch.full_like(self.effects, math.nan)
+        for group in self.groups:
+            if group.role == "bound":
+                values[group.query, list(group.keys)] = group.effect
+        return values
+
+    def excess(self, group: CutGroup) -> float:
+        """A group's effect minus the sum of what it is made of; NaN where that was not measured.
+
+        It is made of those of its members that were cut alone and of the bounding groups inside it.
+        """
+        left, total = set(group.keys), 0.0
+        for key in group.keys:
+            if self.measured[group.query, key]:
+                left.remove(key)
+                total += float(self.effects[group.query, key])
+        for other in self.groups:
+            if other.role == "bound" and other != group and other.query == group.query:
+                if left.issuperset(other.keys):
+                    left.difference_update(other.keys)
+                    total += other.effect
+        return math.nan if left else group.effect - total
+
+    @property
+    def redundant(self) -> tuple[CutGroup, ...]:
+        """The smallest groups whose joint effect exceeds the sum of their parts by more than the tolerance.
+
+        Under "nll" that says that members stand in for one another: each can be done without, all cannot.
+        The KL of small changes grows with their square, so under "kl" some excess is to be expected. A group
+        whose members may hide each other only in part, or with steps outside it, does not show. No group that
+        holds another one of the list is in it.
+        """
+        found: list[CutGroup] = []
+        for group in sorted(self.groups, key=lambda group: len(group.keys)):
+            holds = any(one.query == group.query and set(one.keys) < set(group.keys) for one in found)
+            if not holds and self.excess(group) > self.tolerance:
+                found.append(group)
+        return tuple(found)
+
+    def in_words(self) -> list[str]:
+        """What was cut together, a sentence or two for a table's footer; nothing where nothing was."""
+        lines = []
+        if bounding := [group for group in self.groups if group.role == "bound"]:
+            n_pairs, largest = (
+                sum(len(group.keys) for group in bounding),
+                max(abs(g.effect) for g in bounding),
+            )
+            lines.append(
+                f"{n_pairs} more pairs in {len(bounding)} groups that were cut together: at most "
+                f"{number(largest)} each group"
+            )
+        redundant = self.redundant
+        shown = [group for group in self.groups if group.role == "joint" and group not in redundant]
+        for group in (*redundant, *shown):
+            excess, keys = self.excess(group), [self.labels[key] for key in group.keys]
+            names = ", ".join(
+                keys if len(keys) <= _MOST_NAMES else [*keys[: _MOST_NAMES - 1], f"... {keys[-1]}"]
+            )
+            more = "" if math.isnan(excess) else f", {number(group.effect - excess)} as a sum of its parts"
+            found = "redundant: " if group in redundant else ""
+            lines.append(
+                f"{found}{self.labels[group.query]} from {len(keys)} together ({names}): "
+                f"{number(group.effect)}{more}"
+            )
+        return lines
 
     def pooled(self, pooling: Pooling = "sum") -> Float[Tensor, "query_step key_step"]:
         """The effects as sums, or divided by token pairs as a saliency map is.
@@ -77,6 +200,7 @@ class StepKnockout(TracedResult):
         rows = self._pair_rows(self.effects, self.measured, n)
         where = "its own predictions" if self.onto is None else self.onto
         footer = [f"{len(rows)} of {int(self.measured.sum())} pairs; positive: the cut hurts; on {where}"]
+        footer += self.in_words()
         header = ["step", "cut from", f"effect ({self.measure})", "step's text", "other's text"]
         return f"Step knockout: {self.provenance.model_name}", header, rows, footer
 
@@ -84,8 +208,9 @@ class StepKnockout(TracedResult):
         """One line: what, how large, from which model."""
         p = self.provenance
         onto = "" if self.onto is None else f", onto={self.onto!r}"
+        groups = f" and {len(self.groups)} groups" if self.groups else ""
         return (
-            f"StepKnockout({int(self.measured.sum())} pairs of {len(self.trace.steps)} steps, "
+            f"StepKnockout({int(self.measured.sum())} pairs{groups} of {len(self.trace.steps)} steps, "
             f"{len(self.layers)} of {self.n_layers} layers, measure={self.measure!r}{onto}, "
             f"method={p.backend!r}, model={p.model_name!r})"
         )

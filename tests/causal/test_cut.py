@@ -13,19 +13,22 @@ from stepflow_tl.models.passes import attached
 
 
 def test_the_mask_marks_queries_and_keys_and_spares_each_token_itself():
-    mask = cut_mask((1, 3), [None, (0, 2), (3, 6)], n_queries=4, n_keys=7)  # queries are keys 3..6
-    assert mask.shape == (3, 1, 4, 7) and not mask[0].any()
+    mask = cut_mask(
+        (1, 3), [(), [(0, 2)], [(3, 6)], [(0, 1), (5, 6)]], n_queries=4, n_keys=7
+    )  # queries are keys 3..6
+    assert mask.shape == (4, 1, 4, 7) and not mask[0].any()
     expected = torch.zeros(4, 7, dtype=torch.bool)
     expected[1:3, 0:2] = True
     assert torch.equal(mask[1, 0], expected)
     assert mask[2, 0].nonzero().tolist() == [[1, 3], [1, 5], [2, 3], [2, 4]]
+    assert mask[3, 0].nonzero().tolist() == [[1, 0], [1, 5], [2, 0]]
 
 
 def test_every_layer_and_only_the_chosen_heads_are_cut(tiny_model, tiny_trace, tl_generation):
     model, seen = tiny_model("llama"), {}
     cut = EdgeCut(model, [0, 2], heads=[1])
     n = len(tiny_trace)
-    cut.mask = cut_mask((40, 44), [(20, 25)], n, n)
+    cut.mask = cut_mask((40, 44), [[(20, 25)]], n, n)
     names = [model.hook_dict[f"blocks.{layer}.attn.hook_pattern"].name for layer in range(4)]
     keep = [(name, lambda p, hook: seen.__setitem__(hook.name, p.clone())) for name in names]
     with torch.no_grad(), attached(model, last=[*cut.hooks, *keep]):
@@ -48,7 +51,7 @@ def test_a_hook_that_does_not_fire_is_an_error(tiny_model):
 @pytest.mark.parametrize("kind", ["scores", "pattern"])
 def test_a_query_without_any_key_left_is_an_error_not_nan(kind, tiny_model):
     cut = EdgeCut(tiny_model("llama"), [0])
-    cut.mask = cut_mask((2, 3), [(0, 2)], 3, 3)
+    cut.mask = cut_mask((2, 3), [[(0, 2)]], 3, 3)
     hook = SimpleNamespace(name="blocks.0.attn.hook_attn_scores")
     if kind == "scores":
         attention = torch.zeros(1, 4, 3, 3)
@@ -59,13 +62,13 @@ def test_a_query_without_any_key_left_is_an_error_not_nan(kind, tiny_model):
         run = cut._cut_pattern
     with pytest.raises(ModelError, match="query 2 of the pass .* has no key left to attend to"):
         run(attention, hook, layer=0)
-    cut.mask = cut_mask((2, 3), [(0, 1)], 3, 3)  # one key remains
+    cut.mask = cut_mask((2, 3), [[(0, 1)]], 3, 3)  # one key remains
     assert torch.isfinite(run(attention, hook, layer=0).softmax(-1)).all()
 
 
 def test_keys_that_are_not_the_whole_trace_are_an_error(tiny_model):
     cut = EdgeCut(tiny_model("llama"), [0])
-    cut.mask = cut_mask((0, 2), [(0, 3)], 2, 9)
+    cut.mask = cut_mask((0, 2), [[(0, 3)]], 2, 9)
     with pytest.raises(ModelError, match=r"\(1, 2, 6\), expected \(1, 2, 9\).*method='full'"):
         cut._cut_scores(torch.zeros(1, 4, 2, 6), SimpleNamespace(name="scores"), layer=0)
 

@@ -288,7 +288,7 @@ def test_a_cache_that_is_not_exact_is_found_out(bridges, tiny_trace, monkeypatch
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        (dict(pairs="some"), "KnockoutError", "pairs is 'some': expected 'all' or a list"),
+        (dict(pairs="some"), "KnockoutError", "pairs is 'some': expected 'all', 'screened' or a list"),
         (dict(pairs=[]), "KnockoutError", "there is no pair to cut"),
         (dict(pairs=["T1"]), "AlignmentError", r"pair 'T1': expected two steps, \(query, key\)"),
         (dict(pairs=[("T9", "Q")]), "TraceError", "no step 'T9': its steps are Q, T1, T2, T3, S1 .0..4."),
