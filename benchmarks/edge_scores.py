@@ -92,7 +92,7 @@ def in_rows(
 def cuts_of(model: Any, trace: ReasoningTrace, *, screen_above: int) -> StepKnockout:
     """Knockout of every thinking and summary step from all earlier ones; screened in a longer trace."""
     if len(trace.steps) > screen_above:
-        return step_knockout(model, trace, pairs="screened", tolerance=MATTERS)
+        return step_knockout(model, trace, pairs="screened")
     readers = [step.index for step in trace.steps if step.segment in (Segment.THINKING, Segment.SUMMARY)]
     rows = [index for index in readers if trace.steps[index].token_start < len(trace) - 1]
     return step_knockout(model, trace, pairs=[(query, key) for query in rows for key in range(query)])
@@ -175,7 +175,7 @@ def _above(value: float, others: Float[np.ndarray, " other"]) -> float:
 def judged_rows(knockout: StepKnockout, threshold: float = MATTERS) -> list[EdgeRow]:
     """Rows whose truth is knockout: a candidate is needed if cutting it costs `threshold` nats or more.
 
-    What a screened knockout did not cut alone is bounded below the threshold, and so not needed.
+    What a screened knockout did not cut alone counts as not needed: its group stayed within the tolerance.
     """
     rows = []
     known = knockout.measured.any(-1)

@@ -6,9 +6,9 @@
 | chains | proofs of `chains.py` | rules and facts in the question, earlier steps |
 | parc | solutions with annotated premises (PARC, Mukherjee et al. 2025) | earlier steps |
 
-`rows` holds the candidates of each step by kind of source; `onto_summary` has the thinking steps as candidates
-of the summary, needed where it hangs on them through any number of steps. In parc the last step is the
-summary.
+`rows` holds the candidates of each step by kind of source; `onto_summary` has the thinking steps as
+candidates of the summary, needed where it hangs on them through any number of steps. In parc the last step
+is the summary.
 """
 
 from __future__ import annotations

@@ -128,11 +128,10 @@ def show_step_maps(
     maps = maps.detach().cpu().to(torch.float64)
     title = f"{saliency.title}, {what}: {saliency.provenance.model_name}"
     caption = f"{title}. {_caption(scale, pooling, float(maps.abs().max()), saliency.score)}"
-    colours = {"negativeColor": _GREEN} if scale == "signed" else {}
-    return _heatmaps(_SCALES[scale](maps), names, saliency.labels, title, caption, **colours)
     if check is not None:
         caption += f" {check.line_for(saliency)}"
-    return _heatmaps(_SCALES[scale](maps), names, saliency.labels, title, caption)
+    colours = {"negativeColor": _GREEN} if scale == "signed" else {}
+    return _heatmaps(_SCALES[scale](maps), names, saliency.labels, title, caption, **colours)
 
 
 def show_knockout(knockout: StepKnockout, *, pooling: Pooling = "sum") -> CircuitsvisView:
