@@ -33,7 +33,7 @@ from stepflow_tl.causal import StepKnockout, step_knockout
 from stepflow_tl.causal.cut import EdgeCut, cut_mask
 from stepflow_tl.models.facts import model_facts
 from stepflow_tl.models.passes import attached, frozen, model_device, whole_pass
-from stepflow_tl.saliency import step_saliency
+from stepflow_tl.saliency import StepSaliency, step_saliency
 from stepflow_tl.saliency.baselines import baseline_maps
 from stepflow_tl.saliency.objectives import token_nll
 from stepflow_tl.testbed.edges import EdgeRow, score_rows
@@ -53,23 +53,25 @@ class Scores:
     Attributes:
         ranked: Maps to rank by.
         summed: Maps in the score's own unit.
+        results: The step maps behind the scores that are one.
     """
 
     ranked: dict[str, StepMap]
     summed: dict[str, StepMap]
+    results: dict[str, StepSaliency]
 
 
 def scores_of(model: Any, trace: ReasoningTrace) -> Scores:
     """Every score that is a map of its own; two passes of attention with gradients, four of saliency."""
     baselines = baseline_maps(model, trace)
-    sums = {
-        "attention": baselines["attention"],
-        "value-weighted": baselines["value_weighted"],
-        "Step-Saliency": step_saliency(model, trace).sums,
-        "log-odds": step_saliency(model, trace, objective="log_odds").sums,
-        "cut": step_saliency(model, trace, score="cut").sums,
-        "cut, log-odds": step_saliency(model, trace, score="cut", objective="log_odds").sums,
+    results = {
+        "Step-Saliency": step_saliency(model, trace),
+        "log-odds": step_saliency(model, trace, objective="log_odds"),
+        "cut": step_saliency(model, trace, score="cut"),
+        "cut, log-odds": step_saliency(model, trace, score="cut", objective="log_odds"),
     }
+    sums = {"attention": baselines["attention"], "value-weighted": baselines["value_weighted"]}
+    sums |= {name: result.sums for name, result in results.items()}
     n_steps = len(trace.steps)
     steps = np.arange(n_steps)
     nearness = 1.0 / (1 + np.abs(steps[:, None] - steps))
@@ -79,7 +81,7 @@ def scores_of(model: Any, trace: ReasoningTrace) -> Scores:
         summed[name] = values.double().sum((0, 1)).tril(-1).numpy()
         per_layer = (values.double() / lengths).mean(1).tril(-1).numpy()
         ranked[name] = in_rows(summed[name]) if name in SIGNED else in_rows(per_layer).mean(0)
-    return Scores(ranked, summed)
+    return Scores(ranked, summed, results)
 
 
 def in_rows(
@@ -147,7 +149,7 @@ def effects_of_removal(
 
 
 def row_metrics(row: EdgeRow, others: list[EdgeRow], step_map: StepMap) -> list[float]:
-    """The four metrics of one row among those of its kind and trace; NaN where there is nothing to compare."""
+    """The four metrics of one row among those of its kind and trace; NaN where nothing can be compared."""
     auroc, _, top = score_rows([row], step_map)
     keys = np.array(row.candidates)
     values = step_map[row.query, keys]

@@ -11,7 +11,9 @@
 4. Headroom: both again by terciles of how unsure the model was of the step that reads.
 5. Chains of steps: the row of the summary, direct and through all chains (`influence`), against the thinking
    steps that the answer hangs on, and against the effect of removing a step for all later tokens.
-6. Controls: shuffled edges, where every score must be at chance; weights randomised layer by layer from the
+6. Spot check (`causal.spot_check`): what a dozen cuts say of a map, and whether that foretells how well the
+   map does by knockout on the steps that were not checked.
+7. Controls: shuffled edges, where every score must be at chance; weights randomised layer by layer from the
    top: a map that stays as it was is not about the model.
 
 Figures are means over traces of each trace's mean, with 95 % BCa intervals over traces: rows of one trace are
@@ -45,8 +47,10 @@ from edge_scores import (
 )
 from edge_tasks import PARC, TASKS, Reading, readings, task_model
 
+from stepflow_tl.causal import StepKnockout, spot_check
 from stepflow_tl.causal.agreement import spearman, trace_agreement
 from stepflow_tl.results.tables import text_table
+from stepflow_tl.saliency import StepSaliency
 from stepflow_tl.statistics.resampling import bca_interval
 from stepflow_tl.testbed.edges import EdgeRow, shuffled
 from stepflow_tl.trace import Segment
@@ -132,7 +136,24 @@ def measure(model: Any, reading: Reading, index: int, options: argparse.Namespac
     for name, summed in {**scores.summed, "nearness": scores.ranked["nearness"]}.items():
         values = correlations(summed[measured], effects[measured], signed=name in SIGNED)
         found += [Found(index, "effects", name, *pair) for pair in zip(CORRELATIONS, values, strict=True)]
+    for name, result in scores.results.items():
+        found += spot_checked(model, result, knockout, index, name, maps[name])
     return found + chains_of_steps(model, reading, index, maps)
+
+
+def spot_checked(
+    model: Any, saliency: StepSaliency, knockout: StepKnockout, index: int, name: str, step_map: np.ndarray
+) -> list[Found]:
+    """What the spot check says, and the map's AUROC by knockout on the rows that it did not look at."""
+    is_complete = bool(knockout.measured.any()) and not knockout.groups
+    check = spot_check(saliency, knockout if is_complete else model)
+    looked_at = {step.query for step in check.steps}
+    rows = [row for row in judged_rows(knockout) if saliency.labels[row.query] not in looked_at]
+    others = [row_metrics(row, rows, step_map)[0] for row in rows]
+    counts = {"used": check.n_used, "controls used": check.n_controls_used, "ahead": check.n_ahead}
+    values = {what: count / len(check.steps) for what, count in counts.items()}
+    values["AUROC, other steps"] = float(np.mean(others)) if others else float("nan")
+    return [Found(index, "spot check", name, what, value) for what, value in values.items()]
 
 
 def correlations(score: np.ndarray, effect: np.ndarray, *, signed: bool) -> tuple[float, float, float]:
@@ -200,7 +221,22 @@ def tables(found: list[Found], rng: np.random.Generator) -> dict[str, list[dict[
         by_title[f"{truth}, by headroom (AUROC)"] = [
             figure._replace(metric=TERCILES[int((figure.headroom > ends).sum())]) for figure in own
         ]
-    return {title: _table(own, rng) for title, own in by_title.items()}
+    found_tables = {title: _table(own, rng) for title, own in by_title.items()}
+    for row in found_tables["spot check"]:
+        row["Spearman, ahead ~ other steps"] = _foretells(by_title["spot check"], row["score"])
+    return found_tables
+
+
+def _foretells(found: list[Found], score: str) -> list[float]:
+    """Rank correlation over traces of the check with the map's success on other steps."""
+    values = {
+        name: {f.trace: f.value for f in found if (f.score, f.metric) == (score, name)}
+        for name in ("ahead", "AUROC, other steps")
+    }
+    pairs = [(a, values["AUROC, other steps"][trace]) for trace, a in values["ahead"].items()]
+    pairs = np.array([pair for pair in pairs if not np.isnan(pair[1])]).reshape(-1, 2)
+    value = spearman(pairs[:, 0], pairs[:, 1]) if len(pairs) > 2 else float("nan")
+    return [value, float("nan"), float("nan"), len(pairs)]
 
 
 def _table(found: list[Found], rng: np.random.Generator) -> list[dict[str, Any]]:
