@@ -4,7 +4,7 @@ Every score is a map `[query_step, key_step]`, larger where the key step is said
 
 - `ranked`: what a reader would compare. Of the paper's score, attention and value-weighted attention the mean
   over token pairs and heads, rows normalised below the diagonal in each layer, then averaged over layers. Of
-  the cut score and of knockout, which are in nats, the sum. Rows are divided by the sum of their sizes, so
+  the cut score and of knockout, which are in nats, the sum; of the cut score also its size, `|cut|`. Rows are divided by the sum of their sizes, so
   that the rows of a trace can be compared.
 - `summed`: over tokens, heads and layers, for holding a score in nats against knockout.
 
@@ -81,6 +81,8 @@ def scores_of(model: Any, trace: ReasoningTrace) -> Scores:
         summed[name] = values.double().sum((0, 1)).tril(-1).numpy()
         per_layer = (values.double() / lengths).mean(1).tril(-1).numpy()
         ranked[name] = in_rows(summed[name]) if name in SIGNED else in_rows(per_layer).mean(0)
+    for name in ("cut", "cut, log-odds"):
+        ranked[f"|{name}|"], summed[f"|{name}|"] = np.abs(ranked[name]), np.abs(summed[name])
     return Scores(ranked, summed, results)
 
 
@@ -139,9 +141,9 @@ def effects_of_removal(
     found = []
     with frozen(model), torch.no_grad(), attached(model, last=cut.hooks):
         for step in (None, *steps):
-            span = None if step is None else trace.steps[step].token_span
-            after = (0 if span is None else span[1], len(trace))
-            cut.mask = cut_mask(after, [span], len(trace), len(trace)).to(tokens.device)
+            spans = [] if step is None else [trace.steps[step].token_span]
+            after = (spans[0][1] if spans else 0, len(trace))
+            cut.mask = cut_mask(after, [spans], len(trace), len(trace)).to(tokens.device)
             logits = whole_pass(model, tokens)
             cut.check_fired()
             found.append(float(token_nll(logits[rows], tokens[first + 1 :]).double().sum()))

@@ -122,7 +122,7 @@ class SpotCheck:
 
     def _table(self) -> tuple[str, list[str], list[list[str]], list[str]]:
         rows = [
-            [step.query, *(cell for cut in (step.strongest, step.control) for cell in _cells(cut))]
+            [step.query, *_cells(step.strongest), *_cells(step.control)]
             for step in self.steps
         ]
         header = ["step", "strongest source", "its share", f"effect ({self.measure})"]
@@ -223,3 +223,7 @@ def _shares(saliency: StepSaliency) -> Float[Tensor, "query_step key_step"]:
 def _name(saliency: StepSaliency) -> str:
     p = saliency.provenance
     return f"{saliency.title}, {p.objective}: {p.model_name}"
+
+
+def _cells(cut: Cut) -> list[str]:
+    return [cut.source, number(cut.share), number(cut.effect)]
