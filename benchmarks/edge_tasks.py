@@ -62,15 +62,13 @@ def readings(
     """`n` traces of a task; for testbed and chains, lengths `steps` in turn."""
     if task == "parc":
         return _parc(tokenizer, n, seed, parc)
-    counts = [len(range(i, n, len(steps))) for i in range(len(steps))]
+    n_each = -(-n // len(steps))
     if task == "testbed":
-        specs = [(ProblemSpec(n_steps=length), count) for length, count in zip(steps, counts, strict=True)]
-        problems = [p for spec, count in specs for p in make_problems(spec, count, seed=1000 * seed + 2)]
-        return [_testbed(tokenizer, problem) for problem in problems]
-    sizes = zip(steps, counts, strict=True)
-    return [
-        _chain(tokenizer, proof) for length, c in sizes for proof in make_proofs(c, seed=seed, n_steps=length)
-    ]
+        pools = [make_problems(ProblemSpec(n_steps=length), n_each, seed=1000 * seed + 2) for length in steps]
+    else:
+        pools = [make_proofs(n_each, seed=seed, n_steps=length) for length in steps]
+    read = _testbed if task == "testbed" else _chain
+    return [read(tokenizer, pools[i % len(steps)][i // len(steps)]) for i in range(n)]
 
 
 def edge_row(edges: Edges, query: int, candidates: Iterable[int]) -> EdgeRow | None:

@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--screen-above", type=int, default=60, help="steps from which knockout is screened")
     parser.add_argument("--randomised", type=int, default=3, help="traces for the control of the weights")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no trace after these")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     started, torch_threads = time.perf_counter(), torch.get_num_threads()
@@ -95,11 +96,12 @@ def main() -> None:
             steps=options.steps,
             parc=options.data,
         )
-        found = [
-            figure
-            for index, reading in enumerate(traces)
-            for figure in measure(model, reading, index, options)
-        ]
+        found = []
+        for index, reading in enumerate(traces):
+            if index and time.perf_counter() - started > 60 * options.minutes:
+                traces = traces[:index]
+                break
+            found += measure(model, reading, index, options)
         for index, reading in enumerate(traces[: options.randomised]):
             found += against_random_weights(model, reading, index, options.seed)
     finally:

@@ -121,10 +121,7 @@ class SpotCheck:
         return html_table(*self._table())
 
     def _table(self) -> tuple[str, list[str], list[list[str]], list[str]]:
-        rows = [
-            [step.query, *_cells(step.strongest), *_cells(step.control)]
-            for step in self.steps
-        ]
+        rows = [[step.query, *_cells(step.strongest), *_cells(step.control)] for step in self.steps]
         header = ["step", "strongest source", "its share", f"effect ({self.measure})"]
         header += ["weak source", "its share", f"effect ({self.measure})"]
         return f"Spot check: {self.score}", header, rows, [self.line]
