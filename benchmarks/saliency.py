@@ -16,12 +16,12 @@
 4. Times over T are fitted by `b T + c T^2`: the second term is attention's share.
 
 Methods. `sdpa` is the limit: logits, mean NLL, gradient of the input embedding; no parameter asks for a
-gradient, since ours need none either. `sdpa+chunks` is the same with the unembedding a few rows at a time,
-as `fused` does it, to tell that saving from the rest. `eager` keeps the gradient of every pattern, as the
+gradient, since ours need none either. `sdpa+chunks` is the same with the unembedding a few rows at a time, as
+`fused` does it, to tell that saving from the rest. `eager` keeps the gradient of every pattern, as the
 field's scripts do; those scripts also leave `requires_grad` on for every parameter, and `eager, as scripts do
-it` does too. `fused cut` and `fused signed` are those scores of
-the per-token objective, `fused log_odds` is that objective. Weights of the Qwen shapes are random: cost does not depend on values. Steps are 24
-tokens; under StepFlow the first is the question, the last tenth of them the summary.
+it` does too. `fused cut` and `fused signed` are those scores of the per-token objective, `fused log_odds` is
+that objective. Weights of the Qwen shapes are random: cost does not depend on values. Steps are 24 tokens;
+under StepFlow the first is the question, the last tenth of them the summary.
 """
 
 import argparse

@@ -45,3 +45,40 @@ def separate_backward_passes(model, tokens, fwd_hooks=()):
         for layer, pattern in patterns.items():
             rows[layer, :, t] = (pattern.detach() * pattern.grad)[0, :, t].abs().double()
     return rows
+
+
+def cut_by_loops(scores, value, dz, ids, sinks=None):
+    """What each step's removal does, row by row: its scores to -inf, softmax and z again, `<dz, z_cut - z>`.
+
+    `scores` are `[head, query, key]`, -inf where hidden; `value` and `dz` are `[head, token, d]`. Rows in
+    which nothing else is left count 0. The last column is TEMPLATE.
+    """
+
+    def attend(scores):
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:2], 1)], dim=-1)
+        pattern = torch.softmax(scores, dim=-1)[..., : value.shape[1]]
+        return pattern.nan_to_num(0) @ value  # a row of -inf alone
+
+    n_steps, z = int(ids.max()) + 1, attend(scores)
+    effects = torch.zeros(len(scores), n_steps, n_steps + 1, dtype=scores.dtype)
+    for j in range(n_steps + 1):
+        left = scores.masked_fill(ids == (j if j < n_steps else -1), -torch.inf)
+        change = (dz * (attend(left) - z)).sum(-1)
+        if sinks is None:
+            change = change.masked_fill((left == -torch.inf).all(-1), 0)
+        for i in range(n_steps):
+            effects[:, i, j] = change[:, ids == i].sum(-1)
+    return effects
+
+
+def cut_of_pattern(pattern, value, dz, ids, *, with_sink):
+    """`cut_by_loops` of one sequence's pattern: logarithms are scores, and that of the rest the sink's."""
+    with torch.no_grad():
+        pattern, heads = pattern.detach()[0], pattern.shape[1]
+        scores = pattern.log()
+        if with_sink:  # a row's scores up to a number: the sink's is 0
+            scores = scores - (1 - pattern.sum(-1, keepdim=True)).log()
+        value = value[0].repeat_interleave(heads // value.shape[1], dim=0)
+        sinks = torch.zeros(heads, dtype=pattern.dtype) if with_sink else None
+        return cut_by_loops(scores, value, dz[0], ids, sinks)

@@ -7,7 +7,7 @@ from tiny_models import TINY_MODEL_KINDS, build_tiny_model, count_hooks
 
 from stepflow_tl.errors import GradientError
 from stepflow_tl.saliency.hooks_backend import hooks_backend
-from stepflow_tl.saliency.objectives import Objective
+from stepflow_tl.saliency.objectives import Objective, token_log_odds
 
 N_TOKENS = 14
 # The native source keeps its rotation tables in float32, so a rotated product equals the unrotated one to
@@ -55,6 +55,26 @@ def test_an_ordinary_objective_equals_retained_gradients(kind):
     expected = pool_by_loops(saliency, step_ids())
     found = run_backend(model, tokens, step_ids(), mean_nll(targets)).double()
     assert ((found - expected).abs() / expected.amax((1, 2, 3), keepdim=True)).max() < TOLERANCE[kind]
+
+
+@pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
+def test_log_odds_equal_separate_backward_passes(kind):
+    model, tokens = build_tiny_model(kind), token_ids()
+    rows = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, N_TOKENS, N_TOKENS, dtype=torch.float64)
+    for t in range(N_TOKENS - 1):
+        patterns, logits = patterns_and_logits(model, tokens)
+        p = torch.softmax(logits[0, t].double(), -1)[tokens[t + 1]]
+        (-torch.log(p / (1 - p))).backward()
+        for layer, pattern in patterns.items():
+            rows[layer, :, t] = (pattern.detach() * pattern.grad)[0, :, t].abs().double()
+    expected = pool_by_loops(rows, step_ids())
+    targets = torch.arange(1, N_TOKENS)
+    objective = Objective("log_odds", targets, per_token=True, token_loss=token_log_odds)
+    found = run_backend(model, tokens, step_ids(), objective).double()
+    assert expected.amax((1, 2, 3)).min() > 1e-6
+    assert ((found - expected).abs() / expected.amax((1, 2, 3), keepdim=True)).max() < TOLERANCE[kind]
+    plain = run_backend(model, tokens, step_ids(), per_token(tokens)).double()
+    assert (found >= plain * (1 - 1e-5)).all() and (found > 1.01 * plain).any(), "the gradient of the log-odds is that of the NLL over 1 - p"
 
 
 def test_the_two_objectives_agree_in_the_last_layer_and_differ_below():

@@ -48,6 +48,29 @@ def test_the_loss_is_the_mean_nll_in_nats(tiny_trace):
     assert torch.allclose(found, torch.stack(expected).mean(), rtol=1e-12)
 
 
+def test_log_odds_are_those_of_the_next_token_and_stay_finite_where_the_model_is_sure(tiny_trace):
+    objective = resolve("log_odds", tiny_trace)
+    assert objective.per_token and objective.name == "log_odds"
+    assert objective.targets.tolist() == list(range(1, len(tiny_trace)))
+    logits = torch.randn(
+        1, len(tiny_trace), 264, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
+    tokens = tiny_trace.tokens[None]
+    p = torch.softmax(logits[0, :-1], -1).gather(-1, tokens[0, 1:, None])
+    expected = -torch.log(p / (1 - p)).sum()
+    found = objective.loss(logits, tokens)
+    assert torch.allclose(found, expected, rtol=1e-12)
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (found, expected)]
+    assert torch.allclose(*gradients, rtol=1e-9, atol=1e-12) and gradients[0].abs().max() > 0.1
+
+    sure = torch.zeros(1, len(tiny_trace), 264).requires_grad_()  # float32: p is 1, the NLL's gradient 0
+    shifted = sure + 200 * torch.nn.functional.one_hot(tokens.roll(-1), 264)
+    objective.loss(shifted, tokens).backward()
+    own = sure.grad[0, :-1].gather(-1, tokens[0, 1:, None])
+    assert torch.equal(own, -torch.ones_like(own))
+    assert torch.allclose(sure.grad[0, :-1].sum(-1), torch.zeros(len(tiny_trace) - 1), atol=1e-5)
+
+
 def test_half_precision_logits_are_measured_in_float32(tiny_trace):
     logits = torch.randn(1, len(tiny_trace), 264, generator=torch.Generator().manual_seed(0)).bfloat16()
     found = resolve("response", tiny_trace).loss(logits, tiny_trace.tokens[None])
@@ -74,7 +97,7 @@ def test_a_callable_gets_logits_and_tokens_and_keeps_its_name(tiny_trace):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ("loss", r"unknown objective 'loss': expected 'per_token', 'response'.*T1"),
+        ("loss", r"unknown objective 'loss': expected 'per_token', 'log_odds', 'response'.*T1"),
         ("T99", r"unknown objective 'T99'.*\(Q, T1"),
         (7, r"objective 7 is a int: expected a name"),
         ((3, 3), r"token span \[3, 3\) is empty"),

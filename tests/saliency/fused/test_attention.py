@@ -2,14 +2,17 @@
 
 import gc
 import math
+from typing import get_args
 
 import pytest
 import torch
+from saliency_oracles import cut_of_pattern
 
 from stepflow_tl.saliency.fused import steps, sweep
 from stepflow_tl.saliency.fused.attention import saliency_attention
 from stepflow_tl.saliency.fused.call import AttentionSpec
 from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
+from stepflow_tl.saliency.scores import Score
 
 HEADS, KV_HEADS, D = 6, 2, 8
 
@@ -132,6 +135,35 @@ def test_values_gradients_and_map_equal_attention_written_out(small_tiles, case,
     torch.testing.assert_close(sums.sums, pool_by_loops(saliency, step_ids, n_steps), rtol=1e-10, atol=1e-13)
     assert n_tokens < 20 or sums.sums[..., :-1].sum() > 0
     assert n_tokens < 20 or options.get("window") == 1 or sums.sums[..., -1].sum() > 0
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("n_tokens", [1, 2, 20, 101])
+def test_the_other_scores_equal_loops_and_leave_gradients_alone(small_tiles, case, n_tokens):
+    options = dict(CASES[case])
+    query, key, value, dz, sinks = draw(n_tokens)
+    query = query.detach().mul(4).requires_grad_()  # rows that one step has nearly to itself
+    sinks = sinks if options.pop("sinks", False) else None
+    step_ids, n_steps = ragged_steps(n_tokens)
+    spec = AttentionSpec(scale=0.3, diagonal_only=True, **options)
+    found, gradients = {}, {}
+    for score in get_args(Score):
+        like = dict(dtype=torch.float64, device=torch.device("cpu"))
+        sums = StepSums.zeros(StepTiles(step_ids, n_steps), HEADS, score=score, **like)
+        z = saliency_attention(query, key, value, spec, sums=sums, sinks=sinks)
+        gradients[score] = torch.autograd.grad(z, (query, key, value), dz)
+        found[score] = sums.sums
+    for one, other in zip(gradients["saliency"], gradients["cut"], strict=True):
+        assert torch.equal(one, other)
+
+    z, pattern = eager(query, key, value, scale=0.3, sinks=sinks, **options)
+    (gradient,) = torch.autograd.grad(z, pattern, dz)
+    signed = pool_by_loops((pattern * gradient).detach()[0], step_ids, n_steps)
+    torch.testing.assert_close(found["signed"], signed, rtol=1e-9, atol=1e-11)
+    expected = cut_of_pattern(pattern, value, dz, step_ids, with_sink=sinks is not None)
+    torch.testing.assert_close(found["cut"], expected, rtol=1e-8, atol=1e-9)
+    if n_tokens > 20 and case != "window of one":
+        assert (found["cut"] > 0.1).any() and (found["cut"] < -0.1).any()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bridged_calls import N_HEADS, draw_call, flow_state, written_out
-from saliency_oracles import pool_by_loops
+from saliency_oracles import cut_of_pattern, pool_by_loops
 
 from stepflow_tl.models.attention import Call, Visible, attention_with_logsumexp
 from stepflow_tl.saliency.fused import steps, sweep
@@ -104,6 +104,30 @@ def test_values_gradients_and_map_equal_the_hook(tiles, case, granularity, contr
     torch.testing.assert_close(sums.sums, pool_by_loops(saliency, step_ids), rtol=1e-9, atol=1e-11)
     plain = saliency_attention(query, key, value, spec, sinks=sinks)
     assert (plain - z).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("granularity", ["segment", "step"])
+def test_the_cut_score_of_bridged_rows_equals_loops(tiles, case, granularity):
+    options = dict(OPTIONS[case])
+    state = flow_state(WHOLE)
+    query, key, value, sinks = draw_call(state)
+    sinks = sinks if options.pop("sinks", False) else None
+    dz = torch.randn(query.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    step_ids = torch.from_numpy(state.labels.step[0].copy())
+    like = dict(dtype=torch.float64, device=torch.device("cpu"), score="cut")
+    sums = StepSums.zeros(StepTiles(step_ids, int(step_ids.max()) + 1), N_HEADS, **like)
+    heads = (0, 1, 2, 4, 5)
+    bridging, spec = bridging_of(state, granularity, heads=heads), AttentionSpec(scale=0.3, **options)
+    query.requires_grad_()
+    saliency_attention(query, key, value, spec, sums=sums, sinks=sinks, bridging=bridging).backward(dz)
+    how = dict(tau_max=TAU_MAX, max_bridge_share=SHARE, granularity=granularity)
+    _, pattern = written_out(state, query, key, value, scale=0.3, sinks=sinks, heads=heads, **options, **how)
+    expected = cut_of_pattern(pattern, value, dz, step_ids, with_sink=sinks is not None)
+    torch.testing.assert_close(sums.sums, expected, rtol=1e-8, atol=1e-9)
+    plain = StepSums.zeros(StepTiles(step_ids, int(step_ids.max()) + 1), N_HEADS, **like)
+    saliency_attention(query, key, value, spec, sums=plain, sinks=sinks).backward(dz)
+    assert (plain.sums - sums.sums).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("case", OPTIONS)

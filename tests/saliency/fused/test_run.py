@@ -17,7 +17,7 @@ from stepflow_tl.saliency.fused.run import fused_backend
 from stepflow_tl.saliency.fused.session import FusedSession
 from stepflow_tl.saliency.fused.steps import StepTiles
 from stepflow_tl.saliency.hooks_backend import hooks_backend
-from stepflow_tl.saliency.objectives import Objective
+from stepflow_tl.saliency.objectives import Objective, token_log_odds, token_nll
 
 ALL_LAYERS = tuple(range(N_LAYERS))
 # TEMPLATE at the start, inside and at the end; steps of one token; lengths that no tile divides.
@@ -29,8 +29,9 @@ TOKENS = torch.randint(3, 260, (N_TOKENS,), generator=torch.Generator().manual_s
 @pytest.fixture
 def objective():
     def make(name, n_tokens=N_TOKENS):
-        if name == "per_token":
-            return Objective(name, torch.arange(1, n_tokens), per_token=True)
+        if name in ("per_token", "log_odds"):
+            loss = token_log_odds if name == "log_odds" else token_nll
+            return Objective(name, torch.arange(1, n_tokens), per_token=True, token_loss=loss)
         if name == "mean":
             return Objective(name, torch.arange(n_tokens // 2, n_tokens))
         return Objective(name, None, function=lambda logits, tokens: logits[0, -2, 7] - logits[0, -3, 9])
@@ -40,7 +41,9 @@ def objective():
 
 def close(ours, theirs, tolerance):
     assert theirs.abs().sum() > 0
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.max()) * 1e-3)
+    torch.testing.assert_close(
+        ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()) * 1e-3
+    )
 
 
 @pytest.mark.parametrize("compatibility_mode", [False, True], ids=["raw", "compatibility mode"])
@@ -50,6 +53,28 @@ def test_fused_equals_hooks_on_a_bridge(name, compatibility_mode, objective, flo
     for kind in ("per_token", "mean", "function"):
         arguments = (model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS)
         close(fused_backend(*arguments), hooks_backend(*arguments), 1e-8)
+
+
+@pytest.mark.parametrize("name", ATTENTION_VARIETIES)
+def test_fused_equals_hooks_in_every_score(name, objective, float64_throughout):
+    model = build_bridge(name)
+    for kind in ("log_odds", "mean", "function"):
+        arguments = (model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS)
+        for score in ("saliency", "signed", "cut"):
+            ours, theirs = (backend(*arguments, score=score) for backend in (fused_backend, hooks_backend))
+            close(ours, theirs, 1e-8)
+            assert (score == "saliency") == bool((ours >= 0).all())
+
+
+@pytest.mark.parametrize("score", ["signed", "cut"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_scores_in_float32_and_in_small_tiles(name, score, objective, tile_size):
+    arguments = (TOKENS, STEP_IDS, objective("log_odds"), ALL_LAYERS)
+    exact = fused_backend(build_hf_model(name), *arguments, score=score)
+    scale = exact.abs().amax((1, 2, 3), keepdim=True)
+    for options in ({}, {"checkpoint": True, "block_divisor": 2}):
+        found = fused_backend(build_hf_model(name, dtype=torch.float32), *arguments, score=score, **options)
+        assert ((found - exact).abs() / scale).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -181,10 +206,10 @@ def test_layers_below_the_lowest_one_asked_for_build_no_graph(objective):
 
 @pytest.mark.parametrize("name", ["granite", "gemma2", "llama"])
 def test_the_unembedding_chunk_size_changes_nothing(name, objective, monkeypatch):
-    model = build_hf_model(name)
-    whole = run.fused_backend(model, TOKENS, STEP_IDS, objective("mean"), ALL_LAYERS)
+    model, kinds = build_hf_model(name), ("mean", "log_odds")
+    whole = [run.fused_backend(model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS) for kind in kinds]
     monkeypatch.setattr(run, "LOGITS_PER_CHUNK", 1)
-    chunked = run.fused_backend(model, TOKENS, STEP_IDS, objective("mean"), ALL_LAYERS)
+    chunked = [run.fused_backend(model, TOKENS, STEP_IDS, objective(kind), ALL_LAYERS) for kind in kinds]
     torch.testing.assert_close(chunked, whole, rtol=1e-10, atol=1e-12)
 
 

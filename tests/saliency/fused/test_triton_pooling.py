@@ -351,6 +351,19 @@ def test_nothing_off_a_gpu_is_served_by_the_device_path():
     assert not attention.flash_serves(query, key, value, AttentionSpec(SCALE))
 
 
+@pytest.mark.parametrize("score", ["saliency", "signed", "cut"])
+def test_kernels_are_asked_for_the_papers_score_alone(monkeypatch, score):
+    asked = []
+    monkeypatch.setattr(attention, "kernels_serve", lambda *_, **__: asked.append(score) is not None)
+    query, key, value, dz = draw(20, 8, batch=1)
+    step_ids, n_steps = ragged_steps(20)
+    like = dict(dtype=torch.float32, device=torch.device("cpu"), score=score)
+    sums = StepSums.zeros(StepTiles(step_ids, n_steps), HEADS, **like)
+    spec = AttentionSpec(SCALE, diagonal_only=True)
+    saliency_attention(query.requires_grad_(), key, value, spec, sums=sums).backward(dz)
+    assert asked == (["saliency"] if score == "saliency" else []) and sums.sums.any()
+
+
 class OnCuda:
     """A tensor that claims to be on a GPU; only what the selection reads."""
 

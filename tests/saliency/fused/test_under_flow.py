@@ -38,7 +38,7 @@ def close(ours, theirs, tolerance):
     assert theirs.sums.abs().sum() > 0
     for name in ("sums", "template_sums"):
         mine, reference = getattr(ours, name), getattr(theirs, name)
-        scale = reference.amax((1, 2, 3) if name == "sums" else (1, 2))
+        scale = reference.abs().amax((1, 2, 3) if name == "sums" else (1, 2))
         error = (mine - reference).abs().amax((1, 2, 3) if name == "sums" else (1, 2))
         assert bool((error <= tolerance * scale.clamp_min(1e-30)).all()), (name, (error / scale).tolist())
 
@@ -63,6 +63,20 @@ def test_fused_equals_hooks_under_stepflow(name, trace, float64_throughout):
         close(ours, theirs, 1e-8)
         close(plain, theirs, 1e-8)
         assert step_saliency(model, trace, objective=objective).sums.sub(ours.sums).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ATTENTION_VARIETIES)
+def test_fused_equals_hooks_in_the_cut_score_under_stepflow(name, trace, float64_throughout):
+    model = build_bridge(name)
+    for objective, case in (("per_token", "per_token"), ("log_odds", "response"), ("response", "summary")):
+        arguments = dict(objective=objective, stepflow=CASES[case], score="cut")
+        theirs = step_saliency(model, trace, **arguments, backend="hooks")
+        ours = step_saliency(model, trace, **arguments)
+        assert ours.provenance.backend == "fused" and (ours.sums < 0).any()
+        close(ours, theirs, 1e-8)
+        close(step_saliency(build_hf_model(name), trace, **arguments), theirs, 1e-8)
+        plain = step_saliency(model, trace, objective=objective, score="cut")
+        assert plain.sums.sub(ours.sums).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
