@@ -14,8 +14,8 @@ How well a score finds the needed candidates of a row, chance 0.5 for the first 
 1. AUROC against every candidate that is not needed.
 2. `near`: against the one, or the two, of the same row nearest in distance. A score that knows only the order
    still gains where sources sit at the end of the row, for instance right before the query.
-3. `equally far`: against those of other rows of the trace at exactly the same distance: no function of the
-   distance is above chance.
+3. `equally far`: against those of other rows of the trace at exactly the same distance, so that no function
+   of the distance is above chance; one figure per trace.
 4. top-1: whether the highest candidate is needed.
 """
 
@@ -40,7 +40,7 @@ from stepflow_tl.saliency.objectives import token_nll
 from stepflow_tl.testbed.edges import EdgeRow, score_rows
 from stepflow_tl.trace import ReasoningTrace, Segment
 
-METRICS = ("AUROC", "near", "equally far", "top-1")
+ROW_METRICS = ("AUROC", "near", "top-1")
 SIGNED = ("cut", "cut, log-odds", "knockout")
 MATTERS = 0.5  # nats; a cut that costs less is taken for no use of the edge
 
@@ -151,26 +151,39 @@ def effects_of_removal(
     return np.array(found[1:]) - found[0]
 
 
-def row_metrics(row: EdgeRow, others: list[EdgeRow], step_map: StepMap) -> list[float]:
-    """The four metrics of one row among those of its kind and trace; NaN where nothing can be compared."""
+def row_metrics(row: EdgeRow, step_map: StepMap) -> list[float]:
+    """AUROC, near and top-1 of one row."""
     auroc, _, top = score_rows([row], step_map)
     keys = np.array(row.candidates)
     values = step_map[row.query, keys]
     idle = np.flatnonzero(~row.needed)
-    near, far = [], []
+    near = []
     for place in np.flatnonzero(row.needed):
         gaps = np.abs(keys[idle] - keys[place])
         near.append(_above(values[place], values[idle[gaps == gaps.min()]]))
-        distance = row.query - keys[place]
-        same = [
-            step_map[other.query, key]
-            for other in others
-            for key, needed in zip(other.candidates, other.needed, strict=True)
-            if other.query != row.query and other.query - key == distance and not needed
-        ]
-        if same:
-            far.append(_above(values[place], np.array(same)))
-    return [float(auroc), float(np.mean(near)), float(np.mean(far)) if far else float("nan"), float(top)]
+    return [float(auroc), float(np.mean(near)), float(top)]
+
+
+def equally_far(rows: list[EdgeRow], step_map: StepMap) -> float:
+    """AUROC of needed candidates against those of other rows at the same distance; NaN where there are none.
+
+    A row with few candidates has large shares and a large part of them needed. So a comparison counts by how
+    seldom its truth comes about in its rows: one over the part needed here times the part not needed there. Under
+    needed candidates drawn at random in each row, every two cells then meet as often either way.
+    """
+    cells = [
+        (row.query - key, row.query, float(step_map[row.query, key]), bool(needed), float(row.needed.mean()))
+        for row in rows
+        for key, needed in zip(row.candidates, row.needed, strict=True)
+    ]
+    hits = total = 0.0
+    for distance, query, value, needed, part in cells:
+        for other_distance, other_query, other, other_needed, other_part in cells:
+            if needed and not other_needed and distance == other_distance and query != other_query:
+                weight = 1 / (part * (1 - other_part))
+                hits += weight * ((value > other) + 0.5 * (value == other))
+                total += weight
+    return hits / total if total else float("nan")
 
 
 def _above(value: float, others: Float[np.ndarray, " other"]) -> float:

@@ -33,10 +33,11 @@ import numpy as np
 import torch
 from edge_scores import (
     MATTERS,
-    METRICS,
+    ROW_METRICS,
     SIGNED,
     cuts_of,
     effects_of_removal,
+    equally_far,
     headroom,
     in_rows,
     influence,
@@ -132,7 +133,12 @@ def measure(model: Any, reading: Reading, index: int, options: argparse.Namespac
         for truth, rows in truths.items()
         for row in rows
         for name, step_map in maps.items()
-        for metric, value in zip(METRICS, row_metrics(row, rows, step_map), strict=True)
+        for metric, value in zip(ROW_METRICS, row_metrics(row, step_map), strict=True)
+    ]
+    found += [
+        Found(index, truth, name, "equally far", equally_far(rows, step_map))
+        for truth, rows in truths.items()
+        for name, step_map in maps.items()
     ]
     measured = np.tril(knockout.measured.numpy(), -1)
     for name, summed in {**scores.summed, "nearness": scores.ranked["nearness"]}.items():
@@ -151,7 +157,7 @@ def spot_checked(
     check = spot_check(saliency, knockout if is_complete else model)
     looked_at = {step.query for step in check.steps}
     rows = [row for row in judged_rows(knockout) if saliency.labels[row.query] not in looked_at]
-    others = [row_metrics(row, rows, step_map)[0] for row in rows]
+    others = [row_metrics(row, step_map)[0] for row in rows]
     counts = {"used": check.n_used, "controls used": check.n_controls_used, "ahead": check.n_ahead}
     values = {what: count / len(check.steps) for what, count in counts.items()}
     values["AUROC, other steps"] = float(np.mean(others)) if others else float("nan")
@@ -178,13 +184,13 @@ def chains_of_steps(model: Any, reading: Reading, index: int, maps: dict[str, np
     found = []
     for name, step_map in maps.items():
         for way, values in (("direct", step_map), ("chains", influence(step_map, ends=ends))):
-            auroc = row_metrics(row, [row], values)[0]
+            auroc = row_metrics(row, values)[0]
             agreed = spearman(values[row.query, keys], removal)
             for metric, value in (("AUROC, edges", auroc), ("Spearman, removal", agreed)):
                 found.append(Found(index, f"onto summary, {way}", name, metric, value))
     removed = np.zeros_like(next(iter(maps.values())))
     removed[row.query, keys] = removal
-    auroc = row_metrics(row, [row], removed)[0]
+    auroc = row_metrics(row, removed)[0]
     return [*found, Found(index, "onto summary, direct", "removal itself", "AUROC, edges", auroc)]
 
 
@@ -206,7 +212,7 @@ def against_random_weights(model: Any, reading: Reading, index: int, seed: int) 
             found.append(Found(index, "random weights", name, f"{depth:.0%} of layers", value))
             rows: list[EdgeRow] = reading.rows["steps"] if depth == 1 else []
             found += [
-                Found(index, "random weights", name, "AUROC, steps", row_metrics(row, rows, step_map)[0])
+                Found(index, "random weights", name, "AUROC, steps", row_metrics(row, step_map)[0])
                 for row in rows
             ]
     return found

@@ -14,6 +14,9 @@
 3. `summarise_agreement` averages over traces, with BCa intervals (`statistics.resampling`); traces are what
    was sampled, so pairs of one trace are never counted as independent.
 
+Of a screened knockout the pairs that were cut alone are compared, which are those that Step-Saliency ranks
+first: do not hold such figures against those of all pairs. How many pairs were left to groups is counted.
+
 A value that does not exist (constant ranks, too few candidates) is NaN and is left out of the means, counted.
 """
 
@@ -53,17 +56,21 @@ class TraceAgreement:
         k: Length of the lists compared by `top_k`.
         top_k_chance: What `top_k` is for random orders; NaN if no step has more than k candidates.
         n_pairs: Pairs of steps compared.
+        n_grouped: Pairs not compared, because screening cut them in groups only.
     """
 
     values: Mapping[tuple[str, str], Mapping[str, float]]
     k: int
     top_k_chance: float
     n_pairs: int
+    n_grouped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; NaN is written as None."""
         values = [{"scores": pair, **values} for pair, values in self.values.items()]
         own = {name: getattr(self, name) for name in ("k", "top_k_chance", "n_pairs")}
+        if self.n_grouped:
+            own["n_grouped"] = self.n_grouped
         return to_plain({**own, "values": values})
 
     @classmethod
@@ -127,7 +134,11 @@ def saliency_and_effects(
 
 
 def trace_agreement(
-    maps: Mapping[str, StepMap], measured: Bool[np.ndarray, "query_step key_step"], *, k: int = 3
+    maps: Mapping[str, StepMap],
+    measured: Bool[np.ndarray, "query_step key_step"],
+    *,
+    k: int = 3,
+    n_grouped: int = 0,
 ) -> TraceAgreement:
     """Compare each two maps, larger for what matters more, on the measured pairs with key before query.
 
@@ -152,7 +163,7 @@ def trace_agreement(
         for (name, a), (other, b) in itertools.combinations(maps.items(), 2)
     }
     chance = _mean([k / len(keys) for _, keys in crowded])
-    return TraceAgreement(values, k, chance, int(pairs.sum()))
+    return TraceAgreement(values, k, chance, int(pairs.sum()), n_grouped)
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,7 @@ class AgreementSummary:
             traces that have the value. The ends are NaN below two traces.
         n_traces: Traces.
         n_pairs: Pairs of steps, over all traces.
+        n_grouped: Pairs left to groups by screening, likewise.
         k: Length of the lists compared by `top_k`.
         top_k_chance: Mean over traces of what `top_k` is for random orders.
         confidence: Of the intervals.
@@ -175,6 +187,7 @@ class AgreementSummary:
     k: int
     top_k_chance: float
     confidence: float
+    n_grouped: int = 0
 
     def __str__(self) -> str:
         """The table."""
@@ -191,8 +204,14 @@ class AgreementSummary:
             f"Means over traces [{self.confidence:.0%} BCa interval]; {self.n_pairs} pairs of steps. A "
             f"random order has top-{self.k} overlap {number(self.top_k_chance)}."
         )
+        footers = [footer]
+        if self.n_grouped:
+            footers.append(
+                f"Screened: only pairs that were cut alone, which Step-Saliency chose; {self.n_grouped} more "
+                "were cut in groups. Not to be held against figures of all pairs."
+            )
         title = f"Agreement over {self.n_traces} {'trace' if self.n_traces == 1 else 'traces'}"
-        return text_table(title, header, body, [footer])
+        return text_table(title, header, body, footers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; a value that does not exist is null."""
@@ -203,7 +222,8 @@ class AgreementSummary:
             for measure, cell in cells.items()
         ]
         own = {
-            name: getattr(self, name) for name in ("n_traces", "n_pairs", "k", "top_k_chance", "confidence")
+            name: getattr(self, name)
+            for name in ("n_traces", "n_pairs", "n_grouped", "k", "top_k_chance", "confidence")
         }
         return to_plain({**own, "rows": rows})
 
@@ -232,7 +252,8 @@ def summarise_agreement(
         rows[pair][measure] = (mean, float(ends[0][0]), float(ends[1][0]), len(column))
     chance = _mean([trace.top_k_chance for trace in traces])
     n_pairs = sum(trace.n_pairs for trace in traces)
-    return AgreementSummary(rows, len(traces), n_pairs, traces[0].k, chance, confidence)
+    n_grouped = sum(trace.n_grouped for trace in traces)
+    return AgreementSummary(rows, len(traces), n_pairs, traces[0].k, chance, confidence, n_grouped)
 
 
 def _array(values: Any) -> StepMap:

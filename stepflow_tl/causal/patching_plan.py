@@ -40,6 +40,7 @@ class PatchingPlan:
     metric: Objective
     clean_metric: Objective | None
     placebo_seed: int | None
+    batch_tokens: int
     stepflow: StepFlow | None
     fwd_hooks: FwdHooks = field(repr=False)
 
@@ -48,16 +49,20 @@ class PatchingPlan:
         return component_hook(self.model, self.component, layer)
 
     def logits(
-        self, trace: ReasoningTrace, last: Sequence[NamedHook] = ()
-    ) -> Float[Tensor, "1 token vocabulary"]:
-        """One pass over a trace, under the hooks of the request and `last`."""
+        self, trace: ReasoningTrace, last: Sequence[NamedHook] = (), n_rows: int = 1
+    ) -> Float[Tensor, "row token vocabulary"]:
+        """One pass over equal rows of a trace, under the hooks of the request and `last`."""
         standing = standing_hooks(self.model, trace, stepflow=self.stepflow, fwd_hooks=self.fwd_hooks)
         with attached(self.model, last=[*standing, *last]):
-            return self.model(self.batch(trace), return_type="logits")
+            return self.model(self.batch(trace, n_rows), return_type="logits")
 
-    def batch(self, trace: ReasoningTrace) -> Tensor:
-        """The trace's tokens as a batch of one, where the model takes them."""
-        return trace.tokens[None].to(model_device(self.model))
+    def batch(self, trace: ReasoningTrace, n_rows: int = 1) -> Tensor:
+        """The trace's tokens in equal rows, where the model takes them."""
+        return trace.tokens.to(model_device(self.model)).expand(n_rows, -1)
+
+    def reaches(self, match: StepMatch) -> bool:
+        """Whether the receiving step sees the patched one: not if it comes before it."""
+        return self.receiving is None or self.receiving.index >= match.corrupted.index
 
     def measure(self, logits: Float[Tensor, "1 token vocabulary"]) -> float:
         """The metric of a pass over the corrupted trace."""
@@ -69,6 +74,7 @@ class PatchingPlan:
         effects: Float[Tensor, "layer step"],
         corrupted_value: float,
         clean_value: float | None,
+        tokens_run: int | None = None,
     ) -> StepPatching:
         """The labelled result."""
         notes = standing_notes(self.stepflow, self.fwd_hooks)
@@ -86,6 +92,8 @@ class PatchingPlan:
             corrupted_value=corrupted_value,
             clean_value=clean_value,
             provenance=self.facts.provenance(self.metric.name, method, notes),
+            unreached=tuple(match.corrupted.label for match in self.matches if not self.reaches(match)),
+            tokens_run=tokens_run,
         )
 
 

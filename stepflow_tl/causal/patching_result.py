@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepflow_tl.causal.alignment import Alignment, StepMatch
@@ -37,9 +38,13 @@ class StepPatching(StoredResult):
         corrupted_value: The metric of the corrupted run.
         clean_value: The metric of the clean run, or None where it does not carry over to that trace.
         provenance: Model, metric (as `objective`), method (as `backend`), versions.
+        unreached: Labels of patched steps that come after the receiving step: their effect is 0, without a
+            pass. Empty in older files.
+        tokens_run: Tokens that all forward passes of "patching" were fed, rows times length; None for
+            "attribution" and in older files.
     """
 
-    schema: ClassVar = Schema("stepflow_tl.StepPatching", 1, "a step-patching result")
+    schema: ClassVar = Schema("stepflow_tl.StepPatching", 1, "a step-patching result", minor=1)
     axes: ClassVar = {"layer": "layers", "step": "matches"}
 
     effects: Float[Tensor, "layer step"]
@@ -53,6 +58,14 @@ class StepPatching(StoredResult):
     corrupted_value: float
     clean_value: float | None
     provenance: Provenance
+    unreached: tuple[str, ...] = ()
+    tokens_run: int | None = None
+
+    @property
+    def measured(self) -> Bool[Tensor, "layer step"]:
+        """Which effects come from a pass of their own: neither predicted nor 0 by construction."""
+        reached = [self.method == "patching" and label not in self.unreached for label in self.labels]
+        return torch.tensor(reached).expand(len(self.layers), -1)
 
     @property
     def labels(self) -> list[str]:

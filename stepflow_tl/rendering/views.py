@@ -135,11 +135,11 @@ def show_step_maps(
 
 
 def show_knockout(knockout: StepKnockout, *, pooling: Pooling = "sum") -> CircuitsvisView:
-    """Show the effects as a heatmap.
+    """Show the effects as a heatmap; where pairs were cut in groups only, a second one shows these.
 
     Args:
         knockout: The effects of one trace.
-        pooling: As in `StepKnockout.pooled`.
+        pooling: As in `StepKnockout.pooled`; of pairs cut alone.
 
     Raises:
         ValueError: If `pooling` is unknown.
@@ -154,8 +154,13 @@ def show_knockout(knockout: StepKnockout, *, pooling: Pooling = "sum") -> Circui
         f"Effect of the cut{PER_PAIR[pooling]} ({knockout.measure}), from {largest:.2g} (purple, the cut "
         f"hurts) to -{largest:.2g} (green, it helps). {int(knockout.measured.sum())} pairs were measured."
     )
-    values = (effects / (largest or 1.0))[None]
-    names = [html.escape(knockout.measure)]
+    values, names = (effects / (largest or 1.0))[None], [html.escape(knockout.measure)]
+    caption = " ".join([caption, *(f"{line}." for line in knockout.in_words())])
+    if (bounds := knockout.bounds.double()).isfinite().any():
+        tolerance = knockout.tolerance or 1.0
+        values = torch.cat([values, bounds.nan_to_num()[None] / tolerance])
+        names.append("together")
+        caption += f" The second map is their joint effect, from {tolerance:g} (purple) to -{tolerance:g}."
     return _heatmaps(values, names, knockout.labels, title, caption, negativeColor=_GREEN)
 
 

@@ -23,7 +23,11 @@ Result = TypeVar("Result", StepSaliency, StepKnockout)
 
 @dataclass(frozen=True)
 class KeptIf:
-    """What must agree between a kept result and this run; names and values as in `RunSettings`."""
+    """What must agree between a kept result and this run; names and values as in `RunSettings`.
+
+    `screening` is how a knockout's pairs were screened (`causal.screening.screening_note`), None where all
+    were cut.
+    """
 
     model_name: str
     objective: str
@@ -31,6 +35,7 @@ class KeptIf:
     layers: tuple[int, ...]
     stepflow: str | None
     score: str = "saliency"
+    screening: str | None = None
 
 
 def kept_result(path: Path, trace: ReasoningTrace, wanted: KeptIf, kind: type[Result]) -> Result | None:
@@ -51,7 +56,8 @@ def kept_result(path: Path, trace: ReasoningTrace, wanted: KeptIf, kind: type[Re
     provenance = result.provenance
     made_with = (provenance.model_name, provenance.objective, provenance.dtype, result.layers)
     score = result.score if isinstance(result, StepSaliency) else wanted.score
-    found = vars(KeptIf(*made_with, provenance.notes.get("stepflow"), score))
+    notes = provenance.notes
+    found = vars(KeptIf(*made_with, notes.get("stepflow"), score, notes.get("screening")))
     for name, value in vars(wanted).items():
         if found[name] != value:
             raise ResultFileError(

@@ -322,6 +322,6 @@ def _agreement(data: Any) -> TraceAgreement | None:
     numbers = [values[measure] for values in found.values.values() for measure in MEASURES]
     if any(map(math.isinf, [found.top_k_chance, *numbers])):
         raise ValueError("a number of the agreement is beyond what a float can hold")
-    for name in ("k", "n_pairs"):
-        count(data, name)
+    for name in ("k", "n_pairs", "n_grouped"):
+        count({"n_grouped": 0, **data}, name)
     return found

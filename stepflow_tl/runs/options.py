@@ -23,6 +23,7 @@ Options = TypeVar("Options", bound="OptionSet")
 ENGINES = ("local", "ray")
 PER_TOKEN = ("per_token", "log_odds")  # objectives with a loss for each row
 SPLITTERS = ("paragraph", "line", "sentence", "whole")
+CAUSAL = ("all", "screened")
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,9 @@ class RunOptions(GroupOptions):
         shard: take part I of N, I from 0; N runs may share the folder
         engine: this process (local), or the replicas of a Ray cluster, which is started here if there is none
         replicas: models at once, for ray (one per GPU, or one)
-        causal: also cut every pair of steps, measure the harm, and say how well the maps agree
+        causal: also cut pairs of steps, measure the harm, and say how well the maps agree: all pairs (the
+            default of the bare option), or screened: of each step the most salient ones alone, others in
+            groups
         figures: draw step maps and profiles beside each result
     """
 
@@ -237,11 +240,11 @@ class RunOptions(GroupOptions):
     shard: str | Shard | None = option(None, metavar="I/N")
     engine: str = option("local", choices=ENGINES)
     replicas: int | None = option(None, type=positive, metavar="N")
-    causal: bool = option(False)
+    causal: str | bool | None = option(None, nargs="?", const="all", choices=CAUSAL)
     figures: bool = option(False)
 
     def __post_init__(self) -> None:
-        """Layers and conditions as tuples; refuse a condition or an engine that does not exist."""
+        """Layers and conditions as tuples; refuse a condition, an engine or cuts that do not exist."""
         for name in ("layers", "where"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -249,6 +252,12 @@ class RunOptions(GroupOptions):
             parse_where(condition)
         if self.engine not in ENGINES:
             raise ValueError(f"unknown engine {self.engine!r}: expected {' or '.join(map(repr, ENGINES))}")
+        if isinstance(self.causal, bool):
+            object.__setattr__(self, "causal", "all" if self.causal else None)
+        if self.causal not in (None, *CAUSAL):
+            raise ValueError(
+                f"causal is {self.causal!r}: expected True or 'all' for all pairs of steps, or 'screened'"
+            )
 
     def for_source(self, settings: Mapping[str, Any]) -> RunOptions:
         """The same options, with format and splitter as the source says where nobody else does.

@@ -227,7 +227,7 @@ def summary_csv() -> CsvText:
 
 def agreement_csv() -> CsvText:
     """The agreement of each trace with its knockout, one row per pair of scores."""
-    columns = ["line", "id", "score", "other_score", *MEASURES, "top_k_chance", "n_pairs"]
+    columns = ["line", "id", "score", "other_score", *MEASURES, "top_k_chance", "n_pairs", "n_grouped"]
     return CsvText(columns, _agreement_rows)
 
 
@@ -307,6 +307,7 @@ def _agreement_rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
             **{measure: _cell(values[measure]) for measure in MEASURES},
             "top_k_chance": _cell(agreement.top_k_chance),
             "n_pairs": agreement.n_pairs,
+            "n_grouped": agreement.n_grouped,
         }
 
 

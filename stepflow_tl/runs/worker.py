@@ -9,7 +9,7 @@
    flow, and is never taken for the plain one.
 5. With `causal`, likewise for a knockout of every pair of steps in the layers of the map, by NLL, saved as
    `knockout/<name>.safetensors`; then saliency, raw attention, knockout and nearness are compared on it
-   (`causal.agreement`).
+   (`causal.agreement`). "screened" cuts alone what this very map ranks first, and compares these pairs only.
 6. Whatever goes wrong with a trace becomes its `Failed` entry. A full disk is no trace's fault and ends the
    run.
 
@@ -32,6 +32,8 @@ from unicodedata import normalize
 
 from stepflow_tl.causal import StepKnockout, step_knockout
 from stepflow_tl.causal.agreement import TraceAgreement, score_maps, trace_agreement
+from stepflow_tl.causal.knockout_result import TOLERANCE
+from stepflow_tl.causal.screening import TOP, screening_note
 from stepflow_tl.diagnosis import Diagnosis, diagnose
 from stepflow_tl.errors import DiskFullError, InputFileError, StepflowError
 from stepflow_tl.models.facts import check_layers, model_facts, tokenizer_of
@@ -153,7 +155,7 @@ class Worker:
     def _take(self, task: Task, note: Note) -> Outcome:
         record, options, path = task.record, self._options, self._out / task.file
         trace = self._trace(record)
-        result = self._kept(StepSaliency, path, trace, options.objective, "analysed again", note)
+        result = self._kept(StepSaliency, path, trace, self._kept_if, "analysed again", note)
         is_new, seconds, diagnosis, known = result is None, 0.0, None, None
         if result is None:
             run = partial(
@@ -199,13 +201,13 @@ class Worker:
         return Outcome(record.id, status, line=record.line, unit=record.unit, entry=entry, seconds=seconds)
 
     def _kept(
-        self, kind: type[Result], path: Path, trace: ReasoningTrace, objective: str, again: str, note: Note
+        self, kind: type[Result], path: Path, trace: ReasoningTrace, wanted: KeptIf, again: str, note: Note
     ) -> Result | None:
         """The result of an earlier run that can stand for this run's; a damaged one is noted, and none."""
         if self._options.overwrite:
             return None
         try:
-            return kept_result(path, trace, replace(self._kept_if, objective=objective), kind)
+            return kept_result(path, trace, wanted, kind)
         except DamagedResultError as error:
             note(f"{again}, because {error}")
             return None
@@ -219,18 +221,25 @@ class Worker:
             StepflowError: If the trace has no pair of steps, or another result is in the way.
         """
         path, flow, seconds = self._out / KNOCKOUTS / name, self._options.stepflow, 0.0
-        knockout = self._kept(StepKnockout, path, saliency.trace, "nll", "knockout measured again", note)
+        screening, how = None, {}
+        if self._options.causal == "screened":
+            screening, how = screening_note(TOP, TOLERANCE), {"pairs": "screened", "ranking": saliency}
+        wanted = replace(self._kept_if, objective="nll", screening=screening)
+        knockout = self._kept(StepKnockout, path, saliency.trace, wanted, "knockout measured again", note)
         if knockout is not None and known is not None:
             return known, 0.0
         if knockout is None:
-            run = partial(step_knockout, self._model, saliency.trace, layers=saliency.layers, stepflow=flow)
+            run = partial(
+                step_knockout, self._model, saliency.trace, layers=saliency.layers, stepflow=flow, **how
+            )
             started = time.perf_counter()
             knockout = with_less_and_less(run, knockout_rungs(), note)
             seconds = time.perf_counter() - started
             knockout.save(path)
         with attached(self._model, last=standing_hooks(self._model, saliency.trace, stepflow=flow)):
             maps = score_maps(self._model, saliency, knockout)
-        return trace_agreement(maps, knockout.measured.numpy()), seconds
+        in_groups = knockout.bounds.isfinite()
+        return trace_agreement(maps, knockout.measured.numpy(), n_grouped=int(in_groups.sum())), seconds
 
     def _trace(self, record: Record) -> ReasoningTrace:
         tokenizer, splitter = self._model.tokenizer, self._splitter
@@ -276,7 +285,8 @@ def digest(record: Record, options: RunOptions) -> str:
     """Stands for a row's text and what was asked of it; a failure is remembered while it is the same."""
     texts = [record.id, record.question, record.thinking, record.summary, record.text]
     tokens = [] if record.tokens is None else [record.tokens]
-    text = json.dumps([*texts, options.causal, options.figures, *tokens])
+    causal = options.causal == "all" or options.causal or False  # as it was written when it was a flag
+    text = json.dumps([*texts, causal, options.figures, *tokens])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

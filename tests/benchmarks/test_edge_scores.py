@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from edge_scores import in_rows, influence, judged_rows, randomised, row_metrics
+from edge_scores import equally_far, in_rows, influence, judged_rows, randomised, row_metrics
 from edge_tasks import edge_row, reached
 from made_maps import make_knockout, make_saliency
 
@@ -16,8 +16,8 @@ def compare(value, other):
     return 1.0 if value > other else 0.5 if value == other else 0.0
 
 
-def slow_metrics(row, rows, step_map):
-    pairs, near, far = [], [], []
+def slow_metrics(row, step_map):
+    pairs, near = [], []
     needed = [k for k, is_needed in zip(row.candidates, row.needed, strict=True) if is_needed]
     idle = [k for k in row.candidates if k not in needed]
     for source in needed:
@@ -26,38 +26,77 @@ def slow_metrics(row, rows, step_map):
         smallest = min(abs(other - source) for other in idle)
         close = [compare(own, step_map[row.query, o]) for o in idle if abs(o - source) == smallest]
         near.append(sum(close) / len(close))
-        same = []
-        for other in rows:
-            key = other.query - (row.query - source)
-            if other.query != row.query and key in other.candidates:
-                if not other.needed[other.candidates.index(key)]:
-                    same.append(compare(own, step_map[other.query, key]))
-        if same:
-            far.append(sum(same) / len(same))
     best = max(step_map[row.query, k] for k in row.candidates)
     tops = [k in needed for k in row.candidates if step_map[row.query, k] == best]
-    return [np.mean(pairs), np.mean(near), np.mean(far) if far else np.nan, np.mean(tops)]
+    return [np.mean(pairs), np.mean(near), np.mean(tops)]
+
+
+def drawn_rows(rng, sizes=range(2, 9)):
+    drawn = [EdgeRow(q, tuple(range(q)), rng.random(q) < 0.4) for q in sizes]
+    return [row for row in drawn if row.needed.any() and not row.needed.all()]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_metrics_are_those_of_a_loop(seed):
     rng = np.random.default_rng(seed)
     step_map = rng.normal(size=(9, 9)).round(0 if seed % 2 else 6)  # with ties and without
-    drawn = [EdgeRow(q, tuple(range(q)), rng.random(q) < 0.4) for q in range(2, 9)]
-    rows = [row for row in drawn if row.needed.any() and not row.needed.all()]
+    rows = drawn_rows(rng)
     assert len(rows) > 3
     for row in rows:
-        np.testing.assert_allclose(row_metrics(row, rows, step_map), slow_metrics(row, rows, step_map))
+        np.testing.assert_allclose(row_metrics(row, step_map), slow_metrics(row, step_map))
+
+
+def test_equally_far_counts_every_pair_of_rows_at_one_distance():
+    step_map = np.zeros((5, 5))
+    step_map[4, 3], step_map[3, 2], step_map[2, 1] = 3, 2, 1
+    first, second = (
+        EdgeRow(4, (0, 3), np.array([False, True])),
+        EdgeRow(3, (0, 1, 2), np.array([True, False, False])),
+    )
+    third = EdgeRow(2, (0, 1), np.array([False, True]))
+    # At distance 1: 4 <- 3 is needed and above 3 <- 2, 2 <- 1 is needed and below it. Weights are equal.
+    assert equally_far([first, second, third], step_map) == pytest.approx(0.5)
+    assert equally_far([first, second], step_map) == 1.0
+    assert np.isnan(equally_far([first, third], step_map))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equally_far_is_fair_to_rows_of_any_size(seed):
+    # Two rows whose shares say nothing but how short the row is. Over all ways to draw the needed, the weighted hits
+    # are half of the weighted comparisons; unweighted ones would be above.
+    rng = np.random.default_rng(seed)
+    step_map = np.zeros((9, 9))
+    step_map[2, :2], step_map[6, :6] = rng.random(2) + 1, rng.random(6)
+    hits = total = plain = count = 0.0
+    for a in itertools.combinations(range(2), 1):
+        for b in itertools.combinations(range(6), 2):
+            needed = {2: a, 6: b}
+            for (q, n, m), (r, k, l) in itertools.permutations([(2, 2, 1), (6, 6, 2)], 2):
+                for source in needed[q]:
+                    other = r - (q - source)
+                    if 0 <= other < r and other not in needed[r]:
+                        weight, hit = (
+                            1 / (m / n * (1 - l / k)),
+                            compare(step_map[q, source], step_map[r, other]),
+                        )
+                        hits, total, plain, count = (
+                            hits + weight * hit,
+                            total + weight,
+                            plain + hit,
+                            count + 1,
+                        )
+            rows = [EdgeRow(q, tuple(range(q)), np.isin(range(q), needed[q])) for q in (2, 6)]
+            assert 0 <= equally_far(rows, step_map) <= 1
+    assert hits / total == pytest.approx(0.5) and plain / count > 0.55
 
 
 def test_order_alone_is_at_chance_among_the_equally_far():
     rng = np.random.default_rng(0)
     nearness = -np.abs(np.subtract.outer(np.arange(12), np.arange(12))).astype(float)
     rows = [edge_row({(q, q - 1)}, q, range(12)) for q in range(3, 12)]
-    rows += [EdgeRow(q, tuple(range(q)), rng.permutation(q) < 2) for q in range(3, 12)]
-    values = np.array([row_metrics(row, rows, nearness) for row in rows])
-    assert np.nanmin(values[:, 2]) == np.nanmax(values[:, 2]) == 0.5
-    assert (values[:9, 1] == 1).all()  # what `near` leaves to a score that knows only the order
+    assert all(row_metrics(row, nearness)[1] == 1 for row in rows)  # what `near` leaves to order alone
+    rows += drawn_rows(rng, range(3, 12))
+    assert equally_far(rows, nearness) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("ends", [0, 2])

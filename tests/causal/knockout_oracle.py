@@ -9,15 +9,19 @@ def logits_of(model, tokens, hooks=()):
 
 
 def cut_hooks(model, trace, query, key, layers, heads):
-    """One hook a layer that writes -inf (or 0 into a pattern, rows then divided by their sum)."""
+    """One hook a layer that writes -inf (or 0 into a pattern, rows then divided by their sum).
+
+    `key` is a step, or several that are cut together.
+    """
     hooks, fired = [], []
+    keys = [key] if isinstance(key, int) else key
 
     def edit(attention, hook):
         fired.append(hook.name)
         out = attention.clone()
         is_pattern = "pattern" in hook.name
         for t in range(*trace.steps[query].token_span):
-            for s in range(*trace.steps[key].token_span):
+            for s in (s for key in keys for s in range(*trace.steps[key].token_span)):
                 if s != t:
                     for head in heads:
                         out[0, head, t, s] = 0 if is_pattern else -torch.inf

@@ -74,7 +74,9 @@ def test_log_odds_equal_separate_backward_passes(kind):
     assert expected.amax((1, 2, 3)).min() > 1e-6
     assert ((found - expected).abs() / expected.amax((1, 2, 3), keepdim=True)).max() < TOLERANCE[kind]
     plain = run_backend(model, tokens, step_ids(), per_token(tokens)).double()
-    assert (found >= plain * (1 - 1e-5)).all() and (found > 1.01 * plain).any(), "the gradient of the log-odds is that of the NLL over 1 - p"
+    assert (found >= plain * (1 - 1e-5)).all() and (found > 1.01 * plain).any(), (
+        "the gradient of the log-odds is that of the NLL over 1 - p"
+    )
 
 
 def test_the_two_objectives_agree_in_the_last_layer_and_differ_below():
