@@ -165,11 +165,17 @@ def row_metrics(row: EdgeRow, step_map: StepMap) -> list[float]:
 
 
 def equally_far(rows: list[EdgeRow], step_map: StepMap) -> float:
-    """AUROC of needed candidates against those of other rows at the same distance; NaN where there are none.
+    """AUROC of needed candidates against those of other rows at the same distance; NaN without any."""
+    hits, total = far_comparisons(rows, step_map)
+    return hits / total if total else float("nan")
+
+
+def far_comparisons(rows: list[EdgeRow], step_map: StepMap) -> tuple[float, float]:
+    """Comparisons of a needed candidate with one of another row at its distance: those won, and all.
 
     A row with few candidates has large shares and a large part of them needed. So a comparison counts by how
-    seldom its truth comes about in its rows: one over the part needed here times the part not needed there. Under
-    needed candidates drawn at random in each row, every two cells then meet as often either way.
+    seldom its truth comes about in its rows: one over the part needed here times the part not needed there.
+    With needed candidates drawn at random in each row, every two cells then meet as often either way.
     """
     cells = [
         (row.query - key, row.query, float(step_map[row.query, key]), bool(needed), float(row.needed.mean()))
@@ -183,7 +189,7 @@ def equally_far(rows: list[EdgeRow], step_map: StepMap) -> float:
                 weight = 1 / (part * (1 - other_part))
                 hits += weight * ((value > other) + 0.5 * (value == other))
                 total += weight
-    return hits / total if total else float("nan")
+    return hits, total
 
 
 def _above(value: float, others: Float[np.ndarray, " other"]) -> float:
