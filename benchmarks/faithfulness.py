@@ -73,7 +73,7 @@ class Found(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="testbed")
     parser.add_argument("--n", type=int, default=10, help="traces")
     parser.add_argument("--steps", type=int, nargs="+", default=[6, 10, 14], help="lengths (testbed, chains)")

@@ -62,7 +62,7 @@ class SpotCheck:
         steps: Those checked, by the share of their strongest source.
         n_readers: Thinking and summary steps that could have been checked.
         threshold: Size of an effect from which a source counts as used, in the unit of `measure`.
-        measure: What was measured: "nll" in nats.
+        measure: What was measured: "nll", in nats; "nll onto summary".
         score: What the map is: score, objective, model.
         trace: The trace.
     """
@@ -92,7 +92,7 @@ class SpotCheck:
     @property
     def line(self) -> str:
         """The check in one sentence, for a caption or a page."""
-        n, unit = len(self.steps), "nats" if self.measure in ("nll", "kl") else self.measure
+        n, unit = len(self.steps), "nats" if self.measure.split()[0] in ("nll", "kl") else self.measure
         sizes = [
             number(median(abs(cut.effect) for cut in cuts))
             for cuts in ([step.strongest for step in self.steps], [step.control for step in self.steps])
@@ -176,7 +176,8 @@ def spot_check(saliency: StepSaliency, by: Any, *, n_pairs: int = 6, threshold: 
         return Cut(labels[key], float(shares[query, key]), float(knockout.effects[query, key]))
 
     steps = tuple(CheckedStep(labels[q], cut(q, strongest), cut(q, weak)) for _, q, strongest, weak in chosen)
-    return SpotCheck(steps, n_readers, threshold, knockout.measure, _name(saliency), saliency.trace)
+    measure = knockout.measure if knockout.onto is None else f"{knockout.measure} onto {knockout.onto}"
+    return SpotCheck(steps, n_readers, threshold, measure, _name(saliency), saliency.trace)
 
 
 def _readers(
