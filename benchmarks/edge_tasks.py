@@ -57,11 +57,18 @@ def task_model(task: str, path: str | None) -> Any:
 
 
 def readings(
-    task: str, tokenizer: Any, n: int, *, seed: int, steps: list[int], parc: Path = PARC
+    task: str,
+    tokenizer: Any,
+    n: int,
+    *,
+    seed: int,
+    steps: list[int],
+    parc: Path = PARC,
+    max_tokens: int = 1000,
 ) -> list[Reading]:
     """`n` traces of a task; for testbed and chains, lengths `steps` in turn."""
     if task == "parc":
-        return _parc(tokenizer, n, seed, parc)
+        return _parc(tokenizer, n, seed, parc, max_tokens)
     n_each = -(-n // len(steps))
     if task == "testbed":
         pools = [make_problems(ProblemSpec(n_steps=length), n_each, seed=1000 * seed + 2) for length in steps]
@@ -120,7 +127,7 @@ def _chain(tokenizer: Any, proof: Any) -> Reading:
     return _read(trace, edges, {"premises": question[:-1], "steps": thinking})
 
 
-def _parc(tokenizer: Any, n: int, seed: int, path: Path) -> list[Reading]:
+def _parc(tokenizer: Any, n: int, seed: int, path: Path, max_tokens: int) -> list[Reading]:
     if not path.exists():
         raise SystemExit(
             f"{path} is not there: pass the PARC file with --data (a step list and edges per line)"
@@ -129,12 +136,16 @@ def _parc(tokenizer: Any, n: int, seed: int, path: Path) -> list[Reading]:
     records = [record for record in records if 5 <= len(record["steps"]) <= 16]
     random.Random(seed).shuffle(records)
     found = []
-    for record in records[:n]:
+    for record in records:
         texts = [re.sub(r"\n\s*\n", "\n", text.strip()) for text in record["steps"]]
         trace = ReasoningTrace.from_parts(tokenizer, record["question"], "\n\n".join(texts[:-1]), texts[-1])
+        if len(trace) > max_tokens:
+            continue
         _check(len(trace.steps), len(texts) + 1)
         edges = {(query, key) for query, key in record["edges"]}  # the question is step 0 there and here
         found.append(_read(trace, edges, {"steps": list(range(1, len(texts)))}))
+        if len(found) == n:
+            break
     return found
 
 

@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--screen-above", type=int, default=60, help="steps from which knockout is screened")
     parser.add_argument("--randomised", type=int, default=3, help="traces for the control of the weights")
+    parser.add_argument("--max-tokens", type=int, default=1000, help="length of a trace (parc)")
+    parser.add_argument("--no-removal", action="store_true", help="no pass per step for the summary")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no trace after these")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -96,6 +98,7 @@ def main() -> None:
             seed=options.seed,
             steps=options.steps,
             parc=options.data,
+            max_tokens=options.max_tokens,
         )
         found = []
         for index, reading in enumerate(traces):
@@ -146,7 +149,7 @@ def measure(model: Any, reading: Reading, index: int, options: argparse.Namespac
         found += [Found(index, "effects", name, *pair) for pair in zip(CORRELATIONS, values, strict=True)]
     for name, result in scores.results.items():
         found += spot_checked(model, result, knockout, index, name, maps[name])
-    return found + chains_of_steps(model, reading, index, maps)
+    return found + chains_of_steps(None if options.no_removal else model, reading, index, maps)
 
 
 def spot_checked(
@@ -173,21 +176,26 @@ def correlations(score: np.ndarray, effect: np.ndarray, *, signed: bool) -> tupl
     return spearman(score, effect), float(np.corrcoef(score, effect)[0, 1]), sign
 
 
-def chains_of_steps(model: Any, reading: Reading, index: int, maps: dict[str, np.ndarray]) -> list[Found]:
-    """The summary's sources, direct and through all chains of steps, by edges and by removal."""
+def chains_of_steps(
+    model: Any | None, reading: Reading, index: int, maps: dict[str, np.ndarray]
+) -> list[Found]:
+    """The summary's sources, direct and through chains: by edges and, given the model, by removal."""
     row = reading.onto_summary
     if row is None:
         return []
     keys = np.array(row.candidates)
-    removal = effects_of_removal(model, reading.trace, row.candidates)
+    removal = None if model is None else effects_of_removal(model, reading.trace, row.candidates)
     ends = sum(step.segment == Segment.QUESTION for step in reading.trace.steps)
     found = []
     for name, step_map in maps.items():
         for way, values in (("direct", step_map), ("chains", influence(step_map, ends=ends))):
-            auroc = row_metrics(row, values)[0]
-            agreed = spearman(values[row.query, keys], removal)
-            for metric, value in (("AUROC, edges", auroc), ("Spearman, removal", agreed)):
-                found.append(Found(index, f"onto summary, {way}", name, metric, value))
+            truth = f"onto summary, {way}"
+            found.append(Found(index, truth, name, "AUROC, edges", row_metrics(row, values)[0]))
+            if removal is not None:
+                agreed = spearman(values[row.query, keys], removal)
+                found.append(Found(index, truth, name, "Spearman, removal", agreed))
+    if removal is None:
+        return found
     removed = np.zeros_like(next(iter(maps.values())))
     removed[row.query, keys] = removal
     auroc = row_metrics(row, removed)[0]
