@@ -72,8 +72,8 @@ def cut_effects(
         rest_mass += sink_mass[..., None]
     # Below this, numbers are denormal and a ratio of them means nothing.
     smallest = torch.finfo(mass.dtype).tiny / torch.finfo(mass.dtype).eps
-    mean_gain = rest_gain / rest_mass.clamp(min=smallest)
-    return torch.where(rest_mass > smallest, mass * mean_gain - gain, 0)
+    mean_gain = rest_gain.div_(rest_mass.clamp(min=smallest))
+    return mean_gain.mul_(mass).sub_(gain).masked_fill_(rest_mass <= smallest, 0)
 
 
 def _all_others(sums: Float[Tensor, "*row bin"], largest: Tensor) -> Float[Tensor, "*row bin"]:

@@ -4,7 +4,8 @@ On a CPU, `StepTiles` and `StepSums` add a tile of saliency into step bins. A ti
 steps are contiguous. Its rows are summed per step by a `[step, row]` one-hot product, and what is left, one
 line per step, is summed over keys by a `[column, step]` one-hot product, which costs `steps / rows` of the
 first. TEMPLATE queries have no row in the first product, so they are dropped; TEMPLATE keys have the last
-column of the second, so their mass stays beside.
+column of the second, so their mass stays beside. `cut_rows` needs each row by itself, and cuts a tile's keys
+into strips of `KEYS_PER_STRIP`, which meet few steps too: `StepTiles.strips`.
 
 On a GPU, kernels index by runs and pairs (`StepRuns`). A run is a stretch of consecutive tokens of one step,
 or of TEMPLATE between two steps. Runs tile the sequence, so consecutive bins need no special case inside a
@@ -16,7 +17,8 @@ tokens:
     run_of      0 0  1 2 | 2 2 2 2 | 3
     pairs       0 0  1 2 | 3 3 3 3 | 4      first_pair = 0 3 4 5; step 1 has the pairs 2 and 3
 
-Memory: the key one-hots of a trace take `T * (steps per tile)` numbers and are built once for all layers.
+Memory: the key one-hots of a trace take `T * (steps per tile)` numbers, or `T * (steps per strip)`, and are
+built once for all layers.
 Runs cost a few passes over the `T` step ids on the CPU, about a millisecond.
 """
 
@@ -32,6 +34,7 @@ from stepflow_tl.errors import FusedRefusal
 from stepflow_tl.saliency.scores import Score
 
 KEYS_PER_TILE = 1024
+KEYS_PER_STRIP = 64
 
 
 def keys_per_tile(block_divisor: int) -> int:
@@ -52,6 +55,7 @@ class StepTiles:
         """Nothing is built until a tile asks for it."""
         self.step_ids, self.n_steps, self.block_divisor = step_ids, n_steps, block_divisor
         self._one_hots: dict[tuple, tuple[Tensor, slice]] = {}
+        self._strips: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def rows(self, start: int, end: int, like: Tensor) -> tuple[Float[Tensor, "step row"], slice]:
         """One-hot of the queries `[start, end)` and the steps its lines stand for."""
@@ -64,6 +68,24 @@ class StepTiles:
         last = min(first + width, len(self.step_ids))
         one_hot, steps = self._one_hot("columns", first, last, like)
         return one_hot[start - first : end - first], steps
+
+    def strips(self, like: Tensor) -> tuple[Float[Tensor, "strip line column"], Int[Tensor, "strip line"]]:
+        """One-hots of strips of `KEYS_PER_STRIP` keys, one line per bin that a strip meets, and those bins.
+
+        Lines that a strip does not need, and columns after the last key, are zero.
+        """
+        kind = (like.dtype, like.device)
+        if kind not in self._strips:  # as with the one-hots, two threads may both build them
+            width = KEYS_PER_STRIP
+            bins = torch.where(self.step_ids >= 0, self.step_ids, self.n_steps).cpu().split(width)
+            met = [strip.unique() for strip in bins]
+            lines = torch.zeros(len(bins), max(map(len, met)), dtype=torch.long)
+            one_hots = torch.zeros(*lines.shape, width, dtype=like.dtype)
+            for number, (strip, own) in enumerate(zip(bins, met, strict=True)):
+                lines[number, : len(own)] = own
+                one_hots[number, : len(own), : len(strip)] = (own[:, None] == strip).to(like.dtype)
+            self._strips[kind] = one_hots.to(like.device), lines.to(like.device)
+        return self._strips[kind]
 
     def steps_of(self, start: int, end: int) -> slice:
         """The steps that the tokens `[start, end)` meet; empty where all are TEMPLATE."""

@@ -194,7 +194,7 @@ def _backward_strip(
                 partial.dv[own].addmm_(bridged.T, weighted)
             saliency = torch.mm(weighted, v.T, out=matrix("saliency", n_rows, len(k))).mul_(bridged)
             if cut is not None:
-                cut.add_tile((first, last), bridged, saliency, row_factor)
+                cut.add_tile(first, bridged, saliency, row_factor)
             if dq is not None or partial.dk is not None:
                 dscores = torch.addcmul(saliency, pattern, offset, value=-1, out=pattern)
                 if capped is not None:
