@@ -21,10 +21,9 @@
    of steps: of pairs with an effect of 0.5 nats or more, the part that was cut alone, with the 95 %
    percentile interval of a bootstrap over traces; rows x tokens of all passes, ranking included, against
    those of all pairs; and of pairs left to groups, the part whose own effect is beyond the tolerance.
-   `testbed` reads right solutions of fresh problems of 6, 10 and 14 steps, every premise a step of its own;
-   other models the traces of DATA, by sentences. `--cost` screens made-up traces of 40 tokens a step and fits
-   rows x tokens by a power of the number of steps; those of all pairs are counted, not run, by the rule that
-   `tokens_run` confirms on the traces above.
+   `testbed` reads right solutions of fresh problems, every premise a step; other models the traces of DATA,
+   by sentences. `--cost` screens made-up traces of 40 tokens a step and fits rows x tokens by a power of the
+   number of steps; those of all pairs are counted, not run, as `tokens_run` confirms on the traces above.
 """
 
 import argparse
@@ -73,6 +72,8 @@ def main() -> None:
     parser.add_argument("--screened", action="store_true", help="screened against all pairs instead")
     parser.add_argument("--top-alone", type=int, nargs="+", default=[8, 4, 2], help="`top` of screening")
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[6, 10, 14], help="of testbed problems")
+    parser.add_argument("--distractors", type=int, default=0, help="of testbed problems")
     parser.add_argument("--cost", action="store_true", help="with --screened: cost on made-up traces")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -272,11 +273,13 @@ def part_found(rows, seed):
 
 def screened_traces(model, options):
     if options.model == "testbed":
-        per_length = -(-options.traces // 3)
+        per_length = -(-options.traces // len(options.lengths))
         problems = [
             problem
-            for n_steps in (6, 10, 14)
-            for problem in make_problems(ProblemSpec(n_steps=n_steps), per_length, seed=options.seed)
+            for n_steps in options.lengths
+            for problem in make_problems(
+                ProblemSpec(n_steps=n_steps, n_distractors=options.distractors), per_length, seed=options.seed
+            )
         ]
         return [trace_of(model.tokenizer, problem) for problem in problems]
     if not options.gsm8k:
@@ -306,8 +309,8 @@ def screening_cost(model, options):
                 found.append({**row, "run": cut.tokens_run, "run of all": of_all})
                 print(
                     f"{n_steps:4} steps {len(trace):5} tokens, top {top}, tolerance {tolerance:g}: "
-                    f"{cut.tokens_run:8} of {of_all:8} rows x tokens, {of_all / cut.tokens_run:5.2f} x fewer, "
-                    f"{seconds:6.1f} s",
+                    f"{cut.tokens_run:8} of {of_all:8} rows x tokens, {of_all / cut.tokens_run:5.2f} x "
+                    f"fewer, {seconds:6.1f} s",
                     flush=True,
                 )
     for top in options.top_alone:

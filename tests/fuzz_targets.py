@@ -21,7 +21,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from unittest import mock
@@ -33,6 +33,7 @@ from tiny_models import build_tiny_tokenizer
 
 from stepflow_tl import ReasoningTrace, StepKnockout, StepSaliency, diagnose, summarize
 from stepflow_tl.causal.alignment import StepMatch
+from stepflow_tl.causal.knockout_result import CutGroup
 from stepflow_tl.causal.patching_result import StepPatching
 from stepflow_tl.cli import main as cli
 from stepflow_tl.diagnosis import Diagnosis
@@ -416,7 +417,11 @@ def knockout_seeds() -> list[bytes]:
         onto=None,
         provenance=saliency.provenance,
     )
-    return [knockout.save(scratch() / "seed").read_bytes()]
+    measured = measured.clone()
+    measured[6, :2] = False
+    groups = (CutGroup(6, (0, 1), 0.1, "bound"), CutGroup(5, (1, 3), 2.0, "joint"))
+    screened = replace(knockout, effects=knockout.effects * measured, measured=measured, groups=groups)
+    return [each.save(scratch() / "seed").read_bytes() for each in (knockout, screened)]
 
 
 def patching_seeds() -> list[bytes]:

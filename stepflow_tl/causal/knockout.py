@@ -128,6 +128,7 @@ def step_knockout(
         ModelError: If the trace does not fit the model, a layer or head does not exist, a layer cannot be
             cut, or `"cached"` was asked for and is not exact.
         ObjectiveError: If `onto` is unknown or touches no token.
+        GradientError: If a ranking is wanted and its gradient is missing or not finite.
         ValueError: If a band is unknown.
 
     Cost: see the module. `tokens_run` of the result counts what was run, rows times tokens; a ranking that is

@@ -73,7 +73,8 @@ def screen(
     """
     alone: dict[int, float] = {}
     groups: list[CutGroup] = []
-    chosen, waiting = list(joint), [(key,) for key in candidates[:top]]
+    chosen: list[KeySet] = list(joint)
+    waiting: list[KeySet] = [(key,) for key in candidates[:top]]
     if rest := tuple(candidates[top:]):
         waiting.append(rest)
     while chosen or waiting:

@@ -37,7 +37,8 @@ example line:
 
 output, in the folder --out: one .safetensors per trace (StepSaliency.load reads it), manifest.jsonl (what is
 done, what failed and why), summary.csv, and with --group-by comparison.txt and comparison.json. With --causal
-also knockout/ with one .safetensors per trace (StepKnockout.load reads it), agreement.csv and agreement.json.
+also knockout/ with one .safetensors per trace (StepKnockout.load reads it), agreement.csv and agreement.json;
+--causal screened costs less on long traces, and compares only the pairs that Step-Saliency ranks first.
 
 A model's own right answers against its own wrong ones, then of the same questions, then under StepFlow:
   stepflow-tl analyze answers --out maps --where condition=plain --group-by right

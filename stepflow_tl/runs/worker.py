@@ -223,7 +223,8 @@ class Worker:
         path, flow, seconds = self._out / KNOCKOUTS / name, self._options.stepflow, 0.0
         screening, how = None, {}
         if self._options.causal == "screened":
-            screening, how = screening_note(TOP, TOLERANCE), {"pairs": "screened", "ranking": saliency}
+            screening = screening_note(TOP, TOLERANCE)
+            how = {"pairs": "screened", "top": TOP, "tolerance": TOLERANCE, "ranking": saliency}
         wanted = replace(self._kept_if, objective="nll", screening=screening)
         knockout = self._kept(StepKnockout, path, saliency.trace, wanted, "knockout measured again", note)
         if knockout is not None and known is not None:

@@ -342,6 +342,64 @@ def test_the_placebo_is_seeded_and_is_another_effect(tiny_model, right_trace, wr
     assert first.provenance.notes == {"placebo": "norm-matched, seed 0"}
 
 
+@pytest.mark.parametrize("kind", TINY_MODEL_KINDS)
+@pytest.mark.parametrize("receiving", [None, "T3"])
+@pytest.mark.parametrize("placebo", [None, 3])
+def test_batches_of_steps_equal_one_step_at_a_time(
+    tiny_model, right_trace, wrong_trace, kind, receiving, placebo, hooks_untouched
+):
+    model = tiny_model(kind)
+    options = dict(component="k", layers=[0, 3], receiving_step=receiving, placebo_seed=placebo)
+
+    def run(batch_tokens):
+        return patch(model, right_trace, wrong_trace, batch_tokens=batch_tokens, **options)
+
+    n, n_reached = len(wrong_trace), 5 if receiving is None else 4
+    passes = 1 if receiving is None else 2
+    with hooks_untouched(model):
+        slow, three, fast = (run(batch_tokens) for batch_tokens in (1, 3 * n, 10_000))
+    tolerance = 1e-10 if kind in FLOAT64_KINDS else 1e-5
+    assert slow.effects.abs().max() > 1e-3
+    for found in (three, fast):
+        assert torch.allclose(found.effects, slow.effects, atol=tolerance, rtol=0)
+        assert torch.equal(found.measured, slow.measured)
+    assert slow.measured.sum() == 2 * n_reached and slow.unreached == (() if receiving is None else ("S1",))
+    assert slow.tokens_run == n * (2 + 2 * n_reached * passes)
+    assert fast.tokens_run == n * (2 + 2 * (n_reached + 1) * passes)
+    assert three.tokens_run == n * (2 + 2 * passes * {5: 3 + 3 + 1, 4: 3 + 3}[n_reached])
+
+
+def test_rows_that_are_not_independent_are_run_one_at_a_time(
+    tiny_model, right_trace, wrong_trace, monkeypatch
+):
+    model, options = tiny_model(), dict(layers=[1, 2], component="z")
+    expected = patch(model, right_trace, wrong_trace, batch_tokens=1, **options)
+    forward = model.forward
+
+    def mixing(tokens, *args, **kwargs):
+        logits = forward(tokens, *args, **kwargs)
+        return logits + 0.1 * (logits.roll(1, 0) - logits)
+
+    monkeypatch.setattr(type(model), "forward", lambda self, tokens, *a, **k: mixing(tokens, *a, **k))
+    found = patch(model, right_trace, wrong_trace, **options)
+    assert torch.equal(found.effects, expected.effects)
+
+
+def test_hooks_that_may_know_a_batch_of_one_never_see_another(tiny_model, right_trace, wrong_trace):
+    model, shapes = tiny_model(), []
+    watch = (model.hook_dict["blocks.1.hook_mlp_out"].name, lambda x, hook: shapes.append(x.shape[0]))
+    found = patch(model, right_trace, wrong_trace, layers=[1], fwd_hooks=[watch])
+    assert set(shapes) == {1} and len(shapes) == 7 == found.tokens_run // len(wrong_trace)
+    with model.hooks(fwd_hooks=[watch]):
+        outside = patch(model, right_trace, wrong_trace, layers=[1])
+    assert set(shapes) == {1} and torch.equal(outside.effects, found.effects)
+
+
+def test_what_was_predicted_was_not_measured(tiny_model, right_trace, wrong_trace):
+    found = causal.attribution_patching(tiny_model(), right_trace, wrong_trace, metric="S1", layers=[1])
+    assert not found.measured.any() and found.measured.shape == (1, 5) and found.tokens_run is None
+
+
 def test_a_callable_metric_and_the_modes_of_the_model_are_left_as_they_were(
     tiny_model, right_trace, wrong_trace
 ):
@@ -376,6 +434,7 @@ def test_the_clean_value_of_a_metric_that_names_positions(tiny_model, longer_tra
     [
         ({"component": "q"}, "ValueError", "unknown component 'q': expected one of resid_pre"),
         ({"alignment": "last"}, "ValueError", "unknown alignment 'last': expected one of tokens, mean"),
+        ({"batch_tokens": 0}, "ValueError", "batch_tokens is 0: expected at least 1"),
         ({"method": "both"}, "ValueError", "method is 'both': expected one of patching, attribution"),
         ({"layers": [4]}, "ModelError", r"the model has layers 0..3; \[4\] are outside"),
         ({"metric": "per_token"}, "ObjectiveError", "metric='per_token' is a loss for each row"),

@@ -25,6 +25,7 @@ def test_what_is_saved_comes_back(patching, tmp_path):
         assert getattr(again, name) == getattr(patching, name)
     assert (again.corrupted_value, again.clean_value) == (patching.corrupted_value, patching.clean_value)
     assert again.provenance == patching.provenance
+    assert (again.unreached, again.tokens_run) == ((), patching.tokens_run) and again.tokens_run
     assert patching.save(tmp_path / "two").read_bytes() == (tmp_path / "patching").read_bytes()
 
 

@@ -82,6 +82,40 @@ def test_a_knockout_of_another_analysis_is_left_alone(analyze, two_traces, out):
     assert StepKnockout.load(out / "knockout" / "a.safetensors").layers == other.layers
 
 
+def test_screened_cuts_what_the_map_ranks_first_and_says_so(
+    analyze, two_traces, out, loaded_model, monkeypatch
+):
+    monkeypatch.setattr(command, "TOP", 1)
+    monkeypatch.setattr(command, "TOLERANCE", 0.5)
+    found = analyze(two_traces, "screened")
+    assert found.code == 0, found.err
+    saliency = StepSaliency.load(out / "a.safetensors")
+    knockout = StepKnockout.load(out / "knockout" / "a.safetensors")
+    expected = step_knockout(
+        loaded_model, saliency.trace, pairs="screened", ranking=saliency, top=1, tolerance=0.5
+    )
+    assert torch.equal(knockout.effects, expected.effects) and knockout.groups == expected.groups
+    n_alone, n_grouped = int(knockout.measured.sum()), int(knockout.bounds.isfinite().sum())
+    assert n_alone + n_grouped == 15 and n_grouped > 0
+    with (out / "agreement.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["id"] == "a"]
+    assert {(row["n_pairs"], row["n_grouped"]) for row in rows} == {(str(n_alone), str(n_grouped))}
+    assert "Screened: only pairs that were cut alone, which Step-Saliency chose" in found.out
+    (line,) = [line for line in (out / "manifest.jsonl").read_text().splitlines() if '"id": "a"' in line]
+    assert json.loads(line)["agreement"]["n_grouped"] == n_grouped
+    assert json.loads((out / "agreement.json").read_text())["n_grouped"] > 0
+    again = analyze(two_traces, "screened")
+    assert "0 analysed, 2 kept, 0 failed" in again.out
+    assert found.out.split("Agreement")[1] == again.out.split("Agreement")[1]
+    mixed = analyze(two_traces)
+    assert mixed.code == 1 and "screening top 1, tolerance 0.5, this one has None" in mixed.err
+
+
+def test_cuts_of_another_name_are_refused(run_cli, out, two_traces):
+    found = run_cli("analyze", two_traces, "--out", out, "--causal", "some")
+    assert found.code == 2 and "invalid choice: 'some'" in found.err
+
+
 def test_without_causal_nothing_is_cut(run_cli, loaded_model, out, two_traces):
     assert run_cli("analyze", two_traces, "--out", out).code == 0
     assert not (out / "knockout").exists() and not (out / "agreement.csv").exists()

@@ -8,6 +8,7 @@ import torch
 from made_maps import labels_of, make_knockout, make_saliency
 from rendered_pages import HOSTILE, elements_of, props_of
 
+from stepflow_tl.causal.knockout_result import CutGroup
 from stepflow_tl.errors import ModelError
 from stepflow_tl.rendering import show, show_step_maps
 from stepflow_tl.saliency.result import StepSaliency
@@ -122,6 +123,27 @@ def test_values_keep_their_sign_on_one_scale(knockout):
     assert props["tokens"] == knockout.labels and props["attentionHeadNames"] == ["nll"]
     assert "from 2 (purple, the cut hurts)" in view.html and "</script><b>" not in view.html
     assert "pairs were measured" in view.html
+
+
+def test_pairs_that_were_cut_in_groups_have_a_map_of_their_own(knockout):
+    measured = knockout.measured.clone()
+    measured[4, :2] = False
+    group = CutGroup(4, (0, 1), -0.1, "bound")
+    screened = dataclasses.replace(
+        knockout,
+        effects=torch.where(measured, knockout.effects, 0),
+        measured=measured,
+        groups=(group, CutGroup(3, (0, 2), 0.3, "joint")),
+        tolerance=0.2,
+    )
+    view = show(screened)
+    props = props_of(view)
+    assert props["attentionHeadNames"] == ["nll", "together"]
+    alone, together = torch.tensor(props["attention"])
+    assert together[4, :2].tolist() == [-0.5, -0.5] and together.count_nonzero() == 2
+    assert float(alone[2, 1]) == -1.0 and not alone[4, :2].any()
+    assert "2 more pairs in 1 groups" in view.html and "from 0.2 (purple) to -0.2" in view.html
+    assert "T3 from 2 together (Q, T2): 0.3000" in view.html
 
 
 def test_a_map_without_any_effect_is_white(knockout):

@@ -45,6 +45,14 @@ def test_the_command_line_reads_every_kind_of_option():
     assert found.part == Shard(1, 4) == RunOptions(shard=Shard(1, 4)).part and RunOptions().part == Shard()
 
 
+def test_causal_is_a_flag_or_names_which_pairs_are_cut():
+    assert parsed(RunOptions).causal is None and RunOptions(causal=False).causal is None
+    assert parsed(RunOptions, "--causal").causal == "all" == RunOptions(causal=True).causal
+    assert parsed(RunOptions, "--causal", "screened").causal == "screened"
+    with pytest.raises(ValueError, match="causal is 'some': expected True or 'all' for"):
+        RunOptions(causal="some")
+
+
 def test_an_option_for_python_alone_is_not_on_the_command_line(capsys):
     with pytest.raises(SystemExit):
         parsed(SummaryOptions, "--n-bootstrap", "3")
