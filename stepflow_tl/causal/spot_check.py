@@ -105,7 +105,7 @@ class SpotCheck:
         )
 
     def line_for(self, saliency: StepSaliency) -> str:
-        """The sentence, to stand beside this map; a ComparisonError if another one was checked."""
+        """The sentence, to stand beside the map `saliency`; a ComparisonError if another map was checked."""
         if saliency.trace != self.trace or _name(saliency) != self.score:
             raise ComparisonError(
                 f"the spot check is of another map ({self.score}) than this one ({_name(saliency)}), or of "
