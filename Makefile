@@ -77,7 +77,7 @@ lint: setup
 
 # The others need a data file and are run by hand.
 bench: setup
-	@set -e; for script in $(addprefix benchmarks/,saliency.py stepflow.py gpu_check.py faithfulness.py); do echo $$script; $(OFFLINE) .venv/bin/python $$script; done
+	@set -e; for script in $(addprefix benchmarks/,saliency.py stepflow.py gpu_check.py edges_by_layer.py faithfulness.py); do echo $$script; $(OFFLINE) .venv/bin/python $$script; done
 
 reproduce: setup
 	@$(OFFLINE) .venv/bin/python benchmarks/reproduce.py

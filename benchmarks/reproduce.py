@@ -10,7 +10,7 @@ Parts, each on problems of its own (another seed):
 3. A search over strengths and bands: chosen on validation problems, reported on test problems.
 4. Lock-in and decay of right against wrong traces, matched one to one by number of steps and of tokens.
 5. Bands chosen from half of these pairs; their effect, and the quarters', on the other half.
-6. How well each score finds the true edges (`faithfulness.py`), and the same with shuffled edges.
+6. How well each score finds the true edges (`edges_by_layer.py`), and the same with shuffled edges.
 
 Writes `report.md`, its pictures and `study.json`. Nothing is tuned on what is reported. The parts run in
 `--workers` processes of one thread each, so the figures do not depend on how many there are.
@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import faithfulness
+import edges_by_layer
 import study_report as report
 import torch
 
@@ -180,13 +180,13 @@ def diagnose_pairs(pairs):
 
 
 def score_edges(options):
-    return faithfulness.study(SimpleNamespace(problems=options.edges, steps=[6, 10, 14], seed=options.seed))
+    return edges_by_layer.study(SimpleNamespace(problems=options.edges, steps=[6, 10, 14], seed=options.seed))
 
 
 def draw_map(options):
     """The map of one solution, to look at; returns its problem."""
     (problem,) = make_problems(ProblemSpec(n_steps=10), 1, seed=options.seed)
-    saliency = step_saliency(_model(), faithfulness.trace_of(_model().tokenizer, problem))
+    saliency = step_saliency(_model(), edges_by_layer.trace_of(_model().tokenizer, problem))
     save_figure(step_map_figure(saliency), options.out / "map.png", dpi=150)
     return problem
 

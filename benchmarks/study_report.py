@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 
-import faithfulness
+import edges_by_layer
 import numpy as np
 
 from stepflow_tl import compare
@@ -161,9 +161,9 @@ def edges(rows):
     chance = [row for row in random_edges if row["sources"] == "both" and row["layers"] == "all"]
     return [
         "## Which scores find the true edges",
-        fenced(faithfulness.table(true)),
+        fenced(edges_by_layer.table(true)),
         "With shuffled edges every score must be at chance:",
-        fenced(faithfulness.table(chance)),
+        fenced(edges_by_layer.table(chance)),
     ]
 
 

@@ -38,8 +38,8 @@ def show(result: Any, **options: Any) -> Any:
 
     Args:
         result: A `StepSaliency`, `StepKnockout`, `StepPatching`, `Diagnosis` or `Comparison`.
-        **options: Of the view it becomes. A `StepSaliency` takes `layer`, `scale` and `pooling`
-            (`rendering.show_step_maps`); with `step="T3"` those of `rendering.show_text`, with
+        **options: Of the view it becomes. A `StepSaliency` takes `layer`, `scale`, `pooling` and
+            `check` (`rendering.show_step_maps`); with `step="T3"` those of `rendering.show_text`, with
             `repaired=another` those of `rendering.flow_figure`, with `knockout=effects` those of
             `rendering.agreement_figure`. The others: `rendering.show_knockout`, `patching_figure`,
             `profile_figure`, `comparison_figure`.

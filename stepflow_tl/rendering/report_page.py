@@ -38,6 +38,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from stepflow_tl.causal.spot_check import SpotCheck
 from stepflow_tl.diagnosis import diagnose
 from stepflow_tl.diagnosis.diagnosis import LAYER_METRICS
 from stepflow_tl.errors import GradientError, ResultFileError, TraceError
@@ -59,7 +60,12 @@ Bits = Literal[8, 16]
 
 
 def report(
-    saliency: StepSaliency, path: str | Path, *, pooling: Pooling = "mean", title: str | None = None
+    saliency: StepSaliency,
+    path: str | Path,
+    *,
+    pooling: Pooling = "mean",
+    title: str | None = None,
+    check: SpotCheck | None = None,
 ) -> Path:
     """Write one trace's report as a single HTML page that opens from disk without any network.
 
@@ -68,6 +74,7 @@ def report(
         path: Target, ending in .html; an existing file is replaced once the new one is whole.
         pooling: How token saliency was pooled, see `StepSaliency.pooled`.
         title: Heading; by default it names the model.
+        check: A `spot_check` of this map; the page opens with what it found.
 
     Returns:
         The path.
@@ -75,6 +82,7 @@ def report(
     Raises:
         ValueError: If `pooling` is unknown.
         TraceError: If the trace has no steps.
+        ComparisonError: If the check is of another map.
         ScoreError: If the map's score is signed.
         ResultFileError: If the ending is another, or the file cannot be written; `path` is then as it was.
 
@@ -85,7 +93,7 @@ def report(
     if target.suffix.lower() not in (".html", ".htm"):
         raise ResultFileError(f"cannot write a report as {target.name!r}: expected a name that ends in .html")
     heading = title if title is not None else f"Step-Saliency: {saliency.provenance.model_name}"
-    data = json.dumps(report_payload(saliency, pooling=pooling), separators=(",", ":"))
+    data = json.dumps(report_payload(saliency, pooling=pooling, check=check), separators=(",", ":"))
     style = asset("shared.css") + asset("page.css")
     script = "(() => {\n'use strict';\n" + "\n".join(map(asset, _SCRIPTS)) + "})();\n"
     policy = (
@@ -103,16 +111,20 @@ def report(
     return target
 
 
-def report_payload(saliency: StepSaliency, *, pooling: Pooling = "mean") -> dict[str, Any]:
+def report_payload(
+    saliency: StepSaliency, *, pooling: Pooling = "mean", check: SpotCheck | None = None
+) -> dict[str, Any]:
     """Everything the page shows, as plain JSON values.
 
     Raises:
         ValueError: If `pooling` is unknown.
         TraceError: If the trace has no steps.
+        ComparisonError: If the check is of another map.
         ScoreError: If the map's score is signed.
     """
     saliency.require_unsigned("the report page")
     require_steps(saliency)
+    found = None if check is None else check.line_for(saliency)
     maps = saliency.pooled(pooling).detach().cpu()
     mean = quantise(maps.mean(dim=1, dtype=torch.float64), 16)
     bits = head_bits(maps.shape[0] * maps.shape[1], len(saliency.labels))
@@ -136,6 +148,7 @@ def report_payload(saliency: StepSaliency, *, pooling: Pooling = "mean") -> dict
         "profiles": _profiles(saliency, pooling),
         "provenance": _provenance(saliency, pooling),
         "precision": _precision(mean, heads),
+        "check": found,
     }
 
 

@@ -38,6 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepflow_tl.causal.knockout_result import StepKnockout
+from stepflow_tl.causal.spot_check import SpotCheck
 from stepflow_tl.diagnosis import row_shares
 from stepflow_tl.rendering.circuitsvis_view import CircuitsvisView, circuitsvis_view
 from stepflow_tl.rendering.layout import (
@@ -80,6 +81,7 @@ def show_step_maps(
     *,
     scale: Scale | None = None,
     pooling: Pooling = "mean",
+    check: SpotCheck | None = None,
 ) -> CircuitsvisView:
     """Show the heads of one layer, or the head mean of every stored layer, as selectable heatmaps.
 
@@ -94,9 +96,11 @@ def show_step_maps(
             `"signed"` has a colour for each sign, linearly up to the largest size shown, and is the only one
             for maps whose score is signed. By default "share", or "signed" for those.
         pooling: How token saliency was pooled, see `StepSaliency.pooled`.
+        check: A `spot_check` of this map; the caption ends with what it found.
 
     Raises:
         ValueError: If `scale` or `pooling` is unknown.
+        ComparisonError: If the check is of another map.
         ModelError: If `layer` is not among the stored ones.
         TraceError: If the trace has no steps.
         ScoreError: If the scale does not go with the map's score.
@@ -124,6 +128,8 @@ def show_step_maps(
     maps = maps.detach().cpu().to(torch.float64)
     title = f"{saliency.title}, {what}: {saliency.provenance.model_name}"
     caption = f"{title}. {_caption(scale, pooling, float(maps.abs().max()), saliency.score)}"
+    if check is not None:
+        caption += f" {check.line_for(saliency)}"
     colours = {"negativeColor": _GREEN} if scale == "signed" else {}
     return _heatmaps(_SCALES[scale](maps), names, saliency.labels, title, caption, **colours)
 

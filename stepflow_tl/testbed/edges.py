@@ -9,7 +9,7 @@
 
 A step's value is written at its end, and the shipped model reads it from there into the first tokens of the
 *next* step, where later steps look it up: cutting step i from the step after its source costs 9 nats, cutting
-it from the source itself next to nothing (`benchmarks/faithfulness.py` has the figures). So there are two
+it from the source itself next to nothing (`benchmarks/edges_by_layer.py` has the figures). So there are two
 truths about earlier steps: which one the text needs (`"steps"`), and where the model keeps what it wrote
 (`"carried"`: the step after). A score of the model's flow can only be held against the second.
 

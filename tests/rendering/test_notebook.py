@@ -1,5 +1,6 @@
 """`show` turns every kind of result into what a notebook displays, and says what it takes."""
 
+import html
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ from made_maps import make_knockout, make_patching, make_saliency
 from matplotlib.figure import Figure
 
 from stepflow_tl import compare, diagnose, show
+from stepflow_tl.causal import spot_check
 from stepflow_tl.rendering import CircuitsvisView, show_step_maps, show_text
 
 
@@ -53,3 +55,9 @@ def test_what_cannot_be_shown_is_refused_with_what_can(result):
 def test_an_option_of_another_view_is_refused(saliency):
     with pytest.raises(TypeError, match="direction"):
         show(saliency, direction="readers")
+
+
+def test_a_spot_check_ends_the_caption_of_its_map(saliency):
+    check = spot_check(saliency, make_knockout(saliency))
+    assert html.escape(check.line) in show(saliency, check=check).fragment
+    assert "Spot check" not in show(saliency).fragment

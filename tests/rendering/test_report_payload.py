@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_maps import make_saliency
+from made_maps import make_knockout, make_saliency
 
 from stepflow_tl import diagnose
-from stepflow_tl.errors import TraceError
+from stepflow_tl.causal import spot_check
+from stepflow_tl.errors import ComparisonError, TraceError
 from stepflow_tl.rendering import report_page as payload
 from stepflow_tl.rendering.report_page import QuantisedMaps, quantise, report_payload
 from stepflow_tl.results.provenance import Provenance
@@ -154,3 +155,12 @@ def test_codes_take_the_bytes_they_say_and_cells_go_row_by_row():
         assert found.row_max.dtype == np.dtype("<f4")
     assert found.codes[0, 0] == 2**16 - 1  # the only cell of its row
     assert [int(codes.max()) for codes in (found.codes[0, 1:3], found.codes[0, 3:])] == [2**16 - 1] * 2
+
+
+def test_a_spot_check_stands_on_the_page_and_only_beside_its_own_map():
+    saliency = make_saliency(5, 1)
+    check = spot_check(saliency, make_knockout(saliency))
+    assert report_payload(saliency, check=check)["check"] == check.line
+    assert report_payload(saliency)["check"] is None
+    with pytest.raises(ComparisonError, match="of another map .* run spot_check on the map that is shown"):
+        report_payload(make_saliency(4, 1), check=check)

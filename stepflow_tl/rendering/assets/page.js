@@ -186,6 +186,7 @@ function fillWords() {
     `${count("question")} question, ${count("thinking")} thinking and ${count("summary")} summary steps. ` +
     `${data.layers.length} of ${data.n_layers} layers, ${data.n_heads} heads.`;
   element("precision").textContent = data.precision;
+  element("check").textContent = data.check ?? "";
   for (const [name, value] of data.provenance) {
     element("provenance").append(made("dt", "", name), made("dd", "", value));
   }
