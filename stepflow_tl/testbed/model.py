@@ -73,7 +73,8 @@ def new_model(n_vocab: int, n_layers: int = DEPTHS[0]) -> Any:
     """An untrained transformers `Qwen2ForCausalLM` of the testbed's shape, from torch's random state."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    return Qwen2ForCausalLM(Qwen2Config(vocab_size=n_vocab, **CONFIG | {"num_hidden_layers": n_layers}))
+    shape: dict[str, Any] = {**CONFIG, "num_hidden_layers": n_layers}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=n_vocab, **shape))
 
 
 def read_weights(folder: Path = SHIPPED) -> tuple[Any, Any]:
