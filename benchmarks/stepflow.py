@@ -1,7 +1,8 @@
 """What StepFlow costs: decoding with a cache, and prefill, against transformers' own SDPA.
 
     python benchmarks/stepflow.py [--model MODEL.gguf] [--dtype bfloat16] [--batches 1 8 32]
-                                  [--contexts 256 1024 4096] [--prefill 8192] [--repeats 5] [--json out.json]
+                                  [--contexts 256 1024 4096] [--prefill 8192] [--repeats 5] [--steps 32]
+                                  [--ways plain StepFlow] [--json out.json]
 
 1. Four ways decode the same tokens with the same weights: transformers with "sdpa" (plain), StepFlow on the
    transformers model, StepFlow on the TransformerBridge, and StepFlow on the bridge while somebody listens at
@@ -12,7 +13,8 @@
 3. The new tokens are given, not chosen, and begin no step: injections cost nothing here, and in a long answer
    next to nothing (one token in a step).
 4. Ways take turns, `--repeats` times `--steps` tokens after a warm-up; a cell is the median over turns, a
-   ratio the median of turn-wise ratios to plain: above 1 is faster.
+   ratio the median of turn-wise ratios to plain: above 1 is faster. A turn's first token builds what depends
+   on the whole context, so short turns show StepFlow slower than it is in an answer.
 5. Prefill: one pass over so many tokens of question and thinking, plain and under StepFlow.
 
 Without --model, the default model.
@@ -42,7 +44,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--contexts", type=int, nargs="*", default=[256, 1024, 4096])
-    parser.add_argument("--steps", type=int, default=8, help="tokens of a turn")
+    parser.add_argument("--steps", type=int, default=32, help="tokens of a turn")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -58,13 +61,14 @@ def main() -> None:
         f"{options.model or 'default model'}, {options.dtype}, {options.device}, "
         f"{torch.get_num_threads()} threads"
     )
-    print(f"{'':34}" + "".join(f"{way:>24}" for way in WAYS) + "   (tokens a second; ratio to plain)")
+    print(f"{'':34}" + "".join(f"{way:>24}" for way in options.ways) + "   (tokens a second; ratio to plain)")
     found = {}
     with torch.no_grad():
         for context in options.contexts:
             for batch in options.batches:
                 name = f"decode, {batch} rows, context {context}"
                 runs = decoders(model, plain, batch, context, options.steps)
+                runs = {way: runs[way] for way in options.ways}
                 found[name] = in_turns(runs, batch * options.steps, options.repeats)
                 show(name, found[name])
         for n_tokens in options.prefill:
