@@ -2,6 +2,11 @@
 
 import torch
 
+# A trace: TEMPLATE at the start, inside and at the end; steps of one token; lengths that no tile divides.
+STEP_IDS = torch.tensor([-1] * 2 + [0] * 5 + [1] + [-1] * 3 + [2] * 14 + [3] * 15 + [4] + [-1])
+N_TOKENS = len(STEP_IDS)
+TOKENS = torch.randint(3, 260, (N_TOKENS,), generator=torch.Generator().manual_seed(0))
+
 
 def patterns_and_logits(model, tokens, fwd_hooks=()):
     """A forward pass that keeps every pattern in the graph, by plain hooks written for this test alone."""

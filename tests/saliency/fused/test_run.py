@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from accelerate import dispatch_model
-from saliency_oracles import pool_by_loops
+from saliency_oracles import N_TOKENS, STEP_IDS, TOKENS, pool_by_loops
 from tiny_architectures import ATTENTION_VARIETIES, N_LAYERS, build_bridge, build_hf_model
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -20,10 +20,6 @@ from stepflow_tl.saliency.hooks_backend import hooks_backend
 from stepflow_tl.saliency.objectives import Objective, token_log_odds, token_nll
 
 ALL_LAYERS = tuple(range(N_LAYERS))
-# TEMPLATE at the start, inside and at the end; steps of one token; lengths that no tile divides.
-STEP_IDS = torch.tensor([-1] * 2 + [0] * 5 + [1] + [-1] * 3 + [2] * 14 + [3] * 15 + [4] + [-1])
-N_TOKENS = len(STEP_IDS)
-TOKENS = torch.randint(3, 260, (N_TOKENS,), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from saliency.fused.test_run import ALL_LAYERS, N_TOKENS, STEP_IDS, TOKENS
+from saliency_oracles import N_TOKENS, STEP_IDS, TOKENS
 from tiny_architectures import build_bridge, build_hf_model
 from tiny_models import TL_GENERATION, build_tiny_model, count_hooks
 
@@ -15,6 +15,8 @@ from stepflow_tl.saliency.fused.session import FusedSession, band_mask, window_o
 from stepflow_tl.saliency.fused.steps import StepTiles
 from stepflow_tl.saliency.hooks_backend import hooks_backend
 from stepflow_tl.saliency.objectives import Objective
+
+ALL_LAYERS = tuple(range(N_LAYERS))
 
 
 @pytest.fixture
