@@ -3,7 +3,7 @@
 import pytest
 import torch
 from saliency_oracles import N_TOKENS, STEP_IDS, TOKENS
-from tiny_architectures import build_bridge, build_hf_model
+from tiny_architectures import N_LAYERS, build_bridge, build_hf_model
 from tiny_models import TL_GENERATION, build_tiny_model, count_hooks
 
 from stepflow_tl.errors import FusedRefusal
