@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepflow_tl.models.attention import Call, by_kernel, scores_of, weighted_values
+from stepflow_tl.models.attention import Call, by_kernel, scores_of
 from stepflow_tl.stepflow.bridge import Shifts, shifts_of
 from stepflow_tl.stepflow.report import LayerReport
 from stepflow_tl.stepflow.state import QuerySpan
@@ -183,10 +183,8 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
     """Group masses and outputs of these queries of the span."""
     at = (span.rows, slice(None), queries)
     logsumexp = call.logsumexp[at]
-    own, bridge = span.groups
     by_kernel = _bridge_by_kernel(call, span, queries)
-    rest = ~(own | bridge)
-    strays = None if by_kernel is None else _few_rest_keys(call, span, queries, rest)
+    strays = None if by_kernel is None else _few_rest_keys(call, span, queries)
     rest_is_computed = strays is not None or (
         by_kernel is None and len(span.around_rest) <= len(span.around_own)
     )
@@ -197,7 +195,7 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
     inside: slice | Tensor = slice(keys.start, keys.stop)
     if strays is None:
         scores = call.scores(span.rows, queries, keys)
-        visible = torch.as_tensor(call.visible.block(span.rows, queries, keys), device=scores.device)
+        visible = call.visible.block(span.rows, queries, keys)
     else:  # no mask beside a kernel's call: a query sees the keys up to its own
         inside = strays
         scores = scores_of(call.query[at], call.key[span.rows, :, strays], call.scale, None)
@@ -205,9 +203,12 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
         positions = torch.arange(queries.start, queries.stop, device=scores.device) + offset
         visible = strays <= positions[:, None]
     value = call.value[span.rows, :, inside].to(scores.dtype)
-    second = (rest if rest_is_computed else own)[..., inside]
-    log_bridge, z_bridge = by_kernel or _restricted(scores, bridge[..., inside] & visible, value)
-    log_second, z_second = _restricted(scores, second & visible, value)
+    second_and_bridge = span.rest_and_bridge if rest_is_computed else span.groups
+    wanted = second_and_bridge[: 1 if by_kernel else 2, ..., inside]
+    if isinstance(visible, Tensor):
+        wanted = wanted & visible.to(scores.device)
+    (log_second, *log_bridges), (z_second, *z_bridges) = _restricted(scores, wanted, value)
+    log_bridge, z_bridge = by_kernel or (log_bridges[0], z_bridges[0])
     log_bridge, log_second = log_bridge - logsumexp, log_second - logsumexp
     z_second = log_second.exp()[..., None] * z_second
     counts = call.visible.counts(span.rows, queries, span.counted)
@@ -238,12 +239,10 @@ def _bridge_by_kernel(call: Call, span: QuerySpan, queries: slice) -> tuple[Tens
     return None if found is None else (found[1], found[0].to(found[1].dtype))
 
 
-def _few_rest_keys(
-    call: Call, span: QuerySpan, queries: slice, rest: Bool[Tensor, "row 1 1 key"]
-) -> Int[Tensor, " stray"] | None:
+def _few_rest_keys(call: Call, span: QuerySpan, queries: slice) -> Int[Tensor, " stray"] | None:
     """The keys up to the last query that are in neither group of some row, if they are fewer than S's."""
     last = call.visible.n_keys - call.visible.n_queries + queries.stop
-    found = rest[..., :last].any(0).flatten().nonzero()[:, 0]
+    found = span.rest_and_bridge[0, ..., :last].any(0).flatten().nonzero()[:, 0]
     n_own = min(span.own_alone.stop, last) - span.own_alone.start
     return found if len(found) < n_own else None
 
@@ -265,16 +264,25 @@ def _is_for_kernel(call: Call, span: QuerySpan) -> bool:
 
 def _restricted(
     scores: Float[Tensor, "row head query key"],
-    keys: Bool[Tensor, "row 1 #query key"],
+    groups: Bool[Tensor, "group row 1 #query key"],
     value: Float[Tensor, "row kv_head key d_value"],
-) -> tuple[Float[Tensor, "row head query"], Float[Tensor, "row head query d_value"]]:
-    """Logsumexp and output of attention to these keys alone; minus infinity and zeros if there are none."""
-    scores = scores.masked_fill(~keys, -torch.inf)
-    peak = scores.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-    terms = (scores - peak).exp()
+) -> tuple[list[Float[Tensor, "row head query"]], list[Float[Tensor, "row head query d_value"]]]:
+    """Logsumexp and output of attention to each group alone; minus infinity and zeros if it is empty."""
+    n_rows, n_heads, n_queries, n_keys = scores.shape
+    by_kv_head = scores.view(n_rows, value.shape[1], 1, -1, n_queries, n_keys)
+    alone = torch.where(groups.transpose(0, 1)[:, None], by_kv_head, -torch.inf)
+    peak = alone.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    terms = (alone - peak).exp()
     total = terms.sum(-1)
     logsumexp = total.log() + peak[..., 0]
-    return logsumexp, weighted_values(terms, value) / torch.where(total > 0, total, 1.0)[..., None]
+    # Groups are further rows of the product, so that no value is copied for them.
+    z = (terms.flatten(2, 4) @ value).view(*total.shape, value.shape[-1])
+    z = z / torch.where(total > 0, total, 1.0)[..., None]
+    shape = (n_rows, n_heads, n_queries)
+    return (
+        [found.reshape(shape) for found in logsumexp.unbind(2)],
+        [found.reshape(*shape, -1) for found in z.unbind(2)],
+    )
 
 
 def _blocks(span: QuerySpan, call: Call) -> Iterator[slice]:

@@ -53,6 +53,7 @@ class QuerySpan(NamedTuple):
         n_keys: Number of leading key columns that these queries may see.
         n_rows_acted_on: Rows of the batch in which both S and B have keys.
         groups: Keys of S and B.
+        rest_and_bridge: Keys that are in neither group, and of B.
         counted: Keys that set tau; `groups` itself, placebos excepted.
         around_rest: Range of keys that holds all of B, and all that are in neither group.
         around_own: Range of keys that holds all of B and S.
@@ -65,6 +66,7 @@ class QuerySpan(NamedTuple):
     n_keys: int
     n_rows_acted_on: int
     groups: Bool[Tensor, "2 row 1 1 key"]
+    rest_and_bridge: Bool[Tensor, "2 row 1 1 key"]
     counted: Bool[Tensor, "2 row 1 1 key"]
     around_rest: range
     around_own: range
@@ -290,8 +292,10 @@ def _span(rows: slice, queries: slice, lowest: int, groups: _Groups, device: Any
         acted_on if groups.own is groups.counted_own else _key_masks(counted_own, counted_bridge, device)
     )
     n_rows = int((own.any(-1) & bridge.any(-1)).sum())
-    around = map(_around, (bridge | ~(own | bridge), own | bridge, bridge, own))
-    return QuerySpan(rows, queries, own.shape[-1], n_rows, acted_on, sets_tau, *around)
+    rest = ~(own | bridge)
+    around = map(_around, (bridge | rest, own | bridge, bridge, own))
+    beside = _key_masks(rest, bridge, device)
+    return QuerySpan(rows, queries, own.shape[-1], n_rows, acted_on, beside, sets_tau, *around)
 
 
 def _around(keys: np.ndarray) -> range:
