@@ -2,8 +2,8 @@
 
     python benchmarks/engines.py MODEL QUESTIONS.jsonl [--n 10] [--max-new-tokens 128] [--resume]
 
-1. Greedy answers in float32 to the first N questions, plain and under StepFlow, with the prompt and the format
-   of `stepflow-tl evaluate --format boxed`. MODEL is what `load_model` takes.
+1. Greedy answers in float32 to the first N questions, plain and under StepFlow, with the prompt and the
+   format of `stepflow-tl evaluate --format boxed`. MODEL is what `load_model` takes.
 2. Each engine's answers are compared with those of `evaluate`, character for character; where two differ, the
    place is printed. Scores are our maths grader's, and the seconds are of generation as the engine spends it,
    loading apart.
@@ -37,6 +37,21 @@ CONDITIONS = {"plain": {}, "StepFlow": {"stepflow": True}}
 SHARED = {"format": "boxed"}
 
 
+#: What `eval_retry` reads the task from again.
+TASK_FILE = """
+import json
+from pathlib import Path
+from inspect_ai import Task, task
+from inspect_ai.dataset import Sample
+from inspect_ai.solver import generate
+
+@task
+def local():
+    rows = map(json.loads, (Path(__file__).parent / "q.jsonl").read_text().splitlines())
+    return Task(dataset=[Sample(input=row["prompt"], id=row["id"]) for row in rows], solver=generate())
+"""
+
+
 def ours(model, questions, asked):
     decoding = Decoding(max_new_tokens=asked.max_new_tokens, batch_size=asked.batch_size)
     for name in CONDITIONS:
@@ -50,7 +65,9 @@ def ours(model, questions, asked):
 
 def task_files(folder, questions):
     """A local task of the harness: prompts as ours, nothing else."""
-    rows = [{"id": q.id, "prompt": PROMPT.replace("{question}", q.text), "answer": q.answer} for q in questions]
+    rows = [
+        {"id": q.id, "prompt": PROMPT.replace("{question}", q.text), "answer": q.answer} for q in questions
+    ]
     (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -140,7 +157,10 @@ def compared(name, found, expected, squeeze=lambda text: text):
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):
         one, other = squeeze(one), squeeze(other)
         if one != other:
-            place = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+            place = next(
+                (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+                min(len(one), len(other)),
+            )
             print(f"  {name}: question {number} differs at character {place}: {one[place : place + 20]!r}"
                   f" against {other[place : place + 20]!r}")  # fmt: skip
     return sum(squeeze(one) == squeeze(other) for one, other in zip(found, expected, strict=True))
@@ -156,7 +176,9 @@ def scored(model, questions, texts):
     for question, text in zip(questions, texts, strict=True):
         prompt = tokenizer(question_prompt(tokenizer, entry, question.text), add_special_tokens=False)
         new = tokenizer(text, add_special_tokens=False)["input_ids"]
-        right += bool(grade(question, answer_of(tokenizer, entry, prompt["input_ids"], new, end_tokens(model))))
+        right += bool(
+            grade(question, answer_of(tokenizer, entry, prompt["input_ids"], new, end_tokens(model)))
+        )
     return right
 
 
@@ -165,7 +187,16 @@ def resumed(folder, asked, rows):
     import sqlite3
 
     def child(what):
-        command = [sys.executable, __file__, asked.model, asked.questions, "--child", what, "--folder", str(folder)]
+        command = [
+            sys.executable,
+            __file__,
+            asked.model,
+            asked.questions,
+            "--child",
+            what,
+            "--folder",
+            str(folder),
+        ]
         command += ["--n", str(asked.n), "--max-new-tokens", str(asked.max_new_tokens), "--batch-size", "2"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
@@ -200,7 +231,7 @@ def resumed(folder, asked, rows):
 
 def be_child(asked, questions):
     folder, what = Path(asked.folder), asked.child
-    rows = task_files(folder, questions)
+    task_files(folder, questions)
     write_task(folder, asked)
     if what.startswith("harness"):
         import stepflow_tl.engines.lm_harness as lm_harness
@@ -214,19 +245,32 @@ def be_child(asked, questions):
         lm_harness.StepFlowLM._model_generate = counting
         found, _ = harness(folder, asked, "StepFlow", cache=str(folder / "cache"))
         whole = json.loads((folder / "harness.json").read_text())
-        print(f"{len(written)} written anew, {compared('resumed', found, whole)} of {len(found)} as without a kill")
+        print(
+            f"{len(written)} written anew, {compared('resumed', found, whole)} of {len(found)} as without a kill"
+        )
         return
     from inspect_ai import eval, eval_retry
     from inspect_ai.log import list_eval_logs
 
-    model = inspect_model(asked, "StepFlow", None)
+    import stepflow_tl.engines.inspect_plugin  # noqa: F401
+    from stepflow_tl.engines.gathering import Gatherer
+
     settings = dict(log_dir=str(folder / "killed"), display="none")
     if what == "inspect":
-        eval(inspect_task(rows), model=model, max_tokens=asked.max_new_tokens, log_buffer=1, **settings)
+        (folder / "local_task.py").write_text(TASK_FILE)
+        options = dict(SHARED, batch_size=asked.batch_size, device="cpu", **CONDITIONS["StepFlow"])
+        limits = dict(max_tokens=asked.max_new_tokens, max_samples=asked.batch_size, log_buffer=1)
+        model = f"stepflow/{asked.model}"
+        eval(str(folder / "local_task.py"), model=model, model_args=options, **limits, **settings)
         return
-    written, submit = [], model.api._gatherer.submit
-    model.api._gatherer.submit = lambda request: written.append(0) or submit(request)
-    [log] = eval_retry(list_eval_logs(str(folder / "killed"))[0], model=model, **settings)
+    written, submit = [], Gatherer.submit
+
+    def counting_requests(self, request):
+        written.append(request)
+        return submit(self, request)
+
+    Gatherer.submit = counting_requests
+    [log] = eval_retry(list_eval_logs(str(folder / "killed"))[0], **settings)
     whole = [tuple(text) for text in json.loads((folder / "inspect.json").read_text())]
     same = sum(a == b for a, b in zip(texts_of(log), whole, strict=True))
     print(f"{len(written)} written anew, {same} of {len(whole)} as without a kill")
@@ -253,9 +297,14 @@ def main():
         folder = Path(name)
         rows = task_files(folder, questions)
         write_task(folder, asked)
-        print(f"{len(questions)} questions, {asked.max_new_tokens} new tokens, float32, greedy, {asked.model}")
-        for condition, expected, seconds in list(ours(model, questions, asked)):
-            print(f"{condition}: evaluate {scored(model, questions, expected)} right, {seconds:.0f} s", flush=True)
+        print(
+            f"{len(questions)} questions, {asked.max_new_tokens} new tokens, float32, greedy, {asked.model}"
+        )
+        for condition, expected, seconds in ours(model, questions, asked):
+            print(
+                f"{condition}: evaluate {scored(model, questions, expected)} right, {seconds:.0f} s",
+                flush=True,
+            )
             texts, seconds = harness(folder, asked, condition)
             same = compared("lm-eval", texts, expected)
             print(f"{condition}: lm-eval {scored(model, questions, texts)} right, {same} answers the same, "

@@ -149,9 +149,7 @@ class StepFlowAPI(ModelAPI):
         return ModelOutput(
             model=self.model_name,
             choices=[self._choice(prompt, answer, settings) for answer in written],
-            usage=ModelUsage(
-                input_tokens=len(prompt), output_tokens=n_new, total_tokens=len(prompt) + n_new
-            ),
+            usage=ModelUsage(input_tokens=len(prompt), output_tokens=n_new, total_tokens=len(prompt) + n_new),
             time=max(answer.seconds for answer in written),
         )
 
@@ -173,9 +171,7 @@ class StepFlowAPI(ModelAPI):
         top = (config.top_logprobs or 0) if config.logprobs else None
         return Settings(decoding, tuple(config.stop_seqs or ()), top)
 
-    def _choice(
-        self, prompt: Sequence[int], written: Written, settings: Settings
-    ) -> ChatCompletionChoice:
+    def _choice(self, prompt: Sequence[int], written: Written, settings: Settings) -> ChatCompletionChoice:
         entry, ends = self.stepflow.format, self._gatherer.ends
         answer = answer_of(self._tokenizer, entry, prompt, written.tokens, ends)
         thinking, text = answer.thinking, answer.summary
@@ -222,8 +218,8 @@ def _loaded(name: str, given: dict[str, Any]) -> Any:
     if str(given.pop("bridge", True)).lower() in ("true", "1"):
         if given:
             raise ModelError(
-                f"unknown model arguments {', '.join(given)}: expected StepFlow's options with stepflow=true, "
-                "format, splitter, dtype, device, device_map, batch_size, bridge"
+                f"unknown model arguments {', '.join(given)}: expected StepFlow's options with "
+                "stepflow=true, format, splitter, dtype, device, device_map, batch_size, bridge"
             )
         return load_model(name, device, dtype, device_map=device_map)
     from transformers import AutoModelForCausalLM, AutoTokenizer

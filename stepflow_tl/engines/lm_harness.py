@@ -1,18 +1,18 @@
-"""The model "stepflow" of lm-evaluation-harness: its `HFLM`, with StepFlow by `--model_args`.
+r"""The model "stepflow" of lm-evaluation-harness: its `HFLM`, with StepFlow by `--model_args`.
 
     python -m stepflow_tl.engines.lm_harness run --model stepflow --apply_chat_template --tasks gsm8k \\
         --model_args pretrained=NAME stepflow=true tau_max=0.15 shallow=0-6 deep=21-27 placebo=both
 
-1. Release 0.4.13 of the harness finds models in a table of its own (`lm_eval.models.MODEL_MAPPING`) and has no
-   entry points, so this module registers the class and runs the harness' command line. With `accelerate launch
-   -m` in place of `python -m`, every process takes its share of the requests.
+1. Release 0.4.13 of the harness finds models in a table of its own (`lm_eval.models.MODEL_MAPPING`) and has
+   no entry points, so this module registers the class and runs the harness' command line. With `accelerate
+   launch -m` in place of `python -m`, every process takes its share of the requests.
 2. `HFLM` loads the model by its name; dtype, quantisation, `parallelize`, batches, `think_end_token` and the
    chat template are its own. A GGUF file, or "smollm2", is read by this package, in seconds.
 3. `generate_until`: StepFlow is on the model for one `generate` at a time, and every row has its own steps.
-4. `loglikelihood`: StepFlow over context and continuation in one pass. That is exact: what a token's place is
-   depends on no later token, so one pass and decoding token by token give the same logits. But it acts only on
-   tokens that think or sum up; where none is read, as with a single token after a question, every score is the
-   plain model's, and the run is refused after a few texts (`options.PATIENCE`).
+4. `loglikelihood`: StepFlow over context and continuation in one pass. That is exact: what a token's place
+   is depends on no later token, so one pass and decoding token by token give the same logits. But it acts
+   only on tokens that think or sum up; where none is read, as with a single token after a question, every
+   score is the plain model's, and the run is refused after a few texts (`options.PATIENCE`).
 5. The harness' cache of answers (`--use_cache`) has keys made of the request alone. StepFlow, format and
    splitter become part of them; a plain run keeps the harness' own keys.
 
@@ -72,8 +72,8 @@ class StepFlowLM(HFLM):
             refused += [f"backend={self.backend}"] if asked.flow and self.backend != "causal" else []
         if refused:
             raise ModelError(
-                f"StepFlow does not go with {', '.join(refused)}: expected a causal LM with each layer's heads "
-                "on one process (parallelize=true spreads layers) and adapters merged into the weights"
+                f"StepFlow does not go with {', '.join(refused)}: expected a causal LM with each layer's "
+                "heads on one process (parallelize=true spreads layers) and adapters merged into the weights"
             )
         self.stepflow = EngineFlow(asked, self.model, self.tokenizer)
 

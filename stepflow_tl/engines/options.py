@@ -3,8 +3,8 @@
 1. The names are those of `runs.flow_options`, whose way of reading a text serves here too: `shallow=0-6`.
    An engine may have read a text already, as a number (`shallow=5`) or a list.
 2. `stepflow=true` switches it on. An option of StepFlow without that is refused: it would change nothing.
-3. `EngineFlow.on` keeps it on a model for one batch. What it did is counted: where it has found nothing to act
-   on in `PATIENCE` texts, it says so instead of reporting a plain model's scores as StepFlow's.
+3. `EngineFlow.on` keeps it on a model for one batch. What it did is counted: where it has found nothing to
+   act on in `PATIENCE` texts, it says so instead of reporting a plain model's scores as StepFlow's.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class EngineOptions:
         is_on = _truth(given.get("stepflow", False))
         if asked and not is_on:
             raise InputFileError(f"{', '.join(asked)}: these are StepFlow's; add stepflow=true")
-        flow = FlowOptions(**{_NAMES[n].name: _read(n, v) for n, v in asked.items()}).flow() if is_on else None
+        flow = (
+            FlowOptions(**{_NAMES[n].name: _read(n, v) for n, v in asked.items()}).flow() if is_on else None
+        )
         splitter = str(given.get("splitter", cls.splitter))
         resolve_splitter(splitter)
         return cls(flow, given.get("format") or cls.format, splitter), rest

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-pytest.importorskip("inspect_ai", reason="needs the extra inspect, in an environment of its own: docs/engines.md")
+pytest.importorskip("inspect_ai", reason="needs the extra inspect: docs/engines.md")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Inspect's own are not ours to judge
 
 from importlib.metadata import version  # noqa: E402
@@ -108,6 +108,32 @@ def test_epochs_draw_other_samples_and_the_same_seed_draws_them_again(api, our_a
     prompting = Prompting(format="boxed", splitter="line")
     [ours], _ = write_answers(model, QUESTIONS[:1], flow, decoding, prompting=prompting)
     assert first == [(answer.thinking.strip(), answer.summary.strip()) for answer in ours]
+
+
+def test_the_log_that_inspect_writes_is_read_back(api, folder, tmp_path):
+    from inspect_ai import Task, eval
+    from inspect_ai.dataset import Sample
+    from inspect_ai.scorer import includes
+    from inspect_ai.solver import generate
+
+    from stepflow_tl.engines.run_samples import Reading, read_samples
+    from stepflow_tl.errors import InputFileError
+
+    samples = [
+        Sample(input=q, target="", id=i, metadata={"subject": f"s{i % 2}"}) for i, q in enumerate(QUESTIONS)
+    ]
+    task = Task(dataset=samples, solver=generate(), scorer=includes(), name="local")
+    eval(task, model=api(**PLAIN), log_dir=str(tmp_path), max_tokens=6, display="none")
+    found = read_samples(tmp_path, Reading(subject="subject"))
+    assert [each.question for each in found] == [f"local/{i}" for i in range(len(QUESTIONS))]
+    assert [each.subject for each in found] == ["s0", "s1", "s0", "s1"]
+    assert all(each.score == 1 for each in found)  # every text includes the empty one
+    assert found[0].parts["question"] == QUESTIONS[0] and found[0].parts["thinking"]
+    with pytest.raises(InputFileError, match="has no score 'other': expected includes"):
+        read_samples(tmp_path, Reading(metric="other"))
+    (tmp_path / "broken.eval").write_bytes(b"nothing")
+    with pytest.raises(InputFileError, match="broken.eval cannot be read as a log of Inspect"):
+        read_samples(tmp_path / "broken.eval")
 
 
 def test_a_stop_sequence_ends_the_answer_and_is_left_out(api):

@@ -45,7 +45,7 @@ def built(harness, folder):
 def run(harness, folder, tmp_path):
     """The answers of the harness to the local task, in the order of the questions."""
 
-    def ask(output_type="generate_until", **arguments):
+    def ask(*, whole=False, **arguments):
         import lm_eval
         from lm_eval.tasks import TaskManager
 
@@ -73,7 +73,8 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
             bootstrap_iters=0,
             **arguments,
         )
-        return [sample["resps"][0][0] for sample in found["samples"]["local"]]
+        samples = found["samples"]["local"]
+        return samples if whole else [sample["resps"][0][0] for sample in samples]
 
     return ask
 
@@ -101,7 +102,8 @@ def test_batches_through_the_harness_give_the_answers_of_evaluate(run, our_answe
     ]
     assert run(options=options) == expected
     if options is not PLAIN:
-        assert expected != [a.thinking + a.summary for a in our_answers(N_NEW, **PLAIN)[0]]  # it does something
+        plain, _ = our_answers(N_NEW, **PLAIN)
+        assert [a.tokens for a in answers] != [a.tokens for a in plain]  # it does something
 
 
 def test_the_cache_never_returns_a_plain_answer_for_a_repaired_one(run, tmp_path, monkeypatch, harness):
@@ -132,6 +134,23 @@ def test_a_killed_run_goes_on_from_the_cache(run, tmp_path, monkeypatch, harness
         run(options=FLOW, use_cache=str(tmp_path / "cache"))
     assert run(options=FLOW, use_cache=str(tmp_path / "cache")) == whole
     assert calls == [2, 2, 2]  # the first batch was not written again
+
+
+def test_the_samples_that_the_harness_writes_are_read_back(run, tmp_path, folder):
+    from lm_eval.loggers import EvaluationTracker
+
+    from stepflow_tl.engines.run_samples import Reading, read_samples
+
+    tracker = EvaluationTracker(output_path=str(tmp_path / "out"))
+    tracker.general_config_tracker.model_name_sanitized = "tiny"
+    samples = run(options=PLAIN, whole=True)
+    tracker.date_id = "2026-11-28T08-27-55.123456"
+    tracker.save_results_samples("local", samples)
+    found = read_samples(tmp_path / "out", Reading(subject="subject"))
+    assert [each.question for each in found] == [f"local/{i}" for i in range(len(QUESTIONS))]
+    assert [each.subject for each in found] == ["even", "odd", "even", "odd"]
+    assert found[0].parts["text"].startswith("<|im_start|>user\nWhat is 2+3*4?")
+    assert found[0].digest and found[0].score == 0
 
 
 def test_nothing_stays_on_the_model_after_an_error_in_the_engine(built, monkeypatch):
@@ -204,7 +223,7 @@ def test_thinking_is_dropped_at_the_end_token(built):
 
 def test_measuring_a_batch_is_not_taken_for_the_users_texts(built, monkeypatch):
     engine = built(**FLOW)
-    engine.max_batch_size = 16
+    engine.max_batch_size, engine._max_length = 16, 40
     assert engine._detect_batch_size() == 16  # sixteen texts without a question: no complaint
     assert not engine._is_measured
 

@@ -157,9 +157,7 @@ def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str, syste
     return conversation_prompt(tokenizer, entry, _messages(question, system))
 
 
-def conversation_prompt(
-    tokenizer: Any, entry: ReasoningFormat, messages: Sequence[Mapping[str, str]]
-) -> str:
+def conversation_prompt(tokenizer: Any, entry: ReasoningFormat, messages: Sequence[Mapping[str, str]]) -> str:
     """The prompt that lets a model answer the last of several messages; as `question_prompt` for the first.
 
     Args:
@@ -229,6 +227,6 @@ def _render_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]], **sw
     except Exception as error:  # a Jinja template may raise anything
         roles = " and a ".join(message["role"] for message in messages)
         raise FormatError(
-            f"The chat template refused a {roles} message: {error}. Leave system= out, or pass the transcript "
-            "to ReasoningTrace.from_text."
+            f"The chat template refused a {roles} message: {error}. Leave system= out, or pass the "
+            "transcript to ReasoningTrace.from_text."
         ) from error
