@@ -245,9 +245,8 @@ def be_child(asked, questions):
         lm_harness.StepFlowLM._model_generate = counting
         found, _ = harness(folder, asked, "StepFlow", cache=str(folder / "cache"))
         whole = json.loads((folder / "harness.json").read_text())
-        print(
-            f"{len(written)} written anew, {compared('resumed', found, whole)} of {len(found)} as without a kill"
-        )
+        same = compared("resumed", found, whole)
+        print(f"{len(written)} written anew, {same} of {len(found)} as without a kill")
         return
     from inspect_ai import eval, eval_retry
     from inspect_ai.log import list_eval_logs

@@ -159,7 +159,8 @@ def _by_question(name: str, samples: Sequence[RunSample]) -> dict[str, list[RunS
     for sample in samples:
         if not 0 <= sample.score <= 1:
             raise ComparisonError(
-                f"{name}: the score of {sample.question} is {sample.score}: expected 0 to 1; name another metric"
+                f"{name}: the score of {sample.question} is {sample.score}: expected 0 to 1; name another "
+                "metric"
             )
         found.setdefault(sample.question, []).append(sample)
     return found
