@@ -9,8 +9,8 @@ from stepflow_tl.errors import InputFileError
 
 _EPILOG = """\
 One greedy answer per question under two conditions, McNemar's exact test. Without --discordant, answers of
-the two conditions are taken as independent, which is an upper guess: --discordant from a first run of your own
-(gained + lost, over n) gives a better one.
+the two conditions are taken as independent, which is an upper guess: --discordant from a first run of your
+own (gained + lost, over n) gives a better one.
 
 Hours: n x samples x conditions x tokens / (tokens per second and GPU x GPUs x 3600), from YOUR measured rate.
 
