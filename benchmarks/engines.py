@@ -255,12 +255,15 @@ def be_child(asked, questions):
     from stepflow_tl.engines.gathering import Gatherer
 
     settings = dict(log_dir=str(folder / "killed"), display="none")
+    if Path(asked.model).exists():
+        asked.model = str(Path(asked.model).absolute())
+    os.chdir(folder)  # Inspect takes a task's file by a relative name
     if what == "inspect":
         (folder / "local_task.py").write_text(TASK_FILE)
         options = dict(SHARED, batch_size=asked.batch_size, device="cpu", **CONDITIONS["StepFlow"])
         limits = dict(max_tokens=asked.max_new_tokens, max_samples=asked.batch_size, log_buffer=1)
         model = f"stepflow/{asked.model}"
-        eval(str(folder / "local_task.py"), model=model, model_args=options, **limits, **settings)
+        eval("local_task.py", model=model, model_args=options, **limits, **settings)
         return
     written, submit = [], Gatherer.submit
 
