@@ -37,6 +37,7 @@ STOREYS = (
     ("causal", "diagnosis", "evaluation"),
     ("rendering",),
     ("runs",),
+    ("engines",),
     (PACKAGE, "cli", "__main__"),
 )
 #: Rooms of the same storey that a room may import.
@@ -50,7 +51,7 @@ NEIGHBOURS = {
     "__main__": {"cli"},
 }
 #: Third-party packages that a working installation may lack.
-OPTIONAL = {"triton"}
+OPTIONAL = {"triton", "lm_eval", "inspect_ai"}
 STOREY_OF = {room: storey for storey, rooms in enumerate(STOREYS) for room in rooms}
 Graph = dict[str, set[str]]
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from stepflow_tl.cli.analyze import add_analyze
 from stepflow_tl.cli.arguments import LAYOUT, add_command, whole_number
+from stepflow_tl.cli.compare_runs import add_compare_runs
 from stepflow_tl.cli.evaluate import add_evaluate
+from stepflow_tl.cli.power import add_power
 from stepflow_tl.cli.report import add_report
 from stepflow_tl.cli.study import add_study
 from stepflow_tl.cli.summarize import add_summarize
@@ -63,9 +65,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"stepflow-tl {__version__}")
     commands = parser.add_subparsers(
-        title="commands", metavar="demo | analyze | evaluate | study | report | summarize", required=True
+        title="commands",
+        metavar="demo | analyze | evaluate | study | report | summarize | compare-runs",
+        required=True,
     )
-    for add in (add_demo, add_analyze, add_evaluate, add_study, add_report, add_summarize):
+    for add in (
+        add_demo,
+        add_analyze,
+        add_evaluate,
+        add_study,
+        add_report,
+        add_summarize,
+        add_compare_runs,
+        add_power,
+    ):
         add(commands)
     return parser
 

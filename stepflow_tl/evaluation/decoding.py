@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -119,9 +119,24 @@ def plan_batches(rows: Sequence[Row], decoding: Decoding, may_pad: bool) -> Iter
 
 
 def decode_batch(
-    model: Any, batch: Sequence[Row], decoding: Decoding, ends: frozenset[int], run: FlowRun | None
+    model: Any,
+    batch: Sequence[Row],
+    decoding: Decoding,
+    ends: frozenset[int],
+    run: FlowRun | None,
+    watch: Callable[[int, int, Tensor], bool] | None = None,
 ) -> list[list[int]]:
-    """New tokens of each row, up to and with the end marker."""
+    """New tokens of each row, up to and with the end marker.
+
+    Args:
+        model: A TransformerLens model or a transformers causal LM.
+        batch: What is answered.
+        decoding: How.
+        ends: Tokens that end an answer.
+        run: StepFlow on the model, which is told of rows that leave; None for nothing.
+        watch: Called with each row's number in the batch, its new token, and the logits `[vocabulary]` that
+            it was chosen from; true ends the row.
+    """
     if run is not None:
         run.name_rows([row.name for row in batch])
     pad = model.tokenizer.pad_token_id
@@ -129,12 +144,15 @@ def decode_batch(
     rows, logits = cached_rows(model, [row.prompt for row in batch], pad)
     written: list[list[int]] = [[] for _ in batch]
     held = list(range(len(batch)))  # the row of the batch that each row of the cache is
+    ended: set[int] = set()
     for position in range(decoding.max_new_tokens):
         chosen = _choose(logits, [batch[i].name for i in held], position, decoding)
-        for i, token in zip(held, chosen.tolist(), strict=True):
-            if not written[i] or written[i][-1] not in ends:
+        for place, (i, token) in enumerate(zip(held, chosen.tolist(), strict=True)):
+            if i not in ended:
                 written[i].append(token)
-        going = [place for place, i in enumerate(held) if written[i][-1] not in ends]
+                if (watch is not None and watch(i, token, logits[place])) or token in ends:
+                    ended.add(i)
+        going = [place for place, i in enumerate(held) if i not in ended]
         if not going or position == decoding.max_new_tokens - 1:
             break
         if len(going) < len(held) and rows.can_drop:

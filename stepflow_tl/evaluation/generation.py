@@ -23,6 +23,7 @@ from stepflow_tl.models.cached_rows import takes_padding
 from stepflow_tl.models.facts import tokenizer_of
 from stepflow_tl.stepflow.flow import StepFlow
 from stepflow_tl.trace import ReasoningTrace
+from stepflow_tl.trace.formats import ReasoningFormat
 from stepflow_tl.trace.formats.chat_template import question_prompt, resolve_format
 from stepflow_tl.trace.splitting.splitters import resolve_splitter
 from stepflow_tl.trace.steps import Segment
@@ -142,7 +143,7 @@ class AnswerWriter:
             written = decode_batch(self._model, rows, decoding, self._ends, run)
         seconds = time.perf_counter() - start
         answers = [
-            _answer(tokenizer, self.format, row.prompt, new, self._ends)
+            answer_of(tokenizer, self.format, row.prompt, new, self._ends)
             for row, new in zip(rows, written, strict=True)
         ]
         return answers, seconds
@@ -189,15 +190,24 @@ def write_answers(
     return [[answers[index, sample] for sample in samples] for index in range(len(questions))], seconds
 
 
-def _answer(
-    tokenizer: Any, entry: Any, prompt: Sequence[int], new: list[int], ends: frozenset[int]
+def answer_of(
+    tokenizer: Any, entry: ReasoningFormat, prompt: Sequence[int], new: Sequence[int], ends: frozenset[int]
 ) -> Answer:
+    """What a model wrote, cut by the format's markers; empty texts where it cannot be cut.
+
+    Args:
+        tokenizer: The model's.
+        entry: The reasoning format.
+        prompt: Token ids of what was asked.
+        new: Those of what was written.
+        ends: Tokens that end an answer.
+    """
     tokens = [*prompt, *new]
     thinking = summary = ""
     try:
         trace = ReasoningTrace.from_tokens(tokenizer, tokens, format=entry)
         thinking, summary = (
-            "".join(step.text for step in trace.steps if step.segment == segment)
+            "".join(s.text for s in trace.steps if s.segment == segment and s.token_start >= len(prompt))
             for segment in (Segment.THINKING, Segment.SUMMARY)
         )
     except (

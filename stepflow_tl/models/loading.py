@@ -84,7 +84,7 @@ def load_model(
         if device_map not in (None, "auto"):
             device = torch.device(device_map)
         return load_default_model(device, dtype)
-    gguf = _gguf_file_at(Path(name_or_path))
+    gguf = gguf_named(name_or_path)
     if gguf is not None:
         return _load_gguf(gguf, device, dtype, device_map=device_map)
     from transformer_lens.model_bridge import TransformerBridge
@@ -92,6 +92,19 @@ def load_model(
     with _refused_as_model_error(name_or_path):
         placed = {"device": device} if device_map is None else {"device_map": device_map}
         return TransformerBridge.boot_transformers(name_or_path, dtype=dtype, **placed)
+
+
+def gguf_named(name_or_path: str) -> Path | None:
+    """The GGUF file that a model's name stands for; None if it names another kind of model.
+
+    Args:
+        name_or_path: As `load_model` takes it.
+
+    Raises:
+        MissingExtraError: If it is the embedded model, which is not installed.
+        ModelError: As `load_model`.
+    """
+    return _default_model_path() if name_or_path == DEFAULT_MODEL else _gguf_file_at(Path(name_or_path))
 
 
 def _gguf_file_at(path: Path) -> Path | None:
@@ -133,17 +146,27 @@ def _load_gguf(
     name: str | None = None,
 ) -> TransformerBridge:
     """The model of a GGUF file; `name` is its name if the file's own is not to be used."""
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(
-            f"{path} needs the package gguf that decodes its weights. Install with:\n    pip install gguf"
-        )
-    checkpoint = GgufCheckpoint.open(path)
+    checkpoint = open_gguf(path)
     tokenizer = checkpoint.tokenizer()  # first: it takes less time to refuse
     hf_model = checkpoint.model(dtype, device_map)
     if device_map is None:
         hf_model = hf_model.to(device)
     with _refused_as_model_error(str(path)):
         return boot_bridge(hf_model, tokenizer, name or checkpoint.name, dtype)
+
+
+def open_gguf(path: Path) -> GgufCheckpoint:
+    """The GGUF file at `path`, whose configuration, tokenizer and weights transformers can use.
+
+    Raises:
+        MissingExtraError: If the package that decodes it is not installed.
+        ModelError: If the file is damaged.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(
+            f"{path} needs the package gguf that decodes its weights. Install with:\n    pip install gguf"
+        )
+    return GgufCheckpoint.open(path)
 
 
 def boot_bridge(hf_model: Any, tokenizer: Any, name: str, dtype: torch.dtype) -> TransformerBridge:

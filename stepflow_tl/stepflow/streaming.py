@@ -91,6 +91,11 @@ class TokenStream:
         """Ids of the sequences so far, `[row, column]`, padding included."""
         return self._ids[:, : self._labels.n_columns]
 
+    @property
+    def segments(self) -> np.ndarray:
+        """The segment of each of `tokens`, as it is known now."""
+        return self._labels.segment[:, : self._labels.n_columns]
+
     def advance(self, ids: np.ndarray, n_past: int, is_padding: np.ndarray) -> None:
         """Move the state to the next pass: `ids` `[row, query]` and their padding, after `n_past` tokens.
 

@@ -9,7 +9,7 @@ from stepflow_tl import ReasoningTrace, StepFlow
 from stepflow_tl.errors import TraceError
 from stepflow_tl.evaluation import AnswerWriter, Decoding, Prompting, evaluate, generation, write_answers
 from stepflow_tl.evaluation.decoding import Row, _choose, end_tokens, plan_batches
-from stepflow_tl.evaluation.generation import _answer
+from stepflow_tl.evaluation.generation import answer_of
 from stepflow_tl.models import cached_rows
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
 from stepflow_tl.testbed.model import read_weights
@@ -102,7 +102,7 @@ def test_written_tokens_are_cut_by_the_formats_markers(model):
         "nothing": "",
     }
     found = {
-        name: _answer(
+        name: answer_of(
             tokenizer, detect_format(tokenizer), prompt, tokenizer(text).input_ids, end_tokens(model)
         )
         for name, text in texts.items()
@@ -112,7 +112,7 @@ def test_written_tokens_are_cut_by_the_formats_markers(model):
     assert not found["no end"].finished and found["no end"].n_new == found["whole"].n_new - 1
     assert (found["thinking only"].summary, found["nothing"].thinking) == ("", "")
     # A token that only the model's embedding has: an answer that cannot be read, not the end of the run.
-    beyond = _answer(tokenizer, detect_format(tokenizer), prompt, [len(tokenizer)], end_tokens(model))
+    beyond = answer_of(tokenizer, detect_format(tokenizer), prompt, [len(tokenizer)], end_tokens(model))
     assert (beyond.thinking, beyond.summary, beyond.n_new) == ("", "", 1)
 
 

@@ -23,6 +23,7 @@ The white space with which `thinking_close` begins counts as thinking, as it wou
 belongs to the step before it.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -153,9 +154,23 @@ def question_prompt(tokenizer: Any, entry: ReasoningFormat, question: str, syste
     Raises:
         FormatError: The chat template refuses the messages.
     """
-    rendered = _render(tokenizer, question, system)
+    return conversation_prompt(tokenizer, entry, _messages(question, system))
+
+
+def conversation_prompt(tokenizer: Any, entry: ReasoningFormat, messages: Sequence[Mapping[str, str]]) -> str:
+    """The prompt that lets a model answer the last of several messages; as `question_prompt` for the first.
+
+    Args:
+        tokenizer: A transformers tokenizer with a chat template.
+        entry: The reasoning format.
+        messages: Each with `role` and `content`.
+
+    Raises:
+        FormatError: The chat template refuses the messages.
+    """
+    rendered = _render_messages(tokenizer, messages)
     if _ends_with(rendered, entry.thinking_ends):
-        return _render(tokenizer, question, system, **_THINKING_ON)
+        return _render_messages(tokenizer, messages, **_THINKING_ON)
     return rendered
 
 
@@ -196,13 +211,22 @@ def _prompt(
 
 
 def _render(tokenizer: Any, question: str, system: str | None, **switches: bool) -> str:
-    messages = [{"role": "user", "content": question}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+    return _render_messages(tokenizer, _messages(question, system), **switches)
+
+
+def _messages(question: str, system: str | None) -> list[dict[str, str]]:
+    asked = [{"role": "user", "content": question}]
+    return asked if system is None else [{"role": "system", "content": system}, *asked]
+
+
+def _render_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]], **switches: bool) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **switches
+        )
     except Exception as error:  # a Jinja template may raise anything
+        roles = " and a ".join(message["role"] for message in messages)
         raise FormatError(
-            f"The chat template refused {'a system and a' if system is not None else 'a'} user message: "
-            f"{error}. Leave system= out, or pass the transcript to ReasoningTrace.from_text."
+            f"The chat template refused a {roles} message: {error}. Leave system= out, or pass the "
+            "transcript to ReasoningTrace.from_text."
         ) from error
