@@ -52,7 +52,7 @@ demo: setup
 # The 3.9 run leaves out what never meets a model of TransformerLens or only keeps its numbers (the ledgers under kills),
 # and the notebooks, which are written for 4.
 # Every check runs, whichever fails.
-NO_MODEL := cli diagnosis docs fuzz notebooks rendering results statistics trace \
+NO_MODEL := benchmarks cli diagnosis docs engines fuzz notebooks rendering results statistics trace \
 	$(addprefix evaluation/test_,graders.py sandbox.py questions.py) \
 	$(addprefix models/test_,attention.py gguf_file.py gguf_tokenizer.py) \
 	$(addprefix runs/test_,answers.py flow_options.py kills.py options.py plan.py records.py study.py study_traces.py) \

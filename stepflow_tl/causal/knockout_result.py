@@ -127,6 +127,9 @@ class StepKnockout(TracedResult):
         """A group's effect minus the sum of what it is made of; NaN where that was not measured.
 
         It is made of those of its members that were cut alone and of the bounding groups inside it.
+
+        Args:
+            group: One of `groups`.
         """
         left, total = set(group.keys), 0.0
         for key in group.keys:

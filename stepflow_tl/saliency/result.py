@@ -73,6 +73,9 @@ class StepSaliency(TracedResult):
     def require_unsigned(self, what: str) -> None:
         """Refuse a signed map where only one without negative entries makes sense.
 
+        Args:
+            what: What needs it, for the message.
+
         Raises:
             ScoreError: If the score is signed; the message says what to do.
         """

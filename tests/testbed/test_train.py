@@ -79,7 +79,7 @@ def test_it_learns_and_equal_seeds_give_equal_weights(capsys, monkeypatch, train
     losses = [float(line.split("NLL ")[1]) for line in capsys.readouterr().out.splitlines()]
     assert losses[0] > losses[1] and losses[1] < 2.5  # of log(75) = 4.3; the means of 50 batches each
     short = {**SETTINGS, "tokens": 6_000}
-    first, again, other = train(short), train(short), train({**short, "seed": 1})
+    (first, _), (again, _), (other, _) = train(short), train(short), train({**short, "seed": 1})
     state = first.state_dict()
     assert all(torch.equal(state[name], value) for name, value in again.state_dict().items())
     assert any(not torch.equal(state[name], value) for name, value in other.state_dict().items())
