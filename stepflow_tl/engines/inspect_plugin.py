@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """What Inspect finds under its entry point: the provider "stepflow", which loads when it is asked for."""
 
 from inspect_ai.model import ModelAPI, modelapi

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Inspect's provider "stepflow": models of this package, with StepFlow by `-M` or without.
 
     inspect eval task.py --model stepflow/NAME -M stepflow=true -M tau_max=0.15 -M shallow=0-6 -M deep=21-27

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 r"""The model "stepflow" of lm-evaluation-harness: its `HFLM`, with StepFlow by `--model_args`.
 
     python -m stepflow_tl.engines.lm_harness run --model stepflow --apply_chat_template --tasks gsm8k \\
