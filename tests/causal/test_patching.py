@@ -137,7 +137,7 @@ def test_a_trace_patched_into_itself_changes_nothing(tiny_model, wrong_trace, co
     found = patch(
         tiny_model(), wrong_trace, wrong_trace, component=component, alignment=alignment, layers=[0, 3]
     )
-    assert torch.equal(found.effects, torch.zeros_like(found.effects))
+    assert found.effects.abs().max() < 1e-12  # rows of a batch may round differently
     with pytest.raises(ValueError, match="there is no distance to recover"):
         _ = found.recovered
 

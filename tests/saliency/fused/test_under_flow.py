@@ -65,6 +65,7 @@ def test_fused_equals_hooks_under_stepflow(name, trace, float64_throughout):
         assert step_saliency(model, trace, objective=objective).sums.sub(ours.sums).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTION_VARIETIES)
 def test_fused_equals_hooks_in_the_cut_score_under_stepflow(name, trace, float64_throughout):
     model = build_bridge(name)
