@@ -287,8 +287,10 @@ def _restricted(
 
 def _blocks(span: QuerySpan, call: Call) -> Iterator[slice]:
     start, stop = span.queries.start, span.queries.stop
-    by_kernel = _is_for_kernel(call, span)
-    n_keys = len(span.own_alone) if by_kernel else min(len(span.around_rest), len(span.around_own))
+    n_keys = min(len(span.around_rest), len(span.around_own))
+    if _is_for_kernel(call, span):
+        strays = _few_rest_keys(call, span, span.queries)
+        n_keys = len(span.own_alone) if strays is None else len(strays)
     size = max(8, _BLOCK_ELEMENTS // max(1, (span.rows.stop - span.rows.start) * call.z.shape[1] * n_keys))
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))
