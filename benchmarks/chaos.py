@@ -174,7 +174,8 @@ def kill_replicas(
     wait_for(run, "begin")
     killed = 0
     while killed < kills and run.poll() is None:
-        begin, further = n_lines(out), rng.randint(1, max(1, 2 * n_traces // kills))
+        begin = n_lines(out)
+        further = rng.randint(1, max(1, min(2 * n_traces // kills, (n_traces - begin) // 2)))
         while run.poll() is None and n_lines(out) < begin + further:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 4 * working / n_traces))
@@ -194,6 +195,8 @@ def replica_processes(driver: int) -> list[int]:
     import psutil
 
     found = []
+    if not psutil.pid_exists(driver):
+        return found
     for process in psutil.Process(driver).children(recursive=True):
         try:
             if "ray::_Replica" in " ".join(process.cmdline()):
