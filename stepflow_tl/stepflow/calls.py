@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stepflow_tl.errors import ModelError
 from stepflow_tl.models.attention import Call, ScoreShift
-from stepflow_tl.models.attention_interface import UNSERVED, PlainAttention
+from stepflow_tl.models.attention_calls import UNSERVED, PlainAttention
 from stepflow_tl.models.passes import NamedHook
 from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, bridged_attention
 from stepflow_tl.stepflow.report import FlowReport

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from stepflow_tl.errors import FusedRefusal
-from stepflow_tl.models.attention_interface import UNSERVED, AttentionCalls
+from stepflow_tl.models.attention_calls import UNSERVED, AttentionCalls
 from stepflow_tl.saliency.fused.attention import saliency_attention
 from stepflow_tl.saliency.fused.bridged import Bridging, SequenceGroups
 from stepflow_tl.saliency.fused.call import AttentionSpec, accumulation_dtype
