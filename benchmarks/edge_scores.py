@@ -4,9 +4,8 @@ Every score is a map `[query_step, key_step]`, larger where the key step is said
 
 - `ranked`: what a reader would compare. Of the paper's score, attention and value-weighted attention the mean
   over token pairs and heads, rows normalised below the diagonal in each layer, then averaged over layers. Of
-  the cut score and of knockout, which are in nats, the sum; of the cut score also its
-  size, `|cut|`. Rows are divided by the sum of their sizes, so
-  that the rows of a trace can be compared.
+  the cut score and of knockout, which are in nats, the sum; of the cut score also its size, `|cut|`. Rows are
+  divided by the sum of their sizes, so that the rows of a trace can be compared.
 - `summed`: over tokens, heads and layers, for holding a score in nats against knockout.
 
 How well a score finds the needed candidates of a row, chance 0.5 for the first three, ties counted half:

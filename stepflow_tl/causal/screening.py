@@ -28,11 +28,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import torch
-
 from stepflow_tl.causal.cut import KeySet
 from stepflow_tl.causal.knockout_result import CutGroup
 from stepflow_tl.errors import KnockoutError
+from stepflow_tl.saliency.pooling import row_parts
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.trace import ReasoningTrace
 
@@ -100,16 +99,16 @@ def screen(
 def promise_order(saliency: StepSaliency, query: int, candidates: Sequence[int]) -> tuple[int, ...]:
     """Candidates by the largest share that any layer gives them in the query step's row, largest first.
 
-    Rows are normalised as `diagnosis.row_shares` does it, so that a layer counts by what it prefers and not
-    by how much it has.
+    Rows are normalised as in `diagnose`, so that a layer counts by what it prefers and not by how much it
+    has.
 
     Args:
         saliency: The step map; heads are averaged.
         query: Index of the query step.
         candidates: Key steps.
     """
-    row = saliency.head_mean()[:, query, : query + 1].double()
-    share = (row / row.sum(-1, keepdim=True).clamp(min=torch.finfo(row.dtype).tiny)).amax(0)
+    rows = row_parts(saliency.head_mean()[:, query : query + 1, : query + 1].double())
+    share = rows[:, 0].amax(0)
     order = share[list(candidates)].argsort(descending=True, stable=True)
     return tuple(candidates[place] for place in order.tolist())
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepflow_tl.saliency.pooling import Pooling
+from stepflow_tl.saliency.pooling import Pooling, row_parts
 from stepflow_tl.saliency.result import StepSaliency
 from stepflow_tl.trace import Segment
 
@@ -38,11 +38,7 @@ def row_shares(
     """
     saliency.require_unsigned("a share of a row")
     step_map = saliency.pooled(pooling).to(torch.float64)
-    step_map = (step_map if per_head else step_map.mean(dim=1)).tril()
-    # Dividing by the largest entry first keeps a row of denormal numbers from losing its sum to rounding.
-    largest = step_map.amax(dim=-1, keepdim=True)
-    scaled = torch.where(largest > 0, step_map / largest, torch.zeros_like(step_map))
-    return scaled / scaled.sum(dim=-1, keepdim=True).clamp(min=1)
+    return row_parts((step_map if per_head else step_map.mean(dim=1)).tril())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 
 from stepflow_tl.errors import InputFileError, ModelError
 from stepflow_tl.evaluation.decoding import row_name
-from stepflow_tl.models.attention_interface import without_scores
+from stepflow_tl.evaluation.generation import flow_on
 from stepflow_tl.runs.flow_options import FlowOptions
 from stepflow_tl.runs.options import parse_numbers
 from stepflow_tl.stepflow import StepFlow
@@ -146,18 +146,15 @@ class EngineFlow:
         Raises:
             ModelError: If it has found nothing to act on in the first texts.
         """
-        flow = self._options.flow
-        if flow is None or not any(flow.bands(self._model)):
-            with without_scores(self._model):  # the same attention under every condition
-                yield None
-            return
-        with flow.generating(
-            self._model, self._tokenizer, format=self.format, splitter=self._options.splitter
+        asked = self._options
+        with flow_on(
+            self._model, self._tokenizer, asked.flow, format=self.format, splitter=asked.splitter
         ) as run:
-            numbers = samples or [0] * len(prompts)
-            run.name_rows([row_name(prompt, n) for prompt, n in zip(prompts, numbers, strict=True)])
+            if run is not None:
+                numbers = samples or [0] * len(prompts)
+                run.name_rows([row_name(prompt, n) for prompt, n in zip(prompts, numbers, strict=True)])
             yield run
-        if counts:
+        if run is not None and counts:
             self._n_texts += len(prompts)
             self._has_acted |= _acted(run, prompts)
             if self._n_texts >= PATIENCE and not self._has_acted:

@@ -20,11 +20,12 @@ from jaxtyping import Bool, Float
 
 from stepflow_tl.engines.run_samples import RunSample
 from stepflow_tl.errors import ComparisonError
-from stepflow_tl.results.tables import probability, text_table
+from stepflow_tl.evaluation.paired_cells import AFTER_DIFFERENCE, difference_cells
+from stepflow_tl.results.tables import text_table
 from stepflow_tl.statistics.effects import corrected
 from stepflow_tl.statistics.paired import PairedDifference, paired_difference
 
-_HEADER = ["", "n", "right", "minus", "difference", "95% low", "95% high", "gained", "lost", "p", "Holm p"]
+_HEADER = ["", "n", "right", "minus", "difference", *AFTER_DIFFERENCE]
 
 
 @dataclass(frozen=True)
@@ -137,20 +138,8 @@ class RunComparison:
         rows = []
         for (run, against, subject), d, p in zip(wanted, found, p_values, strict=True):
             right = self.scores[self.names.index(run)][self._of(subject)].mean()
-            span = [f"{d.difference:+.4f}", f"{d.low:+.4f}", f"{d.high:+.4f}"]
-            rows.append(
-                [
-                    run if subject is None else subject,
-                    str(d.n),
-                    f"{right:.4f}",
-                    against,
-                    *(span if d.differs else ["no answer", "differs", ""]),
-                    str(d.gained),
-                    str(d.lost),
-                    probability(d.p_value) if d.differs else "-",
-                    probability(p) if d.differs else "-",
-                ]
-            )
+            name = run if subject is None else subject
+            rows.append([name, str(d.n), f"{right:.4f}", against, *difference_cells(d, p)])
         return rows
 
 

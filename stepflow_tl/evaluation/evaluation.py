@@ -25,7 +25,8 @@ from stepflow_tl.evaluation.decoding import Decoding
 from stepflow_tl.evaluation.generation import Answer, Prompting, write_answers
 from stepflow_tl.evaluation.graders import exact
 from stepflow_tl.evaluation.grading import Grade, Grader, Question, Verdict, graded, prepared
-from stepflow_tl.results.tables import probability, text_table
+from stepflow_tl.evaluation.paired_cells import AFTER_DIFFERENCE, difference_cells
+from stepflow_tl.results.tables import text_table
 from stepflow_tl.statistics.effects import corrected
 from stepflow_tl.statistics.paired import PairedDifference, paired_difference
 from stepflow_tl.stepflow.flow import StepFlow
@@ -35,7 +36,6 @@ Stop = Literal["", "interrupted", "disk full", "worker died"]
 PLAIN = "plain"
 _CONTROL_OF = {"bridge": "bridge control", "momentum": "momentum control", "StepFlow": "StepFlow control"}
 #: In place of a difference and its interval, where every question has the same score under both conditions.
-_SAME = ("no answer", "differs", "")
 Table = tuple[str, list[str], list[list[str]], list[str]]
 """Title, header, rows and notes, as `results.tables.text_table` takes them."""
 
@@ -235,27 +235,9 @@ class Evaluation:
     def _differences(self, title: str, pairs: Mapping[str, str]) -> Table:
         found = {name: self.difference(name, other) for name, other in pairs.items()}
         p_values = corrected(np.array([d.p_value for d in found.values()]), "holm")
-        header = [
-            "condition",
-            "right",
-            f"minus {title}",
-            "95% low",
-            "95% high",
-            "gained",
-            "lost",
-            "p",
-            "Holm p",
-        ]
+        header = ["condition", "right", f"minus {title}", *AFTER_DIFFERENCE]
         rows = [
-            [
-                name,
-                f"{self.accuracy(name):.4f}",
-                *([f"{d.difference:+.4f}", f"{d.low:+.4f}", f"{d.high:+.4f}"] if d.differs else _SAME),
-                str(d.gained),
-                str(d.lost),
-                probability(d.p_value) if d.differs else "-",
-                probability(p) if d.differs else "-",
-            ]
+            [name, f"{self.accuracy(name):.4f}", *difference_cells(d, p)]
             for (name, d), p in zip(found.items(), p_values, strict=True)
         ]
         test = "McNemar's exact test" if self.decoding.n_samples == 1 else "sign flips"

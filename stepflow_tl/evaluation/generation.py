@@ -9,8 +9,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from stepflow_tl.models.attention_interface import without_scores
 from stepflow_tl.models.cached_rows import takes_padding
 from stepflow_tl.models.facts import tokenizer_of
 from stepflow_tl.stepflow.flow import StepFlow
+from stepflow_tl.stepflow.streaming import FlowRun
 from stepflow_tl.trace import ReasoningTrace
 from stepflow_tl.trace.formats import ReasoningFormat
 from stepflow_tl.trace.formats.chat_template import question_prompt, resolve_format
@@ -131,15 +132,10 @@ class AnswerWriter:
         tokenizer, decoding = self._model.tokenizer, self._decoding
         splitter = self._prompting.splitter
         start = time.perf_counter()
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            run = None
-            if flow is None or not flow.layers(self._model):
-                stack.enter_context(without_scores(self._model))  # the same attention under every condition
-            else:
-                run = stack.enter_context(
-                    flow.generating(self._model, tokenizer, format=self.format, splitter=splitter)
-                )
+        with (
+            torch.no_grad(),
+            flow_on(self._model, tokenizer, flow, format=self.format, splitter=splitter) as run,
+        ):
             written = decode_batch(self._model, rows, decoding, self._ends, run)
         seconds = time.perf_counter() - start
         answers = [
@@ -188,6 +184,30 @@ def write_answers(
         answers |= {(row.question, row.sample): answer for row, answer in zip(batch, written, strict=True)}
     samples = range(decoding.n_samples)
     return [[answers[index, sample] for sample in samples] for index in range(len(questions))], seconds
+
+
+@contextmanager
+def flow_on(
+    model: Any, tokenizer: Any, flow: StepFlow | None, *, format: ReasoningFormat, splitter: Any
+) -> Iterator[FlowRun | None]:
+    """Put what a condition asks for on the model; the same attention under every condition.
+
+    Args:
+        model: A TransformerLens model or a transformers causal LM.
+        tokenizer: Its own.
+        flow: StepFlow; None, or one without a layer to act in, for nothing.
+        format: The reasoning format.
+        splitter: What cuts steps.
+
+    Yields:
+        StepFlow's run; None where nothing is on.
+    """
+    if flow is None or not flow.layers(model):
+        with without_scores(model):
+            yield None
+    else:
+        with flow.generating(model, tokenizer, format=format, splitter=splitter) as run:
+            yield run
 
 
 def answer_of(

@@ -43,16 +43,22 @@ class Visible:
     mask: Tensor | None = None  # [batch or 1, 1, query, key]
     window: int | None = None
 
-    def block(self, rows: slice, queries: slice, keys: range) -> Bool[Tensor, "row 1 query key"] | bool:
-        """For some rows, queries and keys; `True` where they all see all."""
+    def block(
+        self, rows: slice, queries: slice, keys: range | Tensor
+    ) -> Bool[Tensor, "row 1 query key"] | bool:
+        """For some rows, queries and keys (a range, or any indices); `True` where they all see all."""
         if self.mask is not None:
-            part = self._rows(rows)[..., queries, keys.start : keys.stop]
+            part = self._rows(rows)[..., queries, _index(keys)]
             return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
         first = self.n_keys - self.n_queries + queries.start
         last = first + queries.stop - queries.start
-        if keys.stop - 1 <= first and (self.window is None or keys.start > last - 1 - self.window):
+        if isinstance(keys, Tensor):
+            key = keys
+        elif keys.stop - 1 <= first and (self.window is None or keys.start > last - 1 - self.window):
             return True
-        at, key = torch.arange(first, last)[:, None], torch.arange(keys.start, keys.stop)
+        else:
+            key = torch.arange(keys.start, keys.stop)
+        at = torch.arange(first, last, device=key.device)[:, None]
         seen = key <= at
         if self.window is not None:
             seen &= key > at - self.window
@@ -124,11 +130,20 @@ class Call:
         )
         return cls(query, key, value, z, logsumexp, visible, scale, softcap, sinks, shift)
 
-    def scores(self, rows: slice, queries: slice, keys: range) -> Float[Tensor, "row head query key"]:
-        """Scores of some rows, queries and keys in at least float32, without a mask."""
-        key = self.key[rows, :, keys.start : keys.stop]
+    def scores(
+        self, rows: slice, queries: slice, keys: range | Tensor
+    ) -> Float[Tensor, "row head query key"]:
+        """Scores of some rows, queries and keys in at least float32, without a mask; a shift takes ranges."""
+        key = self.key[rows, :, _index(keys)]
         scores = scores_of(self.query[rows, :, queries], key, self.scale, self.softcap)
-        return scores if self.shift is None else self.shift(scores, rows, queries, keys)
+        if self.shift is None:
+            return scores
+        assert isinstance(keys, range)
+        return self.shift(scores, rows, queries, keys)
+
+
+def _index(keys: range | Tensor) -> slice | Tensor:
+    return slice(keys.start, keys.stop) if isinstance(keys, range) else keys
 
 
 def attention_with_logsumexp(

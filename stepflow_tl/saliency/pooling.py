@@ -94,6 +94,16 @@ def pair_counts(step_lengths: Int[Tensor, " step"], pooling: Pooling) -> Float[T
     raise ValueError(f"unknown pooling {pooling!r}: expected one of {', '.join(get_args(Pooling))}")
 
 
+def row_parts(
+    maps: Float[Tensor, "*map query_step key_step"],
+) -> Float[Tensor, "*map query_step key_step"]:
+    """Each row of maps without negative entries divided by its sum; a row without mass stays 0."""
+    # Dividing by the largest entry first keeps a row of denormal numbers from losing its sum to rounding.
+    largest = maps.amax(dim=-1, keepdim=True)
+    scaled = torch.where(largest > 0, maps / largest, torch.zeros_like(maps))
+    return scaled / scaled.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
 def normalise(
     sums: Float[Tensor, "*layer_head query_step key_step"],
     step_lengths: Int[Tensor, " step"],

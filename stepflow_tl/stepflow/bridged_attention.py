@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepflow_tl.models.attention import Call, by_kernel, scores_of
+from stepflow_tl.models.attention import Call, by_kernel
 from stepflow_tl.stepflow.bridge import Shifts, shifts_of
 from stepflow_tl.stepflow.report import LayerReport
 from stepflow_tl.stepflow.state import QuerySpan
@@ -183,32 +183,27 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
     """Group masses and outputs of these queries of the span."""
     at = (span.rows, slice(None), queries)
     logsumexp = call.logsumexp[at]
-    by_kernel = _bridge_by_kernel(call, span, queries)
-    strays = None if by_kernel is None else _few_rest_keys(call, span, queries)
-    rest_is_computed = strays is not None or (
-        by_kernel is None and len(span.around_rest) <= len(span.around_own)
-    )
-    keys = span.around_rest if rest_is_computed else span.around_own
-    if by_kernel is not None:
+    kernel_bridge = _bridge_by_kernel(call, span, queries)
+    keys: range | Tensor
+    if kernel_bridge is None:
+        rest_is_computed = len(span.around_rest) <= len(span.around_own)
+        keys = span.around_rest if rest_is_computed else span.around_own
+    else:
+        strays = _few_rest_keys(call, span, queries)
+        rest_is_computed = strays is not None
         last = call.visible.n_keys - call.visible.n_queries + queries.stop
-        keys = range(span.own_alone.start, min(span.own_alone.stop, last))
-    inside: slice | Tensor = slice(keys.start, keys.stop)
-    if strays is None:
-        scores = call.scores(span.rows, queries, keys)
-        visible = call.visible.block(span.rows, queries, keys)
-    else:  # no mask beside a kernel's call: a query sees the keys up to its own
-        inside = strays
-        scores = scores_of(call.query[at], call.key[span.rows, :, strays], call.scale, None)
-        offset = call.visible.n_keys - call.visible.n_queries
-        positions = torch.arange(queries.start, queries.stop, device=scores.device) + offset
-        visible = strays <= positions[:, None]
-    value = call.value[span.rows, :, inside].to(scores.dtype)
+        own = range(span.own_alone.start, min(span.own_alone.stop, last))
+        keys = own if strays is None else strays
     second_and_bridge = span.rest_and_bridge if rest_is_computed else span.groups
-    wanted = second_and_bridge[: 1 if by_kernel else 2, ..., inside]
+    inside = slice(keys.start, keys.stop) if isinstance(keys, range) else keys
+    wanted = second_and_bridge[: 2 if kernel_bridge is None else 1, ..., inside]
+    visible = call.visible.block(span.rows, queries, keys)
     if isinstance(visible, Tensor):
-        wanted = wanted & visible.to(scores.device)
+        wanted = wanted & visible.to(wanted.device)
+    scores = call.scores(span.rows, queries, keys)
+    value = call.value[span.rows, :, inside].to(scores.dtype)
     (log_second, *log_bridges), (z_second, *z_bridges) = _restricted(scores, wanted, value)
-    log_bridge, z_bridge = by_kernel or (log_bridges[0], z_bridges[0])
+    log_bridge, z_bridge = kernel_bridge or (log_bridges[0], z_bridges[0])
     log_bridge, log_second = log_bridge - logsumexp, log_second - logsumexp
     z_second = log_second.exp()[..., None] * z_second
     counts = call.visible.counts(span.rows, queries, span.counted)
