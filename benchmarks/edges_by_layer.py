@@ -1,6 +1,7 @@
 """Does a map find the steps that a step needs? Every layer of the testbed, against its true edges.
 
-    python benchmarks/edges_by_layer.py [--problems 200] [--steps 6 10 14] [--seed 0] [--shuffle]
+    python benchmarks/edges_by_layer.py [--model testbed] [--problems 200] [--steps 6 10 14] [--seed 0]
+        [--shuffle]
 
 The testbed model reads right solutions of fresh problems; each thinking step's candidates are the premises
 and the earlier steps (`stepflow_tl.testbed.edges`). A score is a step map, heads averaged, rows normalised
@@ -19,12 +20,14 @@ import numpy as np
 import torch
 
 from stepflow_tl.causal import step_knockout
+from stepflow_tl.cli.arguments import TESTBEDS
 from stepflow_tl.models.bands import deep_band, shallow_band
 from stepflow_tl.saliency import step_saliency
 from stepflow_tl.saliency.baselines import baseline_maps
 from stepflow_tl.statistics.resampling import bca_interval
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
 from stepflow_tl.testbed.edges import edge_rows, score_rows, shuffled, trace_of
+from stepflow_tl.testbed.model import FORMS
 
 METRICS = ("AUROC", "average precision", "top-1")
 SOURCES = ("both", "premises", "steps", "carried")
@@ -32,6 +35,7 @@ SOURCES = ("both", "premises", "steps", "carried")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=TESTBEDS, default="testbed")
     parser.add_argument(
         "--problems", type=int, default=200, help="test problems; as many more choose the layer"
     )
@@ -53,7 +57,7 @@ def study(options):
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one order of summation, so the table is the same to the last digit
     try:
-        model = load_testbed_model()
+        model = load_testbed_model(n_layers=TESTBEDS[options.model])
         train = measure(model, options, offset=1, knockout=False)
         test = measure(model, options, offset=2, knockout=True)
     finally:
@@ -68,10 +72,13 @@ def measure(model, options, offset, knockout):
     """`[problem, metric]` by (score, sources) and place: of true edges, and of shuffled ones."""
     per_length = [options.problems // len(options.steps)] * len(options.steps)
     per_length[0] += options.problems - sum(per_length)
+    form = FORMS[TESTBEDS[options.model]]
     problems = [
         problem
         for n_steps, n in zip(options.steps, per_length, strict=True)
-        for problem in make_problems(ProblemSpec(n_steps=n_steps), n, seed=1000 * options.seed + offset)
+        for problem in make_problems(
+            ProblemSpec(n_steps=n_steps, **form), n, seed=1000 * options.seed + offset
+        )
     ]
     rng = np.random.default_rng([options.seed, offset])
     found = {}, {}

@@ -1,6 +1,6 @@
 """How well are planted failures found? Power against dose and number of traces, for one model.
 
-    python benchmarks/power.py [--model testbed | default | MODEL.gguf] [--answers answers.jsonl]
+    python benchmarks/power.py [--model testbed | testbed-12 | smollm2 | MODEL.gguf] [--answers answers.jsonl]
         [--pool 60] [--doses 0.25 0.5 1 2 4 8] [--n 10 20 50 200] [--draws 400] [--out out/power]
 
 1. The pool: traces with right thinking. Of the testbed, its own problems; of other models the right answers
@@ -29,14 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stepflow_tl import (
-    ReasoningTrace,
-    diagnose,
-    load_default_model,
-    load_model,
-    load_testbed_model,
-    step_saliency,
-)
+from stepflow_tl import ReasoningTrace, diagnose, step_saliency
+from stepflow_tl.cli.arguments import TESTBEDS
+from stepflow_tl.cli.device import load
 from stepflow_tl.diagnosis import Diagnosis
 from stepflow_tl.models.passes import whole_pass
 from stepflow_tl.rendering import save_figure
@@ -46,6 +41,7 @@ from stepflow_tl.statistics.resampling import bca_interval
 from stepflow_tl.stepflow import plant_decay, plant_lock_in
 from stepflow_tl.testbed import ProblemSpec, make_problems
 from stepflow_tl.testbed.edges import trace_of
+from stepflow_tl.testbed.model import FORMS
 from stepflow_tl.trace import Segment
 
 PLANTS = {"lock_in": plant_lock_in, "decay": plant_decay}
@@ -54,7 +50,8 @@ SEGMENTS = {"thinking": Segment.THINKING, "summary": Segment.SUMMARY}
 COLOURS = ("#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7")  # Okabe and Ito's
 
 
-def main() -> None:
+def main(arguments=None) -> str:
+    """The tables, printed and returned; `arguments` as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_source(parser)
     parser.add_argument("--doses", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4, 8])
@@ -62,7 +59,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=400)
     parser.add_argument("--level", type=float, default=0.05)
     parser.add_argument("--out", type=Path, default=Path("out/power"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     model, traces = model_and_traces(options)
     maps = mapped(model, traces, options)
@@ -85,11 +82,12 @@ def main() -> None:
     (options.out / "power.json").write_text(json.dumps(dict(options=settings, found=found), indent=1))
     save_figure(figure(found, head, options), options.out / "power.png")
     print(text)
+    return text
 
 
 def add_source(parser):
     """What model, and which traces."""
-    parser.add_argument("--model", default="testbed", help="testbed, default, or a file or name")
+    parser.add_argument("--model", default="testbed", help="testbed, testbed-12, or as for analyze")
     parser.add_argument("--answers", type=Path, help="answers.jsonl of `stepflow-tl evaluate`")
     parser.add_argument("--condition", default="plain", help="whose answers")
     parser.add_argument("--splitter", default="paragraph")
@@ -102,19 +100,16 @@ def add_source(parser):
 def model_and_traces(options):
     """The model, and the traces of the pool by their ids."""
     torch.set_num_threads(1)
-    if options.model == "testbed":
-        model, traces = load_testbed_model(), {}
+    model, traces = load(options.model, "cpu", "float32", None), {}
+    if options.model in TESTBEDS:
         for index in range(options.pool):
-            spec = ProblemSpec(n_steps=options.steps[index % len(options.steps)])
-            (problem,) = make_problems(spec, 1, seed=1000 * options.seed + index)
+            (problem,) = problems_of(options, [options.steps[index % len(options.steps)]], 1, index)
             traces[f"problem {index}"] = trace_of(model.tokenizer, problem)
         return model, traces
-    model = load_default_model() if options.model == "default" else load_model(options.model)
     if options.answers is None:
         sys.exit("--answers is needed for every model but the testbed's: right answers to read")
     with options.answers.open() as file:
         rows = [json.loads(line) for line in file]
-    traces = {}
     for row in rows:
         if row.get("condition") == options.condition and row["right"] and row["finished"]:
             parts = (row["question"], row["thinking"], row["summary"])
@@ -123,6 +118,12 @@ def model_and_traces(options):
             if len(trace) <= options.max_tokens and n_steps["thinking"] > 1 and n_steps["summary"]:
                 traces[row["id"]] = trace
     return model, dict(list(traces.items())[: options.pool])
+
+
+def problems_of(options, steps, n, seed):
+    """`n` problems of each number of steps, in the form that the testbed model of `options` solves."""
+    specs = [ProblemSpec(n_steps=n_steps, **FORMS[TESTBEDS[options.model]]) for n_steps in steps]
+    return [p for spec in specs for p in make_problems(spec, n, seed=1000 * options.seed + seed)]
 
 
 def losses(model, trace, hooks=()):

@@ -1,7 +1,8 @@
 """How much of a planted failure does each half of StepFlow undo, and does its control?
 
-    python benchmarks/repair.py [--model testbed | default | MODEL.gguf] [--answers answers.jsonl] [--pool 60]
-        [--doses 2 4 8] [--tau 0.15 0.3] [--alpha 0.06 0.12] [--problems 0] [--out out/repair]
+    python benchmarks/repair.py [--model testbed | testbed-12 | smollm2 | MODEL.gguf]
+        [--answers answers.jsonl] [--pool 60] [--doses 2 4 8] [--tau 0.15 0.3] [--alpha 0.06 0.12]
+        [--problems 0] [--out out/repair]
 
 1. Traces as in `power.py`: right ones. The NLL of thinking and of summary, in nats per token: of the plain
    model, of the planted one (`plant_lock_in`, `plant_decay`), and of the planted one under each repair:
@@ -27,19 +28,19 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from power import PLANTS, SEGMENTS, add_source, losses, model_and_traces
+from power import PLANTS, SEGMENTS, add_source, losses, model_and_traces, problems_of
 
 from stepflow_tl.evaluation import Decoding, evaluate, questions_of
 from stepflow_tl.models.bands import deep_band
 from stepflow_tl.models.passes import replaced_forward
 from stepflow_tl.statistics.resampling import bca_interval
 from stepflow_tl.stepflow import StepFlow
-from stepflow_tl.testbed import ProblemSpec, make_problems
 
 REPAIRS = ("bridge", "momentum", "StepFlow")
 
 
-def main() -> None:
+def main(arguments=None) -> str:
+    """The tables, printed and returned; `arguments` as on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_source(parser)
     parser.add_argument("--doses", type=float, nargs="+", default=[2, 4, 8])
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--failures", nargs="+", default=list(PLANTS), choices=list(PLANTS))
     parser.add_argument("--problems", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/repair"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     model, traces = model_and_traces(options)
     flows = repairs(options)
@@ -72,6 +73,7 @@ def main() -> None:
     data["accuracy"] = {name: json.loads(evaluation.to_json()) for name, evaluation in answers.items()}
     (options.out / "repair.json").write_text(json.dumps(data, indent=1))
     print("\n\n".join(parts))
+    return "\n\n".join(parts)
 
 
 def cases(options):
@@ -211,12 +213,8 @@ def table(rows):
 
 def accuracy(model, options):
     """By failure and dose: the testbed's answers; "plain" is the planted model without a repair."""
-    n = options.problems // len(options.steps)
-    problems = [
-        problem
-        for n_steps in options.steps
-        for problem in make_problems(ProblemSpec(n_steps=n_steps), n, seed=10_000 + options.seed)
-    ]
+    problems = problems_of(options, options.steps, options.problems // len(options.steps), 10_000)
+    longest = max(len(model.tokenizer(p.thinking + p.answer).input_ids) for p in problems)
     standard = {
         "bridge": StepFlow(alpha=0.0),
         "momentum": StepFlow(tau_max=0.0),
@@ -228,7 +226,7 @@ def accuracy(model, options):
         conditions = {
             name: planted(failure, dose, flow) for name, flow in {"plain": None, **standard}.items()
         }
-        decoding = Decoding(max_new_tokens=12 * max(options.steps) + 24, batch_size=125)
+        decoding = Decoding(max_new_tokens=longest + 24, batch_size=125)
         name = f"{failure} {dose:g}" if failure else "nothing planted"
         found[name] = evaluate(
             model, questions_of(problems), conditions=conditions, decoding=decoding, seed=options.seed

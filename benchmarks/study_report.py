@@ -13,16 +13,13 @@ from stepflow_tl.rendering import comparison_figure, save_figure
 from stepflow_tl.statistics.paired import paired_difference
 from stepflow_tl.testbed import grade
 from stepflow_tl.testbed.grading import ERROR_KINDS, FLOW_ERRORS
-from stepflow_tl.testbed.model import CONFIG
-
-N_LAYERS = CONFIG["num_hidden_layers"]
 
 
 def head(options):
     return [
         "# The testbed study",
-        f"`python benchmarks/reproduce.py --problems {options.problems} --seed {options.seed}`, steps "
-        f"{options.steps}. Intervals are 95 %, paired by problem.",
+        f"`python benchmarks/reproduce.py --model {options.model} --problems {options.problems} "
+        f"--seed {options.seed}`, steps {options.steps}. Intervals are 95 %, paired by problem.",
     ]
 
 
@@ -167,9 +164,21 @@ def edges(rows):
     ]
 
 
+def positive_controls(tables):
+    return [
+        "## Positive controls",
+        "Failures that were planted: are they found, is the band found, and does StepFlow undo them?",
+        *map(fenced, tables),
+    ]
+
+
 def one_map(problem):
     needs = ", ".join(f"T{i + 1} needs T{j + 1}" for i, j in sorted(problem.step_edges))
-    return ["## One map", f"Ten steps; {needs}.", "![Step maps of one solution, all layers](map.png)"]
+    return [
+        "## One map",
+        f"Steps that need others: {needs}.",
+        "![Step maps of one solution, all layers](map.png)",
+    ]
 
 
 def markdown(header, rows):

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from stepflow_tl.runs.options import OptionSet, positive
 
 DEFAULT_MODEL = "smollm2"
+#: Names of the testbed models, and of the problems that each solves: its number of layers.
+TESTBEDS = {"testbed": 6, "testbed-12": 12}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 LAYOUT = argparse.RawDescriptionHelpFormatter  # keeps the examples as they are written
 

@@ -12,18 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from stepflow_tl import runs
-from stepflow_tl.cli.arguments import DEFAULT_MODEL, add_command, add_options, add_weights, options_of
+from stepflow_tl.cli.arguments import (
+    DEFAULT_MODEL,
+    TESTBEDS,
+    add_command,
+    add_options,
+    add_weights,
+    options_of,
+)
 from stepflow_tl.cli.console import Progress, Watcher, say
 from stepflow_tl.errors import InputFileError
 from stepflow_tl.runs.answer_options import AnswerOptions
 from stepflow_tl.runs.flow_options import FlowOptions
 
-TESTBED = "testbed"
-TESTBED_STEPS = (12, 16, 18, 20)
+_STEPS = {6: (12, 16, 18, 20), 12: (8, 10, 12, 14)}  # of the problems, by the testbed model's layers
 _DECIDED_HERE = ("placebo",)  # the conditions are StepFlow and its controls
 
 _EPILOG = """\
-input: a file with one JSON object per line, or "testbed" for generated problems:
+input: a file with one JSON object per line, or "testbed" or "testbed-12" for generated problems, of one line
+a step, or of several and with two steps to find in the end:
   question, answer   the text and the right answer; for --grader choice also choices and labels; for
                      --grader code prompt, entry_point and test instead
   id, difficulty     optional; accuracy is reported by difficulty
@@ -48,7 +55,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     summary = "right answers with and without StepFlow, paired, against controls of equal size"
     command = add_command(commands, "evaluate", summary, _run, _EPILOG)
     add = command.add_argument
-    add("questions", metavar="QUESTIONS.jsonl", help='the questions, or "testbed"')
+    add("questions", metavar="QUESTIONS.jsonl", help='the questions, "testbed" or "testbed-12"')
     add(
         "--model",
         metavar="NAME_OR_PATH",
@@ -91,7 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def model_name(arguments: argparse.Namespace) -> str:
     """The model of a command: the one it names, that of the testbed for its problems, or the default."""
-    return arguments.model or (TESTBED if arguments.questions == TESTBED else DEFAULT_MODEL)
+    return arguments.model or (arguments.questions if arguments.questions in TESTBEDS else DEFAULT_MODEL)
 
 
 def arguments_of(options: AnswerOptions, flow: FlowOptions) -> dict[str, Any]:
@@ -138,7 +145,7 @@ def questions_of_command(source: str, options: AnswerOptions) -> list[Any]:
     """The questions that a command names: of a file, or made for the testbed.
 
     Args:
-        source: A file of JSON lines, or "testbed".
+        source: A file of JSON lines, "testbed" or "testbed-12".
         options: Of the command.
 
     Raises:
@@ -146,25 +153,27 @@ def questions_of_command(source: str, options: AnswerOptions) -> list[Any]:
     """
     from stepflow_tl.evaluation import questions_of, read_questions
     from stepflow_tl.testbed import ProblemSpec, make_problems
+    from stepflow_tl.testbed.model import FORMS
 
-    if source != TESTBED:
+    if source not in TESTBEDS:
         if options.grader == "steps":
             raise InputFileError(
-                f"--grader steps: the right steps are known for '{TESTBED}' alone, not for {source}; "
-                "expected --grader exact or maths"
+                f"--grader steps: the right steps are known for {' and '.join(TESTBEDS)} alone, not for "
+                f"{source}; expected --grader exact or maths"
             )
         return read_questions(source, options.grader)[: options.limit]
     if options.grader in ("choice", "code"):
         raise InputFileError(
-            f"--grader {options.grader}: '{TESTBED}' has no such questions; give a file of them"
+            f"--grader {options.grader}: {source!r} has no such questions; give a file of them"
         )
     total = options.limit or 400
-    counts = [total // len(TESTBED_STEPS)] * len(TESTBED_STEPS)
+    n_layers = TESTBEDS[source]
+    counts = [total // len(_STEPS[n_layers])] * len(_STEPS[n_layers])
     counts[0] += total - sum(counts)
     return questions_of(
         problem
-        for n_steps, n in zip(TESTBED_STEPS, counts, strict=True)
-        for problem in make_problems(ProblemSpec(n_steps=n_steps), n, seed=options.seed)
+        for n_steps, n in zip(_STEPS[n_layers], counts, strict=True)
+        for problem in make_problems(ProblemSpec(n_steps=n_steps, **FORMS[n_layers]), n, seed=options.seed)
     )
 
 

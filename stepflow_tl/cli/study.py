@@ -47,7 +47,7 @@ def add_study(commands: argparse._SubParsersAction) -> None:
     summary = "answers, maps, right against wrong, with StepFlow and without, and one report of it all"
     command = add_command(commands, "study", summary, _run, _EPILOG)
     add = command.add_argument
-    add("questions", metavar="QUESTIONS.jsonl", help='the questions, or "testbed"')
+    add("questions", metavar="QUESTIONS.jsonl", help='the questions, "testbed" or "testbed-12"')
     add("--model", metavar="NAME_OR_PATH", help="as for evaluate")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for everything")
     add_options(command, StudyOptions)

@@ -21,8 +21,10 @@ from stepflow_tl.models.loading import boot_bridge, tokenizer_in_memory
 from stepflow_tl.results.files import file_digest
 
 NAME = "stepflow-testbed"
-SHIPPED = Path(__file__).parent / "shipped"
-DEPTHS = (6, 12)  # of the testbed models: 12 layers have bands of three
+#: The form of problem that each shipped model solves, by its number of layers; 12 have bands of three.
+FORMS: dict[int, dict[str, Any]] = {6: {}, 12: {"n_asked": 2, "long_steps": True}}
+DEPTHS = tuple(FORMS)
+SHIPPED = {depth: Path(__file__).parent / "shipped" / f"{depth}_layers" for depth in DEPTHS}
 N_CTX = 1024
 _NEEDED = {"model.safetensors", "config.json", "tokenizer.json"}
 CONFIG: dict[str, Any] = dict(
@@ -43,26 +45,31 @@ def load_testbed_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
+    n_layers: int = DEPTHS[0],
     hooked_transformer: bool = False,
-    folder: str | Path = SHIPPED,
+    folder: str | Path | None = None,
 ) -> Any:
-    """The trained testbed model as a TransformerBridge, in eval mode, offline.
+    """A trained testbed model as a TransformerBridge, in eval mode, offline.
 
-    It solves the problems of `stepflow_tl.testbed.problems` and nothing else; `card.md` beside the weights
-    says how well. Takes about a second.
+    It solves the problems of `stepflow_tl.testbed.problems` in the form `FORMS[n_layers]` and nothing else;
+    `card.md` beside the weights says how well. Takes about a second.
 
     Args:
         device: Where the model goes.
         dtype: Of the parameters.
+        n_layers: Which of the two: 6 (steps of one line), or 12 (steps of several lines, answers that need
+            two thinking steps).
         hooked_transformer: Return TransformerLens 3.9's HookedTransformer instead, weights as they are
             (no folding, no centring).
-        folder: Another folder that `scripts/train_testbed.py` wrote.
+        folder: In place of `n_layers`, a folder that `scripts/train_testbed.py` wrote.
 
     Raises:
-        ModelError: If a file is missing or damaged, or `hooked_transformer` is asked of TransformerLens 4,
-            which has none.
+        ModelError: If no model of that depth ships, a file is missing or damaged, or `hooked_transformer` is
+            asked of TransformerLens 4, which has none.
     """
-    hf_model, tokenizer = read_weights(Path(folder))
+    if folder is None and n_layers not in SHIPPED:
+        raise ModelError(f"n_layers={n_layers}: no such testbed model ships; expected one of {DEPTHS}")
+    hf_model, tokenizer = read_weights(SHIPPED[n_layers] if folder is None else Path(folder))
     hf_model = hf_model.to(device=device, dtype=dtype)
     if hooked_transformer:
         return _hooked(hf_model, tokenizer, device, dtype)
@@ -77,7 +84,7 @@ def new_model(n_vocab: int, n_layers: int = DEPTHS[0]) -> Any:
     return Qwen2ForCausalLM(Qwen2Config(vocab_size=n_vocab, **shape))
 
 
-def read_weights(folder: Path = SHIPPED) -> tuple[Any, Any]:
+def read_weights(folder: Path = SHIPPED[DEPTHS[0]]) -> tuple[Any, Any]:
     """The transformers model, in eval mode and float32, and its tokenizer.
 
     Raises:

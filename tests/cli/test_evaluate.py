@@ -8,8 +8,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from stepflow_tl.cli import console
 from stepflow_tl.cli import main as command
+from stepflow_tl.cli.evaluate import questions_of_command
 from stepflow_tl.errors import DiskFullError
 from stepflow_tl.results.journal import Journal
+from stepflow_tl.runs.answer_options import AnswerOptions
 from stepflow_tl.testbed import model as testbed
 from stepflow_tl.testbed.model import new_model
 from stepflow_tl.testbed.vocabulary import build_tokenizer
@@ -24,7 +26,7 @@ def untrained(monkeypatch):
     model = TransformerBridge.boot_transformers(
         "Qwen/Qwen2-0.5B", hf_model=new_model(len(tokenizer)).eval(), tokenizer=tokenizer, device="cpu"
     )
-    monkeypatch.setattr(testbed, "load_testbed_model", lambda *_: model)
+    monkeypatch.setattr(testbed, "load_testbed_model", lambda *_, **__: model)
 
 
 def test_the_testbed_is_evaluated(untrained, tmp_path, capsys):
@@ -36,6 +38,12 @@ def test_the_testbed_is_evaluated(untrained, tmp_path, capsys):
         assert said in " ".join(printed.out.split())
     data = json.loads(out.read_text())
     assert list(data["conditions"]) == ["plain", "bridge", "bridge control"] and len(data["questions"]) == 9
+
+
+def test_each_testbed_has_problems_in_the_form_that_its_model_solves():
+    short, long = (questions_of_command(name, AnswerOptions(limit=4)) for name in ("testbed", "testbed-12"))
+    assert [q.problem.spec.n_asked for q in short + long] == [1] * 4 + [2] * 4
+    assert [q.problem.spec.long_steps for q in short + long] == [False] * 4 + [True] * 4
 
 
 def test_a_file_of_questions_is_evaluated(untrained, tmp_path, capsys):
@@ -138,7 +146,7 @@ def test_progress_is_counted_in_answers(untrained, tmp_path, capsys, monkeypatch
         (["nothing.jsonl"], "cannot read nothing.jsonl"),
         (
             ["nothing.jsonl", "--grader", "steps"],
-            "--grader steps: the right steps are known for 'testbed' alone",
+            "--grader steps: the right steps are known for testbed and testbed-12 alone",
         ),
         (["nothing.jsonl", "--grader", "code"], "cannot read nothing.jsonl"),
         (["testbed", "--grader", "choice"], "--grader choice: 'testbed' has no such questions"),

@@ -48,9 +48,9 @@ def test_one_command_goes_from_questions_to_a_report(run_cli, questions, tmp_pat
 def test_maps_in_another_precision_load_a_second_model(run_cli, questions, tmp_path, monkeypatch):
     loaded, original = [], testbed.load_testbed_model
 
-    def load(device, dtype):
+    def load(device, dtype, **depth):
         loaded.append(str(dtype))
-        return original(device, dtype)
+        return original(device, dtype, **depth)
 
     monkeypatch.setattr(testbed, "load_testbed_model", load)
     arguments = [questions, "--model", "testbed", "--out", tmp_path, *SHORT]
