@@ -17,6 +17,7 @@ from typing import Any
 # The jaxtyping plugin instruments stepflow_tl once the conftests are there, and refuses to start where it is
 # imported before. So no conftest, nor a helper that one loads, imports it at the top: its fixtures do.
 import pytest
+import signature_checks  # noqa: F401  before the package: its functions are decorated as they are imported
 from float64 import float64_everywhere
 from hypothesis import HealthCheck, settings
 from tiny_models import (

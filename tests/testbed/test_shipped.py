@@ -32,9 +32,7 @@ def test_their_files_are_whole_and_small():
 
 
 def test_a_depth_that_does_not_ship_is_refused():
-    with pytest.raises(
-        ModelError, match="n_layers=7: no such testbed model ships"
-    ):
+    with pytest.raises(ModelError, match="n_layers=7: no such testbed model ships"):
         load_testbed_model(n_layers=7)
 
 
