@@ -1,12 +1,12 @@
 """The run-time checks of every signature in the package while the tests run, at a cost the suite can bear.
 
-jaxtyping's import hook decorates every function. Decorating takes 1 to 2 ms, and hooks are functions made anew at
-every call; calling a decorated function takes 30 microseconds, beartype's own check one. So, in place of
-`jaxtyping.jaxtyped`, which the hook looks up:
+jaxtyping's import hook decorates every function. Decorating takes 1 to 2 ms, and hooks are functions made
+anew at every call; calling a decorated function takes 30 microseconds, beartype's own check one. So, in place
+of `jaxtyping.jaxtyped`, which the hook looks up:
 
 1. A function without array shapes in its signature is checked by beartype alone.
-2. A function made inside another is decorated once for all that are made from the same code. What is decorated
-   calls whichever of them is running; each call is checked as before.
+2. A function made inside another is decorated once for all that are made from the same code. What is
+   decorated calls whichever of them is running; each call is checked as before.
 3. All others are jaxtyping's.
 
 As with jaxtyping, an annotation that cannot be resolved when the function is defined is not checked. Named in
