@@ -10,8 +10,8 @@ of `jaxtyping.jaxtyped`, which the hook looks up:
 3. All others are jaxtyping's.
 
 As with jaxtyping, an annotation that cannot be resolved when the function is defined is not checked. Named in
-`pyproject.toml`; the jaxtyping plugin takes a dotted name only, so beartype's setting lives here: an int is a
-float, as PEP 484 says.
+`pyproject.toml`; the jaxtyping plugin takes a dotted name only, so beartype's settings live here: an int is a
+float, as PEP 484 says, and errors are jaxtyping's.
 """
 
 import functools
@@ -24,7 +24,7 @@ from typing import Any
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError))
 _by_jaxtyping = jaxtyping.jaxtyped
 _of_code: dict[types.CodeType, tuple[Callable, "_Running"]] = {}
 
