@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stepflow_tl.models.facts import is_bridge
+from stepflow_tl.models.facts import is_bridge, wrapped_model
 
 NamedHook = tuple[str, Callable[..., Any]]
 """Name of a hook point and a hook `(tensor, hook) -> tensor or None`, as `fwd_hooks` of TransformerLens."""
@@ -60,11 +60,15 @@ def attached(
 def frozen(model: Any) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside; all as before on exit, also by an exception."""
     live = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = [module for module in model.modules() if module.training]
+    # Not model.eval(), which sets every module of a bridge, several times over. What a bridge wraps is not
+    # among its own modules.
+    parts = dict.fromkeys([*model.modules(), *wrapped_model(model).modules()])
+    training = [module for module in parts if module.training]
     try:
         for parameter in live:
             parameter.requires_grad_(False)
-        model.eval()
+        for module in training:
+            module.training = False
         yield
     finally:
         for parameter in live:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import TINY_MODEL_KINDS
 
+from stepflow_tl.models.facts import wrapped_model
 from stepflow_tl.models.passes import attached, frozen, model_device, replaced_forward, whole_pass
 from stepflow_tl.models.prefix_cache import PrefixCacheRefusal, fill_prefix
 
@@ -51,6 +52,18 @@ def test_frozen_restores_training_mode_and_gradients():
         raise Refusal
     assert [module.training for module in model.modules()] == [True, True, True, False]
     assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+
+
+def test_frozen_reaches_what_a_bridge_wraps(each_tiny_model):
+    model = each_tiny_model.train()
+    try:
+        parts = [*model.modules(), *wrapped_model(model).modules()]
+        before = [module.training for module in parts]
+        with frozen(model):
+            assert not any(module.training for module in parts)
+        assert any(before) and [module.training for module in parts] == before
+    finally:
+        model.eval()
 
 
 def test_a_replaced_forward_is_put_back_even_over_another_replacement():
