@@ -133,7 +133,7 @@ class Call:
     def scores(
         self, rows: slice, queries: slice, keys: range | Tensor
     ) -> Float[Tensor, "row head query key"]:
-        """Scores of some rows, queries and keys (a range, or ascending) in at least float32, without a mask."""
+        """Scores of some rows, queries and keys (ascending) in at least float32, without a mask."""
         if self.shift is not None and isinstance(keys, Tensor):  # a shift takes ranges
             around = range(int(keys[0]), int(keys[-1]) + 1)
             return self.scores(rows, queries, around)[..., keys - around.start]

@@ -10,7 +10,7 @@ output, `z_S` and `z_B` the outputs of attention restricted to S and to B, and `
    is left to 1, and if that is S, `p(S) z_S = z - p(B) z_B - p(O) z_O`. A small p(S) is lost in rounding, but
    so it is in z': `delta * z_S = (delta / p(S)) * p(S) z_S`, and that quotient is at most 1. A row whose p(S)
    is all rounding is left alone.
-   PyTorch's flash kernel computes a group, or, where it does not serve (`attention.by_kernel`), its scores do.
+   PyTorch's flash kernel computes a group; where it does not serve (`attention.by_kernel`), its scores do.
 2. `shifts_of` of `bridge` turns the masses into tau and the shifts of S and B, the same code as for hooks.
 3. Rows that are left alone keep their bits. Windows, padding and causality come from the mask, soft-cap and
    sinks from the call, the controls' random regions from the spans.
