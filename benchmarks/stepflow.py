@@ -24,6 +24,7 @@ Without --model, the default model.
 """
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -88,14 +89,12 @@ def main() -> None:
 
 def plain_copy(model):
     """The transformers model of the bridge's weights, without the bridge's modules around them."""
-    inner = model.original_model
-    copy = type(inner)._from_config(
-        inner.config, attn_implementation="sdpa", dtype=next(inner.parameters()).dtype
-    )
+    inner, config = model.original_model, copy.deepcopy(model.original_model.config)  # attention is set on it
+    plain = type(inner)._from_config(config, attn_implementation="sdpa", dtype=next(inner.parameters()).dtype)
     names = {name.replace("._original_component", ""): value for name, value in inner.state_dict().items()}
-    copy.load_state_dict({name: names[name] for name in copy.state_dict()}, assign=True)
-    copy.tie_weights()
-    return copy.to(next(inner.parameters()).device).eval()
+    plain.load_state_dict({name: names[name] for name in plain.state_dict()}, assign=True)
+    plain.tie_weights()
+    return plain.to(next(inner.parameters()).device).eval()
 
 
 def context_ids(model, n_tokens):
@@ -128,7 +127,7 @@ def decoders(model, plain, flowing, options, read, rows, stack):
     runners = dict(zip(WAYS, (plain, flowing, model.original_model, model.original_model), strict=True))
 
     def turn(way):
-        cache.crop(context)
+        cache.crop(context - cache.get_seq_length())
         seen = mask
         with model.hooks(fwd_hooks=listeners) if way == "eager" else nullcontext():
             for step in range(options.steps + 1):
