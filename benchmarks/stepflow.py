@@ -7,8 +7,9 @@
 1. Four ways decode the same tokens with the same weights: transformers with "sdpa" (plain), StepFlow on the
    transformers model, StepFlow on the TransformerBridge, and StepFlow on the bridge while somebody listens at
    the scores of every layer, which is TransformerLens' eager attention (`eager`).
-2. A context is a quarter question and three quarters thinking, so the bridge looks at every new token. Rows
-   of a batch differ in length by 0 to 7 tokens and are padded on the left. One row is read; its cache is
+2. A context is a quarter question and three quarters thinking, so the bridge looks at every new token; with
+   `--summary 64` its last 64 tokens are summary, and the bridge is the thinking, three times as long. Rows of
+   a batch differ in length by 0 to 7 tokens and are padded on the left. One row is read; its cache is
    repeated over the batch, and the stream is told of the rows, so 4 096 tokens x 32 rows need no prefill.
 3. The new tokens are given, not chosen, and begin no step: injections cost nothing here, and in a long answer
    next to nothing (one token in a step).
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="tokens of a turn")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192])
+    parser.add_argument("--summary", type=int, default=0, help="tokens of a context that are summary")
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -73,7 +75,7 @@ def main() -> None:
     found = {}
     with torch.no_grad():
         for context in options.contexts:
-            ids = context_ids(model, context)
+            ids = context_ids(model, context, options.summary)
             read = plain(input_ids=ids[None], use_cache=True, logits_to_keep=1).past_key_values
             for batch in options.batches:
                 with ExitStack() as stack:
@@ -97,16 +99,18 @@ def plain_copy(model):
     return plain.to(next(inner.parameters()).device).eval()
 
 
-def context_ids(model, n_tokens):
-    """Question and thinking in the chat format, exactly so many tokens; the thinking is open."""
+def context_ids(model, n_tokens, n_summary=0):
+    """Question, thinking and summary in the chat format, exactly so many tokens; the last of them is open."""
     tokenizer = model.tokenizer
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     opening, closing = ids("<|im_start|>user\n"), ids("<|im_end|>\n<|im_start|>assistant\n")
     n_question = n_tokens // 4
     question = (ids(QUESTION) * (n_question // 8))[:n_question]
-    n_thinking = n_tokens - len(opening) - n_question - len(closing)
+    summary = (ids("\\boxed{") + ids(THINKING) * n_summary)[:n_summary]
+    n_thinking = n_tokens - len(opening) - n_question - len(closing) - n_summary
     thinking = (ids(THINKING) * (1 + n_thinking // 8))[:n_thinking]
-    return torch.tensor([*opening, *question, *closing, *thinking], device=next(model.parameters()).device)
+    ids = [*opening, *question, *closing, *thinking, *summary]
+    return torch.tensor(ids, device=next(model.parameters()).device)
 
 
 def decoders(model, plain, flowing, options, read, rows, stack):
