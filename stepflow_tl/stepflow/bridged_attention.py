@@ -32,8 +32,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepflow_tl.models.attention import Call, by_kernel, index_of, weighted_values
-from stepflow_tl.stepflow.bridge import Shifts, shifts_of
+from stepflow_tl.models.attention import Call, at_keys, by_kernel, weighted_values
+from stepflow_tl.stepflow.bridge import Shifts, log_floor, shifts_of
 from stepflow_tl.stepflow.report import LayerReport
 from stepflow_tl.stepflow.state import QuerySpan
 
@@ -119,7 +119,7 @@ def bridged_attention(
         if not span.n_rows_acted_on:  # a sliding window has left one of the groups behind
             continue
         for queries in _blocks(span, call):
-            groups = _groups_of(call, span, queries)
+            groups = _groups_of(call, span, queries, bridge.tau_max)
             shifts = groups.shifts(bridge)
             if counts is not None:
                 n_looked_at = span.n_rows_acted_on * call.z.shape[1] * (queries.stop - queries.start)
@@ -147,17 +147,13 @@ class _Groups(NamedTuple):
     log_masses: Float[Tensor, "2 row head query"]
     z_own: Float[Tensor, "row head query d_value"]
     z_bridge: Float[Tensor, "row head query d_value"]
-    counts: Int[Tensor, "2 row 1 query"]
-    has_mass: Bool[Tensor, "row head query"]
+    log_tau: Float[Tensor, "row 1 query"]
+    seen: Bool[Tensor, "row head query"]
 
     def shifts(self, bridge: Bridge) -> Shifts:
         """What becomes of each row."""
-        seen = (self.counts > 0).all(0) & self.has_mass
-        log_masses = torch.where(seen, self.log_masses, -1.0)
-        total = torch.zeros_like(log_masses[0])
-        return shifts_of(
-            log_masses, total, self.counts, seen, bridge.tau_max, bridge.max_bridge_share, bridge.heads
-        )
+        log_masses = torch.where(self.seen, self.log_masses, -1.0)
+        return shifts_of(log_masses, self.log_tau, self.seen, bridge.max_bridge_share, bridge.heads)
 
     def keep(self, kept: BridgedRows, at: tuple[slice, slice, slice], shifts: Shifts) -> None:
         """Write down what a backward pass needs."""
@@ -176,82 +172,105 @@ class _Groups(NamedTuple):
             getattr(kept, name)[at] = found
 
 
-def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
+def _groups_of(call: Call, span: QuerySpan, queries: slice, tau_max: float) -> _Groups:
     """Group masses and outputs of these queries of the span."""
     at = (span.rows, slice(None), queries)
-    logsumexp = call.logsumexp[at]
-    rest_is_computed, second, keys = _second_group(call, span, queries)
-    log_bridge, z_bridge = _restricted(call, span, queries, span.groups[1], span.bridge_keys)
-    log_second, z_second = _restricted(call, span, queries, second, keys)
+    logsumexp, view = call.logsumexp[at], _view_of(call, span, queries, tau_max)
+    log_bridge, z_bridge = _restricted(call, at, view.bridge)
+    log_second, z_second = _restricted(call, at, view.second)
     log_bridge, log_second = log_bridge - logsumexp, log_second - logsumexp
-    z_second = log_second.exp()[..., None] * z_second
-    counts = call.visible.counts(span.rows, queries, span.counted)
-    has_mass = log_bridge.isfinite()
-    if not rest_is_computed:
-        has_mass = has_mass & log_second.isfinite()
-        return _Groups(torch.stack([log_second, log_bridge]), z_second, z_bridge, counts, has_mass)
-    bridge_mass, rest_mass = log_bridge.exp(), log_second.exp()
+    rest_mass = log_second.exp()
+    z_second = rest_mass[..., None] * z_second
+    seen = view.sees_both & log_bridge.isfinite()
+    if not view.second_is_rest:
+        log_masses = torch.stack([log_second, log_bridge])
+        return _Groups(log_masses, z_second, z_bridge, view.log_tau, seen & log_second.isfinite())
+    bridge_mass = log_bridge.exp()
     if call.sinks is not None:
         sink = call.sinks.to(call.query.dtype).to(rest_mass.dtype)[:, None]
         rest_mass = rest_mass + (sink - logsumexp).exp()
     own_mass = 1 - rest_mass - bridge_mass
     z_own = call.z[at].to(rest_mass.dtype) - bridge_mass[..., None] * z_bridge - z_second
     no_mass = 8 * torch.finfo(rest_mass.dtype).eps
-    has_mass = has_mass & (own_mass > no_mass)
-    log_own = own_mass.clamp_min(no_mass).log()
-    return _Groups(torch.stack([log_own, log_bridge]), z_own, z_bridge, counts, has_mass)
+    log_masses = torch.stack([own_mass.clamp_min(no_mass).log(), log_bridge])
+    return _Groups(log_masses, z_own, z_bridge, view.log_tau, seen & (own_mass > no_mass))
 
 
-def _second_group(
-    call: Call, span: QuerySpan, queries: slice
-) -> tuple[bool, Bool[Tensor, "row 1 1 key"], range | Int[Tensor, " picked"]]:
-    """Whether O is the smaller of S and O up to the last query; that group, and where its keys are."""
-    last = call.visible.n_keys - call.visible.n_queries + queries.stop
-    own = range(span.own_keys.start, min(span.own_keys.stop, last))
-    if len(span.rest_keys) < len(own):
-        return True, span.rest, span.rest_keys
-    return False, span.groups[0], own
+class _Part(NamedTuple):
+    """What a block of queries sees of a group.
+
+    Attributes:
+        keys: Keys that include all of it.
+        mask: Minus infinity at keys that are not of it or not seen, else 0; None if there are none.
+        is_empty: Queries that see none of it; None if there are none.
+    """
+
+    keys: range | Int[Tensor, " key"]
+    mask: Float[Tensor, "row 1 #query key"] | None
+    is_empty: Bool[Tensor, "row 1 #query"] | None
+
+
+class _View(NamedTuple):
+    """What a block of queries sees of B and of the smaller of S and O, and each row's floor."""
+
+    bridge: _Part
+    second: _Part
+    second_is_rest: bool
+    log_tau: Float[Tensor, "row 1 query"]
+    sees_both: Bool[Tensor, "row 1 query"]
+
+
+def _view_of(call: Call, span: QuerySpan, queries: slice, tau_max: float) -> _View:
+    """What these queries see; the layers of a decoding pass share it."""
+    visible, dtype = call.visible, call.query.dtype
+    known_by = (id(visible.mask), visible.window, dtype, tau_max)
+    if known_by in span.views:
+        return span.views[known_by][0]
+
+    def part(group: Tensor, keys: range | Tensor) -> _Part:
+        inside = slice(keys.start, keys.stop) if isinstance(keys, range) else keys
+        wanted, block = group[..., inside], visible.block(span.rows, queries, keys)
+        if isinstance(block, Tensor):
+            wanted = wanted & block.to(wanted.device)
+        if bool(wanted.all()):
+            return _Part(keys, None, None)
+        mask = torch.zeros(wanted.shape, dtype=dtype, device=wanted.device)
+        is_empty = ~wanted.any(-1)
+        return _Part(keys, mask.masked_fill_(~wanted, -torch.inf), is_empty if is_empty.any() else None)
+
+    last = visible.n_keys - visible.n_queries + queries.stop
+    own_keys = range(span.own_keys.start, min(span.own_keys.stop, last))
+    second_is_rest = len(span.rest_keys) < len(own_keys)
+    second = part(span.rest, span.rest_keys) if second_is_rest else part(span.groups[0], own_keys)
+    counts = visible.counts(span.rows, queries, span.counted)
+    log_tau = log_floor(counts, tau_max, call.logsumexp.dtype)
+    bridge = part(span.groups[1], span.bridge_keys)
+    view = _View(bridge, second, second_is_rest, log_tau, (counts > 0).all(0))
+    if visible.n_queries == 1:
+        span.views[known_by] = view, visible.mask  # so that no other mask gets its id
+    return view
 
 
 def _restricted(
-    call: Call,
-    span: QuerySpan,
-    queries: slice,
-    group: Bool[Tensor, "row 1 1 key"],
-    keys: range | Int[Tensor, " picked"],
+    call: Call, at: tuple[slice, slice, slice], part: _Part
 ) -> tuple[Float[Tensor, "row head query"], Float[Tensor, "row head query d_value"]]:
-    """Logsumexp and output of attention to one group alone; minus infinity and zeros where it is empty.
-
-    Args:
-        call: The call.
-        span: The span of the queries.
-        queries: Some of its queries.
-        group: Keys of the group.
-        keys: Keys that include all of the group.
-    """
-    at, inside = (span.rows, slice(None), queries), index_of(keys)
-    z, value = call.z[at], call.value[span.rows, :, inside]
-    work = call.logsumexp.dtype
+    """Logsumexp and output of attention to one group alone; minus infinity and zeros where it is empty."""
+    (rows, _, queries), keys, z, work = at, part.keys, call.z[at], call.logsumexp.dtype
     if not len(keys):
         return torch.full_like(z[..., 0], -torch.inf, dtype=work), torch.zeros_like(z, dtype=work)
-    wanted = group[..., inside]
-    visible = call.visible.block(span.rows, queries, keys)
-    if isinstance(visible, Tensor):
-        wanted = wanted & visible.to(wanted.device)
-    mask = None if bool(wanted.all()) else wanted
-    found = None
+    value, found = at_keys(call.value[rows], keys), None
     if _kernel_serves(call):
-        query, key = call.query[at], call.key[span.rows, :, inside]
+        query, key = call.query[at], at_keys(call.key[rows], keys)
         if query.shape[2] == 1:  # a KV head's queries as the rows of one head, several times as fast
             query = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
-        found = by_kernel(query, key, value, scale=call.scale, mask=mask)
+        found = by_kernel(query, key, value, scale=call.scale, mask=part.mask)
     if found is not None:
         logsumexp = found[1].reshape(z.shape[:-1])
-        if mask is not None:  # the kernel says 0 where nothing is seen
-            logsumexp = torch.where(mask.any(-1), logsumexp, -torch.inf)
+        if part.is_empty is not None:  # the kernel says 0 there
+            logsumexp = torch.where(part.is_empty, -torch.inf, logsumexp)
         return logsumexp, found[0].reshape(z.shape).to(work)
-    scores = call.scores(span.rows, queries, keys)
-    scores = scores if mask is None else torch.where(mask, scores, -torch.inf)
+    scores = call.scores(rows, queries, keys)
+    scores = scores if part.mask is None else scores + part.mask
     peak = scores.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
     terms = (scores - peak).exp()
     total = terms.sum(-1, keepdim=True)
@@ -261,7 +280,7 @@ def _restricted(
 
 def _blocks(span: QuerySpan, call: Call) -> Iterator[slice]:
     """Blocks of queries, shorter where scores are formed of every head."""
-    n_keys = max(len(_second_group(call, span, span.queries)[2]), len(span.bridge_keys), 1)
+    n_keys = max(min(len(span.rest_keys), len(span.own_keys)), len(span.bridge_keys), 1)
     n_heads = 1 if _kernel_serves(call) else call.z.shape[1]
     size = max(8, _BLOCK_ELEMENTS // ((span.rows.stop - span.rows.start) * n_heads * n_keys))
     for first in range(span.queries.start, span.queries.stop, size):

@@ -58,6 +58,7 @@ class QuerySpan(NamedTuple):
         own_keys: Range that holds all of S in the rows acted on.
         bridge_keys: Range that holds all of B in the rows acted on.
         rest_keys: Where `rest` has keys: a range, or their indices if that is less than half of it.
+        views: What layers find out about the span and share, by what they find it out from.
     """
 
     rows: slice
@@ -70,6 +71,7 @@ class QuerySpan(NamedTuple):
     own_keys: range
     bridge_keys: range
     rest_keys: range | Int[Tensor, " stray"]
+    views: dict[tuple, Any]
 
 
 class Injection(NamedTuple):
@@ -261,7 +263,7 @@ class FlowState:
         few = torch.from_numpy(strays).to(device) if 2 * len(strays) < len(around) else around
         ranges = _around(own & acts), _around(bridge & acts), few
         (others,) = _key_masks(rest, device=device)
-        return QuerySpan(rows, queries, n_keys, int(acts.sum()), masks, others, sets_tau, *ranges)
+        return QuerySpan(rows, queries, n_keys, int(acts.sum()), masks, others, sets_tau, *ranges, {})
 
     def _find_injections(self, wanted: Callable[[int, int], bool], window: int | None):
         labels, start = self.labels, self.current.start
