@@ -2,7 +2,7 @@
 
     python benchmarks/stepflow.py [--model MODEL.gguf] [--dtype bfloat16] [--batches 1 8 32]
                                   [--contexts 256 1024 4096] [--prefill 8192] [--repeats 12] [--steps 4]
-                                  [--ways plain StepFlow] [--json out.json]
+                                  [--ways plain StepFlow] [--clock cpu] [--json out.json]
 
 1. Four ways decode the same tokens with the same weights: transformers with "sdpa" (plain), StepFlow on the
    transformers model, StepFlow on the TransformerBridge, and StepFlow on the bridge while somebody listens at
@@ -17,7 +17,8 @@
    context, a token is decoded to warm up, and `--steps` more are timed. So what slows the machine down for
    some seconds meets all ways.
 5. A cell is the median rate, and the median over `--repeats` turns of the ratio to plain in the same turn
-   (above 1 is faster) with its 95 % interval, from order statistics.
+   (above 1 is faster) with its 95 % interval, from order statistics. Turns are added to those of the same cell
+   in `--json`. Where others use the core as well, `--clock cpu` counts the process's own time (one thread).
 6. Prefill: one pass over so many tokens of question and thinking, plain and under StepFlow, `--repeats` / 4
    times.
 
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192])
     parser.add_argument("--summary", type=int, default=0, help="tokens of a context that are summary")
     parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
@@ -72,21 +74,21 @@ def main() -> None:
     )
     print("tokens a second (ratio to plain [95 % interval])")
     print(f"{'':34}" + "".join(f"{way:>30}" for way in options.ways), flush=True)
-    found = {}
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[options.clock]
     with torch.no_grad():
         for context in options.contexts:
             ids = context_ids(model, context, options.summary)
             read = plain(input_ids=ids[None], use_cache=True, logits_to_keep=1).past_key_values
             for batch in options.batches:
                 with ExitStack() as stack:
-                    runs = decoders(model, plain, flowing, options, read, ids.repeat(batch, 1), stack)
-                    cell = in_turns(runs, batch * options.steps, options.repeats)
-                show(found, f"decode, {batch} rows, context {context}", cell)
+                    runs = decoders(model, plain, flowing, options, read, ids.repeat(batch, 1), stack, clock)
+                    seconds = in_turns(runs, options.repeats)
+                name = f"decode, {batch} rows, context {context}"
+                show(name, added(name, seconds, options.json), batch * options.steps)
         for n_tokens in options.prefill:
-            runs = prefills(model, plain, flowing, n_tokens)
-            show(found, f"prefill, {n_tokens} tokens", in_turns(runs, n_tokens, max(1, options.repeats // 4)))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+            seconds = in_turns(prefills(model, plain, flowing, n_tokens, clock), max(1, options.repeats // 4))
+            name = f"prefill, {n_tokens} tokens"
+            show(name, added(name, seconds, options.json), n_tokens)
 
 
 def plain_copy(model):
@@ -113,7 +115,7 @@ def context_ids(model, n_tokens, n_summary=0):
     return torch.tensor(ids, device=next(model.parameters()).device)
 
 
-def decoders(model, plain, flowing, options, read, rows, stack):
+def decoders(model, plain, flowing, options, read, rows, stack, clock):
     """By way: what decodes so many tokens after the context of each row, and says how long that took."""
     batch, context = rows.shape
     mask = torch.ones_like(rows)
@@ -136,7 +138,7 @@ def decoders(model, plain, flowing, options, read, rows, stack):
         with model.hooks(fwd_hooks=listeners) if way == "eager" else nullcontext():
             for step in range(options.steps + 1):
                 if step == 1:
-                    start = time.perf_counter()
+                    start = clock()
                 seen = torch.cat([seen, seen.new_ones(batch, 1)], dim=1)
                 runners[way](
                     input_ids=rows[:, step - options.steps - 1, None],
@@ -145,37 +147,42 @@ def decoders(model, plain, flowing, options, read, rows, stack):
                     past_key_values=cache,
                     use_cache=True,
                 )
-            return time.perf_counter() - start
+            return clock() - start
 
     return {way: (lambda way=way: turn(way)) for way in options.ways}
 
 
-def prefills(model, plain, flowing, n_tokens):
+def prefills(model, plain, flowing, n_tokens, clock):
     ids = context_ids(model, n_tokens)[None]
 
     def read(runner, flow):
         with flow:
-            start = time.perf_counter()
+            start = clock()
             runner(input_ids=ids, use_cache=True, logits_to_keep=1)
-            return time.perf_counter() - start
+            return clock() - start
 
     under_flow = lambda: StepFlow().generating(flowing, model.tokenizer, **FORMAT)  # noqa: E731
     return {"plain": lambda: read(plain, nullcontext()), "StepFlow": lambda: read(flowing, under_flow())}
 
 
-def in_turns(runs, n_tokens, repeats):
+def in_turns(runs, repeats):
     seconds = {way: [] for way in runs}
     for turn in range(repeats + 1):
         for way in list(runs)[:: 1 if turn % 2 else -1]:
             spent = runs[way]()
             if turn:
                 seconds[way].append(spent)
-    ratios = {
-        way: median_and_interval([p / s for p, s in zip(seconds["plain"], spent, strict=True)])
-        for way, spent in seconds.items()
-    }
-    rates = {way: n_tokens / statistics.median(spent) for way, spent in seconds.items()}
-    return {"tokens_per_second": rates, "ratio": ratios, "seconds": seconds}
+    return seconds
+
+
+def added(name, seconds, path):
+    """The turns of a cell, after those that the file holds; all are written there."""
+    if path is None:
+        return seconds
+    held = json.loads(path.read_text()) if path.exists() else {}
+    held[name] = {way: held.get(name, {}).get(way, []) + spent for way, spent in seconds.items()}
+    path.write_text(json.dumps(held, indent=1))
+    return held[name]
 
 
 def median_and_interval(values):
@@ -187,12 +194,11 @@ def median_and_interval(values):
     return statistics.median(values), low, high
 
 
-def show(found, name, cell):
-    found[name] = cell
-    parts = (
-        f"{cell['tokens_per_second'][way]:.1f} ({median:.3f} [{low:.3f}, {high:.3f}])"
-        for way, (median, low, high) in cell["ratio"].items()
-    )
+def show(name, seconds, n_tokens):
+    parts = []
+    for spent in seconds.values():
+        ratio = median_and_interval([p / s for p, s in zip(seconds["plain"], spent, strict=True)])
+        parts.append("{:.1f} ({:.3f} [{:.3f}, {:.3f}])".format(n_tokens / statistics.median(spent), *ratio))
     print(f"{name:34}" + "".join(f"{part:>30}" for part in parts), flush=True)
 
 
