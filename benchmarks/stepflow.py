@@ -17,7 +17,7 @@
    context, a token is decoded to warm up, and `--steps` more are timed. So what slows the machine down for
    some seconds meets all ways.
 5. A cell is the median rate, and the median over `--repeats` turns of the ratio to plain in the same turn
-   (above 1 is faster) with its 95 % interval, from order statistics. Turns are added to those of the same cell
+   (above 1 is faster) with its 95 % interval, from order statistics. Turns are added to those of the cell
    in `--json`. Where others use the core as well, `--clock cpu` counts the process's own time (one thread).
 6. Prefill: one pass over so many tokens of question and thinking, plain and under StepFlow, `--repeats` / 4
    times.

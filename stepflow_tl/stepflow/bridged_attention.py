@@ -176,23 +176,22 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice, tau_max: float) -> _
     """Group masses and outputs of these queries of the span."""
     at = (span.rows, slice(None), queries)
     logsumexp, view = call.logsumexp[at], _view_of(call, span, queries, tau_max)
-    log_bridge, z_bridge = _restricted(call, at, view.bridge)
     log_second, z_second = _restricted(call, at, view.second)
-    log_bridge, log_second = log_bridge - logsumexp, log_second - logsumexp
-    rest_mass = log_second.exp()
-    z_second = rest_mass[..., None] * z_second
-    seen = view.sees_both & log_bridge.isfinite()
+    log_bridge, z_bridge = _restricted(call, at, view.bridge)
+    log_masses = torch.stack([log_second, log_bridge]) - logsumexp
+    masses = log_masses.exp()
+    z_second = masses[0, ..., None] * z_second
+    has_mass = log_masses > -torch.inf
+    seen = view.sees_both & has_mass[1]
     if not view.second_is_rest:
-        log_masses = torch.stack([log_second, log_bridge])
-        return _Groups(log_masses, z_second, z_bridge, view.log_tau, seen & log_second.isfinite())
-    bridge_mass = log_bridge.exp()
+        return _Groups(log_masses, z_second, z_bridge, view.log_tau, seen & has_mass[0])
+    own_mass = 1 - masses.sum(0)
     if call.sinks is not None:
-        sink = call.sinks.to(call.query.dtype).to(rest_mass.dtype)[:, None]
-        rest_mass = rest_mass + (sink - logsumexp).exp()
-    own_mass = 1 - rest_mass - bridge_mass
-    z_own = call.z[at].to(rest_mass.dtype) - bridge_mass[..., None] * z_bridge - z_second
-    no_mass = 8 * torch.finfo(rest_mass.dtype).eps
-    log_masses = torch.stack([own_mass.clamp_min(no_mass).log(), log_bridge])
+        sink = call.sinks.to(call.query.dtype).to(masses.dtype)[:, None]
+        own_mass = own_mass - (sink - logsumexp).exp()
+    z_own = call.z[at].to(masses.dtype) - masses[1, ..., None] * z_bridge - z_second
+    no_mass = 8 * torch.finfo(masses.dtype).eps
+    log_masses = torch.stack([own_mass.clamp_min(no_mass).log(), log_masses[1]])
     return _Groups(log_masses, z_own, z_bridge, view.log_tau, seen & (own_mass > no_mass))
 
 
