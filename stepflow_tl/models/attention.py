@@ -48,7 +48,8 @@ class Visible:
     ) -> Bool[Tensor, "row 1 query key"] | bool:
         """For some rows, queries and keys (a range, or any indices); `True` where they all see all."""
         if self.mask is not None:
-            part = self._rows(rows)[..., queries, _index(keys)]
+            inside = slice(keys.start, keys.stop) if isinstance(keys, range) else keys
+            part = self._rows(rows)[..., queries, inside]
             return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
         first = self.n_keys - self.n_queries + queries.start
         last = first + queries.stop - queries.start
@@ -133,17 +134,20 @@ class Call:
     def scores(
         self, rows: slice, queries: slice, keys: range | Tensor
     ) -> Float[Tensor, "row head query key"]:
-        """Scores of some rows, queries and keys in at least float32, without a mask; a shift takes ranges."""
-        key = self.key[rows, :, _index(keys)]
+        """Scores of some rows, queries and keys (ascending) in at least float32, without a mask."""
+        if self.shift is not None and isinstance(keys, Tensor):  # a shift takes ranges
+            around = range(int(keys[0]), int(keys[-1]) + 1)
+            return self.scores(rows, queries, around)[..., keys - around.start]
+        key = at_keys(self.key[rows], keys)
         scores = scores_of(self.query[rows, :, queries], key, self.scale, self.softcap)
-        if self.shift is None:
-            return scores
-        assert isinstance(keys, range)
-        return self.shift(scores, rows, queries, keys)
+        return scores if self.shift is None else self.shift(scores, rows, queries, keys)
 
 
-def _index(keys: range | Tensor) -> slice | Tensor:
-    return slice(keys.start, keys.stop) if isinstance(keys, range) else keys
+def at_keys(
+    x: Float[Tensor, "row head all_key width"], keys: range | Int[Tensor, " key"]
+) -> Float[Tensor, "row head key width"]:
+    """These keys of keys or values; a range is not copied."""
+    return x[:, :, keys.start : keys.stop] if isinstance(keys, range) else x.index_select(2, keys)
 
 
 def attention_with_logsumexp(

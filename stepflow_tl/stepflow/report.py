@@ -48,8 +48,8 @@ class LayerReport:
         n_rows: int,
     ) -> None:
         """Count one block of rows: which were raised, which capped, by how much; `n_rows` were looked at."""
-        parts = (active.sum(), capped.sum(), gain.sum())
-        n_active, n_capped, total = torch.stack([part.detach().double() for part in parts]).tolist()
+        parts = torch.stack([active, capped, gain.detach()]).double()
+        n_active, n_capped, total = parts.flatten(1).sum(1).tolist()
         self.rows += n_rows
         self.adjusted += int(n_active)
         self.capped += int(n_capped)
