@@ -19,6 +19,8 @@ engines (`make test-engines` installs them) and QUESTIONS with numbers for answe
 import argparse
 import json
 import os
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -210,9 +212,17 @@ def kept_by_inspect(folder):
         return 0
 
 
-def killed_and_resumed(asked, condition):
-    import shutil
+def taken_over(name, folder):
+    """How many answers the second run did not write."""
+    if name == "lm-eval":
+        return int(re.findall(r"Cached requests: (\d+)", (folder / "output.txt").read_text())[-1])
+    from inspect_ai.log import read_eval_log
 
+    killed, resumed = ({s.uuid for s in read_eval_log(str(p)).samples} for p in sorted(folder.glob("*.eval")))
+    return len(killed & resumed)
+
+
+def killed_and_resumed(asked, condition):
     for name, command, read, kept in (
         ("lm-eval", harness_command, harness_samples, kept_by_harness),
         ("inspect", inspect_command, inspect_samples, kept_by_inspect),
@@ -233,9 +243,9 @@ def killed_and_resumed(asked, condition):
             [log] = folder.glob("*.eval")
             again = [sys.executable, "-m", "inspect_ai", "eval-retry", str(log), "--log-dir", str(folder)]
         run(again, asked, folder)
-        same = compared(name, read(folder)[0], whole)
-        print(f"{condition}: {name} killed with {n_kept} of {asked.n} answers kept; resumed, {same} as "
-              "without a kill", flush=True)  # fmt: skip
+        same, n_taken = compared(name, read(folder)[0], whole), taken_over(name, folder)
+        print(f"{condition}: {name} killed with {n_kept} of {asked.n} answers kept; resumed, {n_taken} taken "
+              f"over, {same} as without a kill", flush=True)  # fmt: skip
 
 
 def main():
