@@ -40,8 +40,8 @@ def harness():
 @pytest.fixture
 def built(harness, folder):
     def build(**options):
-        asked = dict(dtype="float32", device="cpu", batch_size=2, **options)
-        return harness.StepFlowLM(str(folder), **asked)
+        asked = dict(dtype="float32", device="cpu", batch_size=2)
+        return harness.StepFlowLM(str(folder), **{**asked, **options})
 
     return build
 
@@ -226,6 +226,28 @@ def test_layers_that_accelerate_moves_about_give_the_same_answers(built, tmp_pat
     asked = [(prompt, {"until": [], "max_gen_toks": N_NEW}) for prompt in prompts(engine)]
     expected = engine.generate_until(requests("generate_until", asked))
     assert spread.generate_until(requests("generate_until", asked)) == expected
+
+
+@pytest.mark.parametrize("options", [PLAIN, FLOW], ids=["plain", "StepFlow"])
+def test_a_model_whose_linear_layers_a_quantiser_replaced_is_served(built, options):
+    """Int8 with a scale for each call, so one row at a time: a scale would be that of the whole batch."""
+    from torch.ao.quantization import quantize_dynamic
+
+    from stepflow_tl.engines.options import EngineFlow, EngineOptions
+    from stepflow_tl.evaluation import Decoding, Prompting, write_answers
+
+    engine = built(**{**options, "batch_size": 1})
+    model = engine._model = quantize_dynamic(engine.model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
+    given, _ = EngineOptions.taken_from(options)
+    engine.stepflow = EngineFlow(given, model, engine.tokenizer)
+    asked = [(prompt, {"until": [], "max_gen_toks": N_NEW}) for prompt in prompts(engine)]
+    found = engine.generate_until(requests("generate_until", asked))
+    model.tokenizer = engine.tokenizer
+    decoding, prompting = Decoding(N_NEW, batch_size=1), Prompting(given.format, given.splitter)
+    answers, _ = write_answers(model, QUESTIONS, given.flow, decoding, prompting=prompting)
+    written = [answer.tokens[-answer.n_new :] for [answer] in answers]
+    assert found == [engine.tok_decode(tokens) for tokens in written]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
