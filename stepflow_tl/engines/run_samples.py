@@ -138,9 +138,10 @@ def _not_a_sample(path: Path, number: int, error: Exception) -> InputFileError:
 def _sample(task: str, row: Mapping[str, Any], reading: Reading) -> RunSample:
     response = row["resps"][0]
     response = response[0] if isinstance(response, list) else response
+    metric = next((each for each in row["metrics"] if each == reading.metric), row["metrics"][0])
     return RunSample(
         f"{task}/{row['doc_id']}",
-        float(row[reading.metric if reading.metric in row["metrics"] else row["metrics"][0]]),
+        float(row[metric]),
         task if reading.subject is None else str(row["doc"][reading.subject]),
         str(row.get("doc_hash", "")),
         {"text": _prompt(row["arguments"]) + response} if isinstance(response, str) else {},

@@ -4,7 +4,7 @@ import torch
 pytest.importorskip("inspect_ai", reason="needs Inspect: make test-engines")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Inspect's own are not ours to judge
 
-from importlib.metadata import version  # noqa: E402
+from importlib.metadata import entry_points, version  # noqa: E402
 
 import anyio  # noqa: E402
 from engine_models import QUESTIONS, load_tiny_model  # noqa: E402
@@ -61,6 +61,11 @@ def parts(output):
 
 def test_the_version_is_one_that_the_extra_allows():
     assert version("inspect_ai").split(".")[:2] == ["0", "3"]
+
+
+def test_inspect_finds_the_provider_by_its_entry_point():
+    found = entry_points(group="inspect_ai")
+    assert "stepflow_tl.engines.inspect_plugin" in {each.value for each in found}
 
 
 @pytest.mark.parametrize("bridge", [False, True])
