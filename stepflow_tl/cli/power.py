@@ -12,6 +12,9 @@ One greedy answer per question under two conditions, McNemar's exact test. Witho
 the two conditions are taken as independent, which is an upper guess: --discordant from a first run of your
 own (gained + lost, over n) gives a better one.
 
+Several samples of a question are averaged. They narrow the interval as far as chance within a question makes
+it wide, at most by their square root; what a repair does to one question more than to another stays.
+
 Hours: n x samples x conditions x tokens / (tokens per second and GPU x GPUs x 3600), from YOUR measured rate.
 
 example:
@@ -38,9 +41,8 @@ def add_power(commands: argparse._SubParsersAction) -> None:
     add("--difference", type=float, metavar="D", help="a difference of interest, such as 0.05")
     add("--discordant", type=share, metavar="SHARE", help="questions that only one condition gets right")
     add("--level", type=share, default=0.05, help="of the test (0.05)")
-    add(
-        "--samples", type=whole_number, default=1, metavar="N", help="answers per question, for the hours (1)"
-    )
+    add("--samples", type=whole_number, metavar="N", help="answers per question, averaged (1)")
+    add("--half-width", type=float, metavar="W", help="wanted of the interval; gives the samples it needs")
     add(
         "--conditions",
         type=whole_number,
@@ -54,7 +56,7 @@ def add_power(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from stepflow_tl.statistics.power import detectable_difference, half_width, mcnemar_power
+    from stepflow_tl.statistics import power
 
     n, right = arguments.n, arguments.baseline
     if (arguments.tokens is None) != (arguments.tokens_per_second is None):
@@ -68,15 +70,23 @@ def _run(arguments: argparse.Namespace) -> int:
     print(
         f"{n} questions, {right:.3f} right, {discordant:.3f} discordant ({source}), level {arguments.level}"
     )
-    print(f"interval of the difference: about +-{half_width(n, discordant):.4f} (95%)")
-    smallest = detectable_difference(n, discordant, alpha=arguments.level)
+    print(f"interval of the difference: about +-{power.half_width(n, discordant):.4f} (95%)")
+    samples = arguments.samples or 1
+    if arguments.half_width is not None:
+        needed = power.samples_needed(n, discordant, arguments.half_width)
+        samples = arguments.samples or needed
+        print(f"samples per question for +-{arguments.half_width}: at least {needed}")
+    if samples > 1:
+        width = power.half_width(n * samples, discordant)
+        print(f"with {samples} samples per question: at least +-{width:.4f}")
+    smallest = power.detectable_difference(n, discordant, alpha=arguments.level)
     found = "none: too few questions" if smallest is None else f"{smallest:.4f}"
     print(f"smallest difference found with power 0.8: {found}")
     if arguments.difference is not None:
-        power = mcnemar_power(n, discordant, arguments.difference, arguments.level)
-        print(f"power for a difference of {arguments.difference}: {power:.3f}")
+        found = power.mcnemar_power(n, discordant, arguments.difference, arguments.level)
+        print(f"power for a difference of {arguments.difference}: {found:.3f}")
     if arguments.tokens is not None:
-        total = n * arguments.samples * arguments.conditions * arguments.tokens
+        total = n * samples * arguments.conditions * arguments.tokens
         hours = total / (arguments.tokens_per_second * arguments.gpus * 3600)
         print(
             f"hours: {hours:.1f} at {arguments.tokens_per_second} tokens/s on each of {arguments.gpus} GPUs"

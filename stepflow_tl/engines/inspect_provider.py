@@ -63,7 +63,7 @@ _NOT_SERVED = (
     "response_schema",
 )
 _MAX_TOKENS = 2048
-_POLL = 0.02
+_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
 
 
 class StepFlowAPI(ModelAPI):
@@ -241,10 +241,15 @@ def _messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
 
 
 async def _result(future: Future[Written]) -> Written:
-    """Wait without a thread of its own; a request that nobody waits for any more is not answered."""
+    """Wait without a thread of its own; a request that nobody waits for any more is not answered.
+
+    Who waits long looks seldom: each look interrupts the thread that writes.
+    """
+    pause = _PAUSE
     try:
         while not future.done():
-            await anyio.sleep(_POLL)
+            await anyio.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE)
     except BaseException:
         future.cancel()
         raise

@@ -6,7 +6,8 @@ r"""The model "stepflow" of lm-evaluation-harness: its `HFLM`, with StepFlow by 
 
 1. Release 0.4.13 of the harness finds models in a table of its own (`lm_eval.models.MODEL_MAPPING`) and has
    no entry points, so this module registers the class and runs the harness' command line. With `accelerate
-   launch -m` in place of `python -m`, every process takes its share of the requests.
+   launch -m` in place of `python -m`, every process takes its share of the requests. (Where a process sees
+   one GPU or none, `HFLM` 0.4.13 lets each answer all of them; here each has its share there too.)
 2. `HFLM` loads the model by its name; dtype, quantisation, `parallelize`, batches, `think_end_token` and the
    chat template are its own. A GGUF file, or "smollm2", is read by this package, in seconds.
 3. `generate_until`: StepFlow is on the model for one `generate` at a time, and every row has its own steps.
@@ -14,6 +15,8 @@ r"""The model "stepflow" of lm-evaluation-harness: its `HFLM`, with StepFlow by 
    is depends on no later token, so one pass and decoding token by token give the same logits. But it acts
    only on tokens that think or sum up; where none is read, as with a single token after a question, every
    score is the plain model's, and the run is refused after a few texts (`options.PATIENCE`).
+   `loglikelihood_rolling` cuts a long text into windows that are read apart; in all but the first, the
+   question that StepFlow leads back to is missing, so a text of several windows is refused.
 5. The harness' cache of answers (`--use_cache`) has keys made of the request alone. StepFlow, format and
    splitter become part of them; a plain run keeps the harness' own keys.
 
@@ -32,6 +35,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -76,6 +80,9 @@ class StepFlowLM(HFLM):
                 f"StepFlow does not go with {', '.join(refused)}: expected a causal LM with each layer's "
                 "heads on one process (parallelize=true spreads layers) and adapters merged into the weights"
             )
+        launched = getattr(self, "accelerator", None)
+        if launched is not None:
+            self._rank, self._world_size = launched.process_index, launched.num_processes
         self.stepflow = EngineFlow(asked, self.model, self.tokenizer)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
@@ -85,6 +92,25 @@ class StepFlowLM(HFLM):
         if store is not None and key:
             store.encode_key = lambda request: f"stepflow-{key}/{request}"
             store.decode_key = lambda name: name.rpartition("/")[2]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, as `HFLM` has it.
+
+        Args:
+            requests: One text each.
+            disable_tqdm: Whether to show no progress.
+
+        Raises:
+            ModelError: If StepFlow is on, and a text does not fit into one window of the model.
+        """
+        if self.stepflow.key:
+            longest = max((len(self.tok_encode(each.args[0])) for each in requests), default=0)
+            if longest > self.max_length:
+                raise ModelError(
+                    f"a text has {longest} tokens and the model's window {self.max_length}: windows are read "
+                    "apart, and StepFlow needs the question in each; expected shorter texts, or no StepFlow"
+                )
+        return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def _model_generate(
         self, context: Int[Tensor, "row token"], max_length: int, stop: list[str], **kwargs: Any

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ class Reading:
     """What of a run's samples is read.
 
     Attributes:
-        metric: Name of the metric (harness) or scorer (Inspect); the only one, or the first, by default.
-        filter: Name of the harness' filter; needed where there are several.
+        metric: Name of the metric (harness) or scorer (Inspect); the only one, or the first, by default. Of
+            several tasks of the harness, those without it count by their first.
+        filter: Name of the harness' filter; needed where a task has several, and left aside where it has one.
         subject: Field of the document (harness) or of the sample's metadata (Inspect) that names the subject;
             the task by default.
     """
@@ -81,8 +82,8 @@ def read_samples(path: Path, reading: Reading | None = None) -> list[RunSample]:
     tasks = [_task_of(file) or file.stem for file in ours]
     if ours and logs or len(set(tasks)) < len(tasks):
         raise InputFileError(f"{path} holds several runs, of the same task perhaps: name the file of one")
-    samples = [s for file, task in zip(ours, tasks, strict=True) for s in _harness(file, task, reading)]
-    samples += [sample for file in logs for sample in _inspect(file, reading)]
+    samples = list(_harness(dict(zip(ours, tasks, strict=True)), reading))
+    samples += _inspect_all(logs, reading)
     if not samples:
         raise InputFileError(f"{path} holds no scored answer")
     return samples
@@ -93,37 +94,58 @@ def _task_of(file: Path) -> str | None:
     return found[1] if found else None
 
 
-def _harness(path: Path, task: str, reading: Reading) -> Iterator[RunSample]:
-    filters: set[str] = set()
+def _harness(files: Mapping[Path, str], reading: Reading) -> Iterator[RunSample]:
+    """The samples of each file of one run; `files` gives their tasks."""
+    read = {path: list(_rows(path)) for path in files}
+    filters = {path: sorted({row["filter"] for row in rows}) for path, rows in read.items()}
+    every = [row for rows in read.values() for row in rows]
+    for kind, wanted, known in (
+        ("filter", reading.filter, {row["filter"] for row in every}),
+        ("metric", reading.metric, {metric for row in every for metric in row["metrics"]}),
+    ):
+        if every and wanted is not None and wanted not in known:
+            names, expected = ", ".join(map(str, files)), ", ".join(sorted(known))
+            raise InputFileError(f"{names}: no {kind} {wanted!r}: expected {expected}")
+    for path, task in files.items():
+        if len(filters[path]) > 1 and reading.filter not in filters[path]:
+            names = ", ".join(filters[path])
+            raise InputFileError(f"{path} has scores of several filters: name one of {names} (--filter)")
+        for number, row in enumerate(read[path], start=1):
+            if len(filters[path]) == 1 or row["filter"] == reading.filter:
+                try:
+                    yield _sample(task, row, reading)
+                except (KeyError, IndexError, TypeError, ValueError) as error:
+                    raise _not_a_sample(path, number, error) from error
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
-            filters.add(row["filter"])
-            if reading.filter not in (None, row["filter"]):
-                continue
-            metric = reading.metric or row["metrics"][0]
-            doc, prompt = row["doc"], _prompt(row["arguments"])
-            response = row["resps"][0]
-            response = response[0] if isinstance(response, list) else response
-            yield RunSample(
-                f"{task}/{row['doc_id']}",
-                float(row[metric]),
-                task if reading.subject is None else str(doc[reading.subject]),
-                str(row.get("doc_hash", "")),
-                {"text": prompt + response} if isinstance(response, str) else {},
-            )
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise InputFileError(
-                f"{path}, line {number} is not a scored sample of lm-eval, or lacks what was asked for "
-                f"({type(error).__name__}: {error})"
-            ) from error
-        if len(filters) > 1 and reading.filter is None:
-            names = ", ".join(sorted(filters))
-            raise InputFileError(f"{path} has scores of several filters: name one of {names} (--filter)")
-    if reading.filter is not None and reading.filter not in filters:
-        raise InputFileError(
-            f"{path} has no filter {reading.filter!r}: expected {', '.join(sorted(filters))}"
-        )
+            row["filter"], row["metrics"] = str(row["filter"]), list(row["metrics"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _not_a_sample(path, number, error) from error
+        yield row
+
+
+def _not_a_sample(path: Path, number: int, error: Exception) -> InputFileError:
+    return InputFileError(
+        f"{path}, line {number} is not a scored sample of lm-eval, or lacks what was asked for "
+        f"({type(error).__name__}: {error})"
+    )
+
+
+def _sample(task: str, row: Mapping[str, Any], reading: Reading) -> RunSample:
+    response = row["resps"][0]
+    response = response[0] if isinstance(response, list) else response
+    metric = next((each for each in row["metrics"] if each == reading.metric), row["metrics"][0])
+    return RunSample(
+        f"{task}/{row['doc_id']}",
+        float(row[metric]),
+        task if reading.subject is None else str(row["doc"][reading.subject]),
+        str(row.get("doc_hash", "")),
+        {"text": _prompt(row["arguments"]) + response} if isinstance(response, str) else {},
+    )
 
 
 def _prompt(arguments: Any) -> str:
@@ -132,7 +154,20 @@ def _prompt(arguments: Any) -> str:
     return first["arg_0"] if isinstance(first, dict) else first[0]
 
 
-def _inspect(path: Path, reading: Reading) -> Iterator[RunSample]:
+def _inspect_all(paths: Sequence[Path], reading: Reading) -> Iterator[RunSample]:
+    seen: dict[tuple[str, int], Path] = {}
+    for path in paths:
+        for epoch, sample in _inspect(path, reading):
+            other = seen.setdefault((sample.question, epoch), path)
+            if other != path:
+                raise InputFileError(
+                    f"{other.name} and {path.name} both hold epoch {epoch} of {sample.question}, as a log "
+                    "and its retry do: name the file of one run"
+                )
+            yield sample
+
+
+def _inspect(path: Path, reading: Reading) -> Iterator[tuple[int, RunSample]]:
     logs: Any = require("inspect_ai.log", purpose="a log of Inspect", extra="inspect")
     try:
         log = logs.read_eval_log(str(path))
@@ -151,12 +186,15 @@ def _inspect(path: Path, reading: Reading) -> Iterator[RunSample]:
             )
             raise InputFileError(f"{path}, sample {sample.id} has no {wanted}: expected {', '.join(known)}")
         question = sample.input if isinstance(sample.input, str) else sample.input[-1].text
-        yield RunSample(
-            f"{log.eval.task}/{sample.id}",
-            _value(sample.scores[name].value, path),
-            log.eval.task if reading.subject is None else str(metadata[reading.subject]),
-            question,
-            {"question": question, **_answer(sample.output)},
+        yield (
+            sample.epoch,
+            RunSample(
+                f"{log.eval.task}/{sample.id}",
+                _value(sample.scores[name].value, path),
+                log.eval.task if reading.subject is None else str(metadata[reading.subject]),
+                question,
+                {"question": question, **_answer(sample.output)},
+            ),
         )
 
 

@@ -82,3 +82,23 @@ def half_width(n: int, discordant: float, difference: float = 0.0, confidence: f
     from scipy.stats import norm
 
     return float(norm.ppf((1 + confidence) / 2) * np.sqrt((discordant - difference**2) / n))
+
+
+def samples_needed(n: int, discordant: float, width: float, confidence: float = 0.95) -> int:
+    """Samples of each question, averaged, that bring half the interval down to `width`.
+
+    A lower bound: S samples of n questions count like n S questions where the repair changes every question's
+    chance by as much; what it does to one question more than to another stays, however many samples.
+
+    Args:
+        n: Questions.
+        discordant: As in `mcnemar_power`.
+        width: Half the width of the interval that is wanted.
+        confidence: Of the interval.
+
+    Raises:
+        ComparisonError: If the width is not positive.
+    """
+    if not width > 0:
+        raise ComparisonError(f"the half width is {width}: expected more than 0")
+    return max(1, int(np.ceil((half_width(n, discordant, confidence=confidence) / width) ** 2 - 1e-9)))

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-pytest.importorskip("inspect_ai", reason="needs the extra inspect: docs/engines.md")
+pytest.importorskip("inspect_ai", reason="needs Inspect: make test-engines")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Inspect's own are not ours to judge
 
-from importlib.metadata import version  # noqa: E402
+from importlib.metadata import entry_points, version  # noqa: E402
 
 import anyio  # noqa: E402
 from engine_models import QUESTIONS, load_tiny_model  # noqa: E402
@@ -61,6 +61,11 @@ def parts(output):
 
 def test_the_version_is_one_that_the_extra_allows():
     assert version("inspect_ai").split(".")[:2] == ["0", "3"]
+
+
+def test_inspect_finds_the_provider_by_its_entry_point():
+    found = entry_points(group="inspect_ai")
+    assert "stepflow_tl.engines.inspect_plugin" in {each.value for each in found}
 
 
 @pytest.mark.parametrize("bridge", [False, True])
@@ -134,6 +139,45 @@ def test_the_log_that_inspect_writes_is_read_back(api, folder, tmp_path):
     (tmp_path / "broken.eval").write_bytes(b"nothing")
     with pytest.raises(InputFileError, match="broken.eval cannot be read as a log of Inspect"):
         read_samples(tmp_path / "broken.eval")
+
+
+def test_a_run_that_broke_goes_on_where_it_was_by_eval_retry(folder, tmp_path, monkeypatch):
+    from inspect_ai import eval, eval_retry
+
+    import stepflow_tl.engines.inspect_plugin  # noqa: F401
+    from stepflow_tl.engines.gathering import Gatherer
+    from stepflow_tl.engines.run_samples import read_samples
+    from stepflow_tl.errors import InputFileError
+
+    samples = ", ".join(f"Sample(input={text!r}, id={i})" for i, text in enumerate(QUESTIONS))
+    (tmp_path / "local_task.py").write_text(
+        "from inspect_ai import Task, task\nfrom inspect_ai.dataset import Sample\n"
+        "from inspect_ai.scorer import includes\nfrom inspect_ai.solver import generate\n\n"
+        f"@task\ndef local():\n    return Task([{samples}], solver=generate(), scorer=includes())\n"
+    )
+    monkeypatch.chdir(tmp_path)  # Inspect takes the name of a task's file as relative
+    options = dict(FLOW, dtype="float32", device="cpu", bridge=False, batch_size=2)
+    asked = dict(model=f"stepflow/{folder}", model_args=options, max_tokens=6, max_samples=2, log_buffer=1)
+    [whole] = eval("local_task.py", log_dir="whole", display="none", **asked)
+    assert whole.status == "success", whole.error
+    written, write = [], Gatherer._write
+
+    def dying(self, settings, batch):
+        written.append(len(batch))
+        if len(written) == 2:
+            raise RuntimeError("out of memory")
+        return write(self, settings, batch)
+
+    monkeypatch.setattr(Gatherer, "_write", dying)
+    [broken] = eval("local_task.py", log_dir="logs", display="none", **asked)
+    assert broken.status == "error" and "out of memory" in broken.error.message
+    [retried] = eval_retry(broken, log_dir="logs", display="none")
+    assert retried.status == "success", retried.error
+    assert sum(written) == 6 and retried.eval.model_args["tau_max"] == FLOW["tau_max"]  # two not again
+    found = {sample.id: parts(sample.output) for sample in retried.samples}
+    assert found == {sample.id: parts(sample.output) for sample in whole.samples}
+    with pytest.raises(InputFileError, match="both hold epoch 1 of local/0, as a log and its retry do"):
+        read_samples(tmp_path / "logs")
 
 
 def test_a_stop_sequence_ends_the_answer_and_is_left_out(api):

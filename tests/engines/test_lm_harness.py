@@ -1,9 +1,14 @@
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="needs the extra: pip install -c constraints.txt '.[lm-eval]'")
+pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: make test-engines")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness' own are not ours to judge
 
+import json  # noqa: E402
+import os  # noqa: E402
+import sqlite3  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 
 from engine_models import QUESTIONS  # noqa: E402
@@ -35,22 +40,17 @@ def harness():
 @pytest.fixture
 def built(harness, folder):
     def build(**options):
-        asked = dict(dtype="float32", device="cpu", batch_size=2, **options)
-        return harness.StepFlowLM(str(folder), **asked)
+        asked = dict(dtype="float32", device="cpu", batch_size=2)
+        return harness.StepFlowLM(str(folder), **{**asked, **options})
 
     return build
 
 
 @pytest.fixture
-def run(harness, folder, tmp_path):
-    """The answers of the harness to the local task, in the order of the questions."""
-
-    def ask(*, whole=False, **arguments):
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-
-        (tmp_path / "local.yaml").write_text(
-            f"""
+def tasks(folder, tmp_path):
+    """A folder with the local task."""
+    (tmp_path / "local.yaml").write_text(
+        f"""
 task: local
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {folder / "q.jsonl"}}}}}
@@ -61,13 +61,24 @@ doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: [], max_gen_toks: {N_NEW}, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
-        )
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def run(harness, folder, tasks):
+    """The answers of the harness to the local task, in the order of the questions."""
+
+    def ask(*, whole=False, **arguments):
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+
         options = dict(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
         found = lm_eval.simple_evaluate(
             model="stepflow",
             model_args={**options, **arguments.pop("options")},
             tasks=["local"],
-            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
             apply_chat_template=True,
             log_samples=True,
             bootstrap_iters=0,
@@ -153,26 +164,90 @@ def test_the_samples_that_the_harness_writes_are_read_back(run, tmp_path, folder
     assert found[0].digest and found[0].score == 0
 
 
-def test_nothing_stays_on_the_model_after_an_error_in_the_engine(built, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", ["generate_until", "loglikelihood"])
+def test_nothing_stays_on_the_model_after_an_error_in_the_engine(built, kind, error):
     engine = built(**FLOW)
-    model = engine.model
+    model, calls = engine.model, []
     before = model.config._attn_implementation
-    calls = []
+    second = {"generate_until": {"until": [], "max_gen_toks": 9}, "loglikelihood": "One.\nTwo.\nThree."}
+    asked = requests(kind, [(prompt, second[kind]) for prompt in prompts(engine)])
+    ids = engine.tok_batch_encode(prompts(engine)[:1])[0]
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False)
 
     def failing(module, inputs, output):
         calls.append(module)
-        if len(calls) == 5:
-            raise RuntimeError("out of memory")
+        if len(calls) == 2:
+            raise error("out of memory")
 
     handle = model.lm_head.register_forward_hook(failing)
-    asked = requests("generate_until", [(p, {"until": [], "max_gen_toks": 9}) for p in prompts(engine)])
-    with pytest.raises(RuntimeError, match="out of memory"):
-        engine.generate_until(asked)
+    with pytest.raises(error, match="out of memory"):
+        getattr(engine, kind)(asked)
     handle.remove()
-    assert len(calls) == 5
+    assert len(calls) == 2
     assert model.config._attn_implementation == before and "forward" not in vars(model)
     assert not model.get_input_embeddings()._forward_pre_hooks
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), plain)  # transformers' own
+
+
+def test_two_processes_share_the_questions_and_give_the_answers_of_one(run, folder, tasks):
+    expected = run(options=FLOW)
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words += ["-m", "stepflow_tl.engines.lm_harness", "run", "--model", "stepflow", "--tasks", "local"]
+    words += ["--model_args", f"pretrained={folder}", "dtype=float32"]
+    words += [f"{name}={value}" for name, value in FLOW.items()]
+    words += ["--batch_size", "1", "--apply_chat_template", "--log_samples", "--use_cache", str(tasks / "c")]
+    words += ["--include_path", str(tasks), "--output_path", str(tasks / "out")]
+    names = {"ACCELERATE_USE_CPU": "true", "HF_DATASETS_CACHE": str(tasks / "d"), "OMP_NUM_THREADS": "1"}
+    names["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **names}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [path] = (tasks / "out").rglob("samples_local_*.jsonl")
+    rows = sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["doc_id"])
+    assert [row["resps"][0][0] for row in rows] == expected
+    assert all(answers_kept(tasks / f"c_rank{rank}.db") == len(QUESTIONS) // 2 for rank in range(2))
+
+
+def answers_kept(path):
+    with sqlite3.connect(path) as store:
+        return store.execute("select count(*) from unnamed").fetchone()[0]
+
+
+@pytest.mark.parametrize("options", [PLAIN, FLOW], ids=["plain", "StepFlow"])
+def test_layers_that_accelerate_moves_about_give_the_same_answers(built, tmp_path, options):
+    """What `parallelize=true` does with GPUs, with a disk in place of the second one."""
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    engine = built(**options)
+    spread = built(**options, parallelize=True, device_map=places, offload_folder=str(tmp_path))
+    assert any(parameter.is_meta for parameter in spread.model.parameters())  # not here before its turn
+    asked = [(prompt, {"until": [], "max_gen_toks": N_NEW}) for prompt in prompts(engine)]
+    expected = engine.generate_until(requests("generate_until", asked))
+    assert spread.generate_until(requests("generate_until", asked)) == expected
+
+
+@pytest.mark.parametrize("options", [PLAIN, FLOW], ids=["plain", "StepFlow"])
+def test_a_model_whose_linear_layers_a_quantiser_replaced_is_served(built, options):
+    """Int8 with a scale for each call, so one row at a time: a scale would be that of the whole batch."""
+    from torch.ao.quantization import quantize_dynamic
+
+    from stepflow_tl.engines.options import EngineFlow, EngineOptions
+    from stepflow_tl.evaluation import Decoding, Prompting, write_answers
+
+    engine = built(**{**options, "batch_size": 1})
+    model = engine._model = quantize_dynamic(engine.model, {torch.nn.Linear}, dtype=torch.qint8)
+    assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
+    given, _ = EngineOptions.taken_from(options)
+    engine.stepflow = EngineFlow(given, model, engine.tokenizer)
+    asked = [(prompt, {"until": [], "max_gen_toks": N_NEW}) for prompt in prompts(engine)]
+    found = engine.generate_until(requests("generate_until", asked))
+    model.tokenizer = engine.tokenizer
+    decoding, prompting = Decoding(N_NEW, batch_size=1), Prompting(given.format, given.splitter)
+    answers, _ = write_answers(model, QUESTIONS, given.flow, decoding, prompting=prompting)
+    written = [answer.tokens[-answer.n_new :] for [answer] in answers]
+    assert found == [engine.tok_decode(tokens) for tokens in written]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

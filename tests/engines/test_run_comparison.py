@@ -108,7 +108,7 @@ def test_several_samples_of_a_question_are_averaged_and_not_mcnemars():
             "several filters: name one of none, strict-match",
         ),
         ([line(0, 1)], {"filter": "flexible"}, "no filter 'flexible': expected none"),
-        ([line(0, 1)], {"metric": "bleu"}, "line 1 is not a scored sample .*'bleu'"),
+        ([line(0, 1)], {"metric": "bleu"}, "no metric 'bleu': expected exact_match, length"),
         ([line(0, 1)], {"subject": "field"}, "line 1 .*'field'"),
         ([{"id": 3}], {}, "line 1 is not a scored sample"),
     ],
@@ -151,9 +151,34 @@ def test_different_questions_under_one_id_are_refused(write_run):
         list(trace_lines({"other": strange}))
 
 
-def test_names_are_needed_and_must_differ(write_run, capsys):
+def test_names_are_needed_and_runs_must_differ(write_run, capsys):
     path = write_run("run", [line(0, 1)])
     assert main(["compare-runs", str(path), f"b={path}"]) == 2
     assert "is not NAME=PATH" in capsys.readouterr().err
-    assert main(["compare-runs", f"a={path}", f"a={path}"]) == 2
-    assert "their names must differ" in capsys.readouterr().err
+    assert main(["compare-runs", f"a={path}", f"b={path}"]) == 2
+    assert "these runs must differ" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_samples_of_the_same_questions(write_run, tmp_path, capsys):
+    runs = [
+        f"{name}={write_run(f'{name}{seed}', [line(i, (i + seed) % 2 or up) for i in range(4)])}"
+        for name, up in (("plain", 0), ("StepFlow", 1))
+        for seed in range(2)
+    ]
+    out, traces = tmp_path / "out.json", tmp_path / "traces.jsonl"
+    assert main(["compare-runs", *runs, "--out", str(out), "--traces", str(traces)]) == 0
+    assert json.loads(out.read_text())["scores"] == {"plain": [0.5] * 4, "StepFlow": [1.0] * 4}
+    assert "sign flips" in capsys.readouterr().out
+    ids = [json.loads(each)["id"] for each in traces.read_text().splitlines()]
+    assert len(set(ids)) == 16 and {"plain/gsm8k/0/0", "plain/gsm8k/0/1"} <= set(ids)
+
+
+def test_a_filter_and_a_metric_are_left_aside_where_a_task_has_them_not(write_run):
+    write_run("run", [line(0, 1)], task="aime24")
+    write_run("run", [line(0, 0, metrics=["exact_match", "math_verify"], math_verify=1)], task="math")
+    path = write_run("run", [line(0, 1), line(0, 0, filter="strict-match")], task="gpqa")
+    found = read_samples(path, Reading(filter="strict-match", metric="math_verify"))
+    assert {each.question: each.score for each in found} == {"aime24/0": 1, "gpqa/0": 0, "math/0": 1}
+    write_run("run", [line(0, 1), line(0, 0, filter="loose")], task="mmlu")
+    with pytest.raises(InputFileError, match="several filters: name one of loose, none"):
+        read_samples(path, Reading(filter="strict-match"))

@@ -6,7 +6,7 @@ from scipy.stats import binomtest
 
 from stepflow_tl.cli.main import main
 from stepflow_tl.errors import ComparisonError
-from stepflow_tl.statistics.power import detectable_difference, half_width, mcnemar_power
+from stepflow_tl.statistics.power import detectable_difference, half_width, mcnemar_power, samples_needed
 
 
 @pytest.mark.parametrize(("n", "discordant", "difference"), [(1, 0.5, 0.1), (9, 0.8, 0.7), (14, 0.6, -0.5)])
@@ -44,6 +44,17 @@ def test_the_half_width_is_that_of_simulated_differences():
     assert half_width(300, 0.3, 0.1) == pytest.approx(1.96 * spread, rel=0.02)
 
 
+def test_samples_of_a_question_narrow_the_interval_as_much_as_questions_do():
+    rng = np.random.default_rng(1)
+    right = rng.uniform(0.1, 0.9, size=40)  # questions differ, what is done to them does not
+    n_samples = samples_needed(40, float((2 * right * (1 - right)).mean()), 0.1)
+    means = rng.binomial(n_samples, right, size=(2, 20000, 40)) / n_samples
+    assert 1.96 * np.std((means[0] - means[1]).mean(-1)) == pytest.approx(0.1, rel=0.03)
+    assert samples_needed(1000, 0.5, 0.1) == 1
+    with pytest.raises(ComparisonError, match="the half width is 0: expected more than 0"):
+        samples_needed(10, 0.5, 0)
+
+
 def test_shares_that_do_not_exist_are_refused(capsys):
     with pytest.raises(ComparisonError, match="a difference no larger than the share"):
         mcnemar_power(10, 0.1, 0.2)
@@ -61,3 +72,11 @@ def test_the_command_prints_hours_from_the_users_rate_alone(capsys):
     assert f"power for a difference of 0.1: {mcnemar_power(100, 0.3, 0.1):.3f}" in out
     assert main("power --n 100 --baseline 0.5".split()) == 0
     assert "0.500 discordant (answers taken as independent)" in capsys.readouterr().out
+    assert (
+        main("power --n 60 --baseline 0.5 --half-width 0.05 --tokens 60 --tokens-per-second 1".split()) == 0
+    )
+    out = capsys.readouterr().out
+    assert (
+        "samples per question for +-0.05: at least 13\nwith 13 samples per question: at least +-0.0496" in out
+    )
+    assert "hours: 39.0" in out
