@@ -51,11 +51,11 @@ class CutGroup:
     keys: tuple[int, ...]
     effect: float
     role: Role
-    size: float | None = None
+    size: float = math.nan
 
     def __post_init__(self) -> None:
         """Refuse what is not a group of earlier steps; a file without sizes has those of the effects."""
-        if self.size is None:
+        if math.isnan(self.size):
             object.__setattr__(self, "size", abs(self.effect))
         ascending = list(self.keys) == sorted(set(self.keys))
         if len(self.keys) < 2 or not ascending or not 0 <= self.keys[0] <= self.keys[-1] <= self.query:
@@ -114,8 +114,8 @@ class StepKnockout(TracedResult):
         for group in self.groups:
             if group.query >= len(self.trace.steps):
                 raise ValueError(f"{group} names a step that the trace does not have")
-            if not math.isfinite(group.effect):
-                raise ValueError(f"{group}: its effect must be finite")
+            if not abs(group.effect) <= group.size + 1e-9 < math.inf:
+                raise ValueError(f"{group}: effect and size must be finite, the size not below the effect's")
             if group.role == "bound":
                 keys = list(group.keys)
                 if taken[group.query, keys].any():
