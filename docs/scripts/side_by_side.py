@@ -8,9 +8,9 @@
 2. The paper's map: per token, heads and layers averaged, rows as shares of earlier steps. The cut score, in
    nats, summed over heads and layers. Knockout: `step_knockout(pairs="screened")` with that map as ranking.
 3. For each thinking and summary step and each map: its strongest source, and what cutting that one did. Where
-   the strongest source of the cut score was left to a group, it is cut as well.
+   a strongest source was left to a group, it is cut as well. Beside the maps stands the step right before.
 4. A picture of each trace, `DIR/ID.png`: blue crosses, the strongest source of a row; hatched, not cut alone.
-   Then means over traces with 95 % BCa intervals over traces.
+   Then means over traces with 95 % BCa intervals over traces. Started again, it goes on where it was.
 
 A map is said to be wrong of a step where its strongest source has an effect below 0.5 nats while another
 measured source has at least 1 nat: a reader who follows it looks at an idle step and misses one that counts.
@@ -34,6 +34,7 @@ from stepflow_tl.statistics.resampling import bca_interval
 
 IDLE, COUNTS = 0.5, 1.0  # nats
 MAPS = ("paper's map", "cut score")
+ORDER = "the step before"  # what a reader without a map could say
 
 
 def main() -> None:
@@ -50,14 +51,17 @@ def main() -> None:
     torch.set_num_threads(1)
     model = load_model(options.model, dtype=getattr(torch, options.dtype))
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    kept = options.out / "rows.json"
+    rows = json.loads(kept.read_text()) if kept.exists() else []
     for answer, trace in chosen_traces(model.tokenizer, options):
+        if answer["id"] in {row["id"] for row in rows}:
+            continue
         maps, knockout = measured(model, trace)
         rows.append(judged(trace, maps, knockout) | {"id": answer["id"], "right": answer["right"]})
         name = f"{'right' if answer['right'] else 'wrong'}_{answer['question_id']}"
         save_figure(figure(trace, maps, knockout), options.out / f"{name}.png", dpi=110)
         print(as_text(name, rows[-1], trace), flush=True)
-        (options.out / "rows.json").write_text(json.dumps(rows, indent=1))
+        kept.write_text(json.dumps(rows, indent=1))
     print(summary(rows, f"{model_facts(model).name}, {options.dtype}"))
 
 
@@ -79,18 +83,16 @@ def chosen_traces(tokenizer: Any, options: argparse.Namespace) -> list[tuple[dic
 
 
 def measured(model: Any, trace: ReasoningTrace) -> tuple[dict[str, np.ndarray], StepKnockout]:
-    """The two maps, and the cuts; strongest sources of the cut score are among these."""
+    """The maps, and the cuts; every map's strongest sources are among these."""
     saliency = step_saliency(model, trace)
     shares = saliency.head_mean().double().tril(-1).numpy()
     shares /= np.maximum(shares.sum(-1, keepdims=True), 1e-300)
     cut = step_saliency(model, trace, score="cut").sums.double().sum((0, 1)).tril(-1).numpy()
-    maps = dict(zip(MAPS, (shares.mean(0), cut), strict=True))
+    nearness = np.tril(np.ones_like(cut), -1).cumsum(-1)
+    maps = dict(zip((*MAPS, ORDER), (shares.mean(0), cut, nearness), strict=True))
     knockout = step_knockout(model, trace, pairs="screened", ranking=saliency)
-    missing = [
-        (query, key)
-        for query in readers(trace)
-        if not knockout.measured[query, key := int(cut[query, :query].argmax())]
-    ]
+    strongest = {(q, int(values[q, :q].argmax())) for q in readers(trace) for values in maps.values()}
+    missing = sorted(pair for pair in strongest if not knockout.measured[pair])
     if missing:
         more = step_knockout(model, trace, pairs=missing)
         maps["more"] = np.where(more.measured.numpy(), more.effects.numpy(), np.nan)
@@ -120,7 +122,7 @@ def judged(trace: ReasoningTrace, maps: dict[str, np.ndarray], knockout: StepKno
         row = effects[query, :query]
         best = int(np.nanargmax(row))
         entry: dict[str, Any] = {"step": query, "knockout": [best, float(row[best])]}
-        for name in MAPS:
+        for name in (*MAPS, ORDER):
             key = int(maps[name][query, :query].argmax())
             entry[name] = [key, float(row[key])]
             entry[f"{name} wrong"] = bool(abs(row[key]) < IDLE and row[best] >= COUNTS)
@@ -152,7 +154,7 @@ def summary(rows: list[dict[str, Any]], name: str) -> str:
     """Means over traces, with intervals."""
     rng = np.random.default_rng(0)
     lines = [f"\n{len(rows)} traces, {sum(len(r['steps']) for r in rows)} steps that read, {name}"]
-    for which in MAPS:
+    for which in (*MAPS, ORDER):
         columns = {
             "strongest source is the one that costs most": lambda e, w=which: e[w][0] == e["knockout"][0],
             f"strongest source has an effect of {IDLE} nats or more": lambda e, w=which: abs(e[w][1]) >= IDLE,
@@ -200,7 +202,7 @@ def figure(trace: ReasoningTrace, maps: dict[str, np.ndarray], knockout: StepKno
         ]
         axis.set_yticks(range(len(rows)), [name.replace("$", r"\$") for name in names], fontsize=6)
         drawing.colorbar(image, ax=axis, fraction=0.04, pad=0.02).ax.tick_params(labelsize=6)
-    drawing.subplots_adjust(left=0.23, right=0.98, top=1 - 0.3 / height, bottom=0.25 / height, wspace=0.1)
+    drawing.subplots_adjust(left=0.22, right=0.97, top=1 - 0.3 / height, bottom=0.25 / height, wspace=0.16)
     return drawing
 
 
