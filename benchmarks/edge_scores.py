@@ -198,7 +198,7 @@ def _above(value: float, others: Float[np.ndarray, " other"]) -> float:
 def judged_rows(knockout: StepKnockout, threshold: float = MATTERS) -> list[EdgeRow]:
     """Rows whose truth is knockout: a candidate is needed if cutting it costs `threshold` nats or more.
 
-    What a screened knockout did not cut alone counts as not needed: its group stayed within the tolerance.
+    What a screened knockout did not cut alone counts as not needed; it comes after a round without effects.
     """
     rows = []
     known = knockout.measured.any(-1)

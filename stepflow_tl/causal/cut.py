@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -234,16 +234,16 @@ class EdgeCut:
             )
 
 
-def nll_change(
+def nll_changes(
     logits: Float[Tensor, "row vocabulary"],
     clean: Float[Tensor, "row vocabulary"],
     tokens: Int[Tensor, " row"],
-) -> Float[Tensor, ""]:
-    """How much worse `tokens` are predicted: NLL under `logits` minus that under `clean`, summed over rows.
+) -> Float[Tensor, " row"]:
+    """How much worse each of `tokens` is predicted: NLL under `logits` minus that under `clean`.
 
     In nats; negative where the cut helps.
     """
-    return (token_nll(logits, tokens) - token_nll(clean, tokens)).double().sum()
+    return (token_nll(logits, tokens) - token_nll(clean, tokens)).double()
 
 
 def kl_divergence(
@@ -260,12 +260,24 @@ def kl_divergence(
     return terms.sum(-1).double().sum()
 
 
+class CutEffect(NamedTuple):
+    """What a cut did.
+
+    Attributes:
+        effect: Summed over the predictions.
+        size: Of "nll" the sum of the sizes of its terms, so that nothing cancels; else the size of `effect`.
+    """
+
+    effect: float
+    size: float
+
+
 class Effect:
     """A measure of the difference that a cut makes, with its name; its values are checked."""
 
     def __init__(self, measure: Measure) -> None:
         """Resolve a name or take a callable; a KnockoutError if it is neither."""
-        known = {"nll": nll_change, "kl": kl_divergence}
+        known = {"nll": nll_changes, "kl": kl_divergence}
         if isinstance(measure, str) and measure in known:
             self.name, self._function = str(measure), known[measure]
         elif callable(measure):
@@ -276,9 +288,15 @@ class Effect:
                 "clean [row, vocabulary], tokens [row]) -> number"
             )
 
-    def __call__(self, logits: Tensor, clean: Tensor, tokens: Tensor) -> float:
-        """The effect; a KnockoutError if a callable does not give one finite number."""
-        value = self._function(logits, clean, tokens)
+    def __call__(self, logits: Tensor, clean: Tensor, tokens: Tensor) -> CutEffect:
+        """The effect and its size; a KnockoutError if a callable does not give one finite number."""
+        changes = self._function(logits, clean, tokens)
+        if self._function is nll_changes:
+            return CutEffect(self._finite(changes.sum()), float(changes.abs().sum()))
+        effect = self._finite(changes)
+        return CutEffect(effect, abs(effect))
+
+    def _finite(self, value: Any) -> float:
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError) as error:

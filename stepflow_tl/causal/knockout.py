@@ -15,13 +15,15 @@
    not exact and is refused.
 5. `full`: one plain forward pass of the whole trace for each cut, with the same mask. The slow obvious
    version, for models without such a cache and for hooks that know the positions of a whole pass.
-6. `pairs="screened"`: of each query step the most salient candidates one by one, all others together, halved
-   where that has an effect (`screening`). `joint`: sets that are cut together, beside the pairs.
+6. `pairs="screened"`: of each query step the most promising candidates one by one, for as long as they have
+   effects, and all others together (`screening`). Where rounding allows it, effects are then differences to
+   the pass that filled the cache, and rows are left uncut only to check it. `joint`: sets that are cut
+   together, beside the pairs.
 
 Cost: `cached` two passes over the trace, and for each pair one over the tokens of its query step: with n
-steps of equal length about n / 2 passes for n^2 / 2 pairs, and `top + 2` passes screened, as long as every
-group is within the tolerance; `full` one pass per cut. Memory: keys and values of the trace, and those of a
-batch in one layer; logits of the trace, and of a batch.
+steps of equal length about n / 2 passes for n^2 / 2 pairs, and screened about one per large effect of a step,
+plus at most `top` that find none and two for the groups; `full` one pass per cut. Memory: keys and values of
+the trace, and those of a batch in one layer; logits of the trace, and of a batch.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from stepflow_tl.causal.screening import (
     TOP,
     QueryCuts,
     check_screening,
+    promise,
     promise_order,
     screen,
     screening_note,
@@ -92,19 +95,20 @@ def step_knockout(
             distributions from the uncut ones; or a callable `(logits, clean, tokens) -> number` on the
             logits `[row, vocabulary]` with and without the cut and the tokens `[row]` that follow.
         pairs: `"all"`: every step with every earlier one. `"screened"`: of these, for each query step, the
-            `top` most salient alone and the others in groups, see `causal.screening`; `groups` of the result
-            says which and how much. Or (query, key) pairs of indices, labels or steps, as [("S1", "Q")]. A
-            pair (i, i) keeps the tokens of step i from one another but not from themselves.
+            most promising alone, `top` at a time until a round finds no effect, and the others together, see
+            `causal.screening`; `groups` of the result says which and how much. Or (query, key) pairs of
+            indices, labels or steps, as [("S1", "Q")]. A pair (i, i) keeps the tokens of step i from one
+            another but not from themselves.
         joint: Sets of steps that a query step is cut from all at once, such as [("S1", ["Q", "T3"])]: a
             second source may stand in for the first, so that each cut alone reads nothing. They become
             `groups` of the result, beside the pairs; with `pairs=[]` they are all that is cut.
-        top: How many candidates of a query step screening cuts alone before it groups.
-        tolerance: Size of a joint effect, in the measure's unit, up to which screening does not look into a
-            group; also what a group must exceed its parts by to count as redundant. That a group is within
-            the tolerance is measured; that each member by itself is, does not follow: effects of opposite
-            sign can cancel under "nll", and one cut can make up for another one.
-        ranking: Step-Saliency of the trace whose rows order the candidates, heads and layers as it has them.
-            By default it is computed in the layers that are cut: of each token, or of `onto`.
+        top: How many candidates of a query step screening cuts alone in a round.
+        tolerance: Size of an effect, in the measure's unit, that screening takes for none: a group within it
+            is not looked into, a round within it is the last. Also what a group must exceed its parts by to
+            count as redundant. The size of a group is measured; that each member by itself stays within it
+            does not follow, since one cut can make up for another one.
+        ranking: A step map of the trace whose rows order the candidates, heads and layers as it has them. By
+            default `score="cut"` in the layers that are cut: of each token, or of `onto`.
         onto: Measure the effect carried on to these tokens instead: `"summary"`, a step or its label, a token
             span, any objective over tokens. Cut stays at the queries of step i; the rest of the trace runs
             on. Each pair costs a pass from step i on, so choose pairs.
@@ -156,13 +160,19 @@ def step_knockout(
         if ranking is None:
             objective = "per_token" if onto is None else onto
             ranking = step_saliency(
-                model, trace, objective=objective, layers=chosen, stepflow=stepflow, fwd_hooks=fwd_hooks
+                model,
+                trace,
+                objective=objective,
+                score="cut",
+                layers=chosen,
+                stepflow=stepflow,
+                fwd_hooks=fwd_hooks,
             )
             n_ranking = 3 * len(trace)
-        order = partial(promise_order, ranking)
+        order = partial(promise_order, promise(ranking))
         readings = [replace(each, keys=order(each.query.index, each.keys)) for each in readings]
         notes["screening"] = screening_note(top, tolerance)
-        notes["ranking"] = f"Step-Saliency, {ranking.provenance.objective}, {ranking.provenance.backend}"
+        notes["ranking"] = f"{ranking.title}, {ranking.provenance.objective}, {ranking.provenance.backend}"
     search = partial(_search, readings, top=top if is_screened else None, tolerance=tolerance)
     with frozen(model), torch.no_grad():
         passes, cuts = None, []
@@ -172,7 +182,7 @@ def step_knockout(
             try:
                 if standing:
                     raise PrefixCacheRefusal("hooks stay on, which may know the positions of a whole pass")
-                passes = CachedPasses(model, trace, cut, effect, batch_tokens)
+                passes = CachedPasses(model, trace, cut, effect, batch_tokens, sparing=is_screened)
                 cuts = search(passes)
             except PrefixCacheRefusal as refusal:
                 if method == "cached":
@@ -216,7 +226,7 @@ def _search(
             screen(
                 each.query.index,
                 each.keys,
-                partial(passes.effects, each),
+                partial(passes.cuts, each),
                 top=len(each.keys) if top is None else top,
                 tolerance=tolerance,
                 joint=each.joint,

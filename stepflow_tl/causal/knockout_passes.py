@@ -1,12 +1,16 @@
 """The passes of a knockout: what is cut, run and read, from a shared prefix or from the beginning each time.
 
 1. A `Reading` is one query step, its candidates, and the rows of logits on which every cut of it is read.
-2. `CutPasses.effects` runs any number of cuts of one reading, each a set of key steps that are cut together,
-   and gives their effects in order. It may be asked again, so a search can go by what it found.
-3. `CachedPasses`: keys and values of the trace once, then batches over the tokens from the query step on,
-   one row per cut and one that is not cut. A batch holds at most `batch_tokens` rows times tokens seen. Asked
-   for more cuts of the reading it has just run, it keeps that uncut row, unless the model computes in half
-   precision, where rounding by the shape of a pass is as large as an effect.
+2. `CutPasses.cuts` runs any number of cuts of one reading, each a set of key steps that are cut together,
+   and says what they did, in order. It may be asked again, so a search can go by what it found.
+3. `CachedPasses`: a plain pass, the pass that keeps keys and values, then batches over the tokens from the
+   query step on, one row per cut. A batch holds at most `batch_tokens` rows times tokens seen. What cuts are
+   held against:
+   - a row of the same batch that is not cut, so that rounding by the shape of a pass cancels. Asked for more
+     cuts of the reading it has just run, it keeps that row, unless the model computes in half precision,
+     where such rounding is as large as an effect;
+   - with `sparing`, and not in half precision: the logits of the pass that kept keys and values. A row is
+     left uncut only after each eighth of the trace, to check the cache.
 4. `FullPasses`: a plain pass over the trace per cut, and one without.
 
 `tokens_run` counts the tokens that all forward passes were fed, rows times length: what the cost is
@@ -24,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepflow_tl.causal.cut import EdgeCut, Effect, KeySet, cut_mask
+from stepflow_tl.causal.cut import CutEffect, EdgeCut, Effect, KeySet, cut_mask
 from stepflow_tl.models.facts import model_facts
 from stepflow_tl.models.passes import NamedHook, model_device, whole_pass
 from stepflow_tl.models.prefix_cache import PrefixCacheRefusal, fill_prefix
@@ -72,8 +76,8 @@ class CutPasses(ABC):
         self._tokens = trace.tokens.to(model_device(model))
 
     @abstractmethod
-    def effects(self, reading: Reading, key_sets: Sequence[KeySet]) -> list[float]:
-        """The effect of each cut."""
+    def cuts(self, reading: Reading, key_sets: Sequence[KeySet]) -> list[CutEffect]:
+        """What each cut did."""
 
     def notes(self) -> dict[str, str]:
         """What the provenance says of these passes."""
@@ -96,7 +100,14 @@ class CachedPasses(CutPasses):
     name = "cached"
 
     def __init__(
-        self, model: Any, trace: ReasoningTrace, cut: EdgeCut, effect: Effect, batch_tokens: int
+        self,
+        model: Any,
+        trace: ReasoningTrace,
+        cut: EdgeCut,
+        effect: Effect,
+        batch_tokens: int,
+        *,
+        sparing: bool = False,
     ) -> None:
         """Run the trace twice, for its predictions and for its keys and values.
 
@@ -106,21 +117,25 @@ class CachedPasses(CutPasses):
         super().__init__(model, trace, cut, effect)
         self._batch_tokens = batch_tokens
         self._plain = token_nll(whole_pass(model, self._tokens)[:-1], self._tokens[1:])
-        self._prefix, _ = fill_prefix(model, self._tokens)
+        self._prefix, logits = fill_prefix(model, self._tokens)
         self._worst, self._dtype = 0.0, model_facts(model).dtype
+        self._kept = logits if sparing and self._dtype in _TOLERANCE else None
+        self._checked_to = -len(trace)
         self._uncut: tuple[Reading, Tensor] | None = None
         self.tokens_run = 2 * len(trace)
 
-    def effects(self, reading: Reading, key_sets: Sequence[KeySet]) -> list[float]:
-        """The effect of each cut; a PrefixCacheRefusal if an uncut row shows that the cache is not exact."""
+    def cuts(self, reading: Reading, key_sets: Sequence[KeySet]) -> list[CutEffect]:
+        """What each cut did; a PrefixCacheRefusal if an uncut row shows that the cache is not exact."""
         known = None
         if self._uncut is not None and self._uncut[0] is reading and self._dtype in _TOLERANCE:
             known = self._uncut[1]
+        elif self._kept is not None and reading.end < self._checked_to + len(self._trace) / 8:
+            known = self._kept[reading.rows.to(self._kept.device)]
         size = max(1, self._batch_tokens // reading.end - (known is None))  # one row is not cut
         return [
-            effect
+            cut
             for first in range(0, len(key_sets), size)
-            for effect in self._batch(reading, key_sets[first : first + size], known)
+            for cut in self._batch(reading, key_sets[first : first + size], known)
         ]
 
     def notes(self) -> dict[str, str]:
@@ -129,7 +144,7 @@ class CachedPasses(CutPasses):
 
     def _batch(
         self, reading: Reading, key_sets: Sequence[KeySet], uncut: Float[Tensor, "row vocabulary"] | None
-    ) -> list[float]:
+    ) -> list[CutEffect]:
         start, end = reading.query.token_start, reading.end
         row_sets = [*key_sets] if uncut is not None else [(), *key_sets]
         self._mask((0, reading.query.n_tokens), row_sets, end - start, end)
@@ -142,6 +157,7 @@ class CachedPasses(CutPasses):
             uncut, logits = logits[0], logits[1:]
             self._check(reading, uncut, following)
             self._uncut = (reading, uncut.clone())
+            self._checked_to = reading.end
         return [self._effect(cut, uncut, following) for cut in logits]
 
     def _check(
@@ -175,17 +191,17 @@ class FullPasses(CutPasses):
         self.hooks = [*standing, *cut.hooks]
         self._clean: Tensor | None = None
 
-    def effects(self, reading: Reading, key_sets: Sequence[KeySet]) -> list[float]:
-        """The effect of each cut."""
+    def cuts(self, reading: Reading, key_sets: Sequence[KeySet]) -> list[CutEffect]:
+        """What each cut did."""
         rows, following = reading.rows.to(self._tokens.device), self._following(reading.rows)
         if self._clean is None:
             self._cut.mask = None
             self._clean = self._pass()
-        effects = []
+        found = []
         for keys in key_sets:
             self._mask(reading.query.token_span, [keys], len(self._trace), len(self._trace))
-            effects.append(self._effect(self._pass()[rows], self._clean[rows], following))
-        return effects
+            found.append(self._effect(self._pass()[rows], self._clean[rows], following))
+        return found
 
     def _pass(self) -> Float[Tensor, "token vocabulary"]:
         logits = whole_pass(self.model, self._tokens)

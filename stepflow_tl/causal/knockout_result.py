@@ -30,6 +30,9 @@ _MOST_NAMES = 6  # of a group's steps in a line of text
 TOLERANCE = 0.25
 
 
+Role = Literal["bound", "split", "joint"]
+
+
 @dataclass(frozen=True)
 class CutGroup:
     """Key steps that a query step was cut from all at once.
@@ -38,17 +41,22 @@ class CutGroup:
         query: The query step, as an index into `trace.steps`.
         keys: The key steps, likewise, in ascending order; two or more.
         effect: Effect of the joint cut.
-        role: "bound": the effect is within the tolerance and stands for members that were not cut alone;
-            "split": it was not, so each member was cut alone or is in a smaller group; "joint": asked for.
+        role: "bound": stands for members that were not cut alone; "split": each member was then cut alone
+            or is in a smaller group; "joint": asked for.
+        size: At least the size of `effect`: under "nll" the sum of the sizes of its terms, one per
+            prediction, so that none cancel. What a "bound" says of its members; see `causal.screening`.
     """
 
     query: int
     keys: tuple[int, ...]
     effect: float
-    role: Literal["bound", "split", "joint"]
+    role: Role
+    size: float = math.nan
 
     def __post_init__(self) -> None:
-        """Refuse what is not a group of earlier steps."""
+        """Refuse what is not a group of earlier steps; a file without sizes has those of the effects."""
+        if math.isnan(self.size):
+            object.__setattr__(self, "size", abs(self.effect))
         ascending = list(self.keys) == sorted(set(self.keys))
         if len(self.keys) < 2 or not ascending or not 0 <= self.keys[0] <= self.keys[-1] <= self.query:
             raise ValueError(
@@ -73,8 +81,8 @@ class StepKnockout(TracedResult):
         onto: None where the query step's own predictions were measured, else whose: "summary", a step's
             label.
         provenance: Model, measure, method ("cached" or "full"), versions.
-        groups: Key steps that were cut together, in the order in which that was done; see `CutGroup`.
-        tolerance: Effect up to which a group was not looked into, in the unit of the effects.
+        groups: Key steps that were cut together, see `CutGroup`.
+        tolerance: Effect that screening takes for none, in the unit of the effects.
         tokens_run: Tokens that all forward passes were fed, rows times length; None in older files.
     """
 
@@ -106,8 +114,8 @@ class StepKnockout(TracedResult):
         for group in self.groups:
             if group.query >= len(self.trace.steps):
                 raise ValueError(f"{group} names a step that the trace does not have")
-            if not math.isfinite(group.effect):
-                raise ValueError(f"{group}: its effect must be finite")
+            if not abs(group.effect) <= group.size + 1e-9 < math.inf:
+                raise ValueError(f"{group}: effect and size must be finite, the size not below the effect's")
             if group.role == "bound":
                 keys = list(group.keys)
                 if taken[group.query, keys].any():
@@ -116,11 +124,11 @@ class StepKnockout(TracedResult):
 
     @property
     def bounds(self) -> Float[Tensor, "query_step key_step"]:
-        """The joint effect of the group that stands for a pair; NaN where none does."""
+        """The size of the group that stands for a pair; NaN where none does."""
         values = torch.full_like(self.effects, math.nan)
         for group in self.groups:
             if group.role == "bound":
-                values[group.query, list(group.keys)] = group.effect
+                values[group.query, list(group.keys)] = group.size
         return values
 
     def excess(self, group: CutGroup) -> float:
@@ -165,7 +173,7 @@ class StepKnockout(TracedResult):
         if bounding := [group for group in self.groups if group.role == "bound"]:
             n_pairs, largest = (
                 sum(len(group.keys) for group in bounding),
-                max(abs(g.effect) for g in bounding),
+                max(g.size for g in bounding),
             )
             lines.append(
                 f"{n_pairs} more pairs in {len(bounding)} groups that were cut together: at most "

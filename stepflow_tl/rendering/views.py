@@ -157,10 +157,10 @@ def show_knockout(knockout: StepKnockout, *, pooling: Pooling = "sum") -> Circui
     values, names = (effects / (largest or 1.0))[None], [html.escape(knockout.measure)]
     caption = " ".join([caption, *(f"{line}." for line in knockout.in_words())])
     if (bounds := knockout.bounds.double()).isfinite().any():
-        tolerance = knockout.tolerance or 1.0
-        values = torch.cat([values, bounds.nan_to_num()[None] / tolerance])
+        bounds = bounds.nan_to_num()
+        values = torch.cat([values, bounds[None] / (float(bounds.max()) or 1.0)])
         names.append("together")
-        caption += f" The second map is their joint effect, from {tolerance:g} (purple) to -{tolerance:g}."
+        caption += f" The second map is the size of their joint effect, up to {float(bounds.max()):.2g}."
     return _heatmaps(values, names, knockout.labels, title, caption, negativeColor=_GREEN)
 
 

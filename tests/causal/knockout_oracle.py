@@ -53,8 +53,9 @@ def effect(model, trace, query, key, *, layers=None, heads=None, measure="nll", 
     assert len(fired) == len(layers)
     total = 0.0
     for u in predictions(trace, query, onto):
-        if measure == "nll":
-            total += float(clean[u - 1, trace.tokens[u]] - cut[u - 1, trace.tokens[u]])
+        if measure in ("nll", "size"):
+            change = float(clean[u - 1, trace.tokens[u]] - cut[u - 1, trace.tokens[u]])
+            total += change if measure == "nll" else abs(change)
         else:
             total += float((clean[u - 1].exp() * (clean[u - 1] - cut[u - 1])).sum())
     return total

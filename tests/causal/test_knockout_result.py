@@ -107,7 +107,8 @@ def test_inconsistent_metadata_is_refused(changes, knockout, tmp_path):
         ("layers", (4,), "outside the model's 0..3"),
         ("groups", (CutGroup(4, (0, 1), 0.1, "bound"),), "bounds a pair that was measured, or that another"),
         ("groups", (CutGroup(7, (0, 1), 0.1, "joint"),), "names a step that the trace does not have"),
-        ("groups", (CutGroup(4, (0, 1), float("inf"), "joint"),), "its effect must be finite"),
+        ("groups", (CutGroup(4, (0, 1), float("inf"), "joint"),), "effect and size must be finite"),
+        ("groups", (CutGroup(4, (0, 1), -2.0, "joint", 1.0),), "the size not below the effect"),
     ],
 )
 def test_no_illegal_state_can_be_made(field, value, said, knockout):

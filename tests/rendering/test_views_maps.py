@@ -140,9 +140,9 @@ def test_pairs_that_were_cut_in_groups_have_a_map_of_their_own(knockout):
     props = props_of(view)
     assert props["attentionHeadNames"] == ["nll", "together"]
     alone, together = torch.tensor(props["attention"])
-    assert together[4, :2].tolist() == [-0.5, -0.5] and together.count_nonzero() == 2
+    assert together[4, :2].tolist() == [1.0, 1.0] and together.count_nonzero() == 2
     assert float(alone[2, 1]) == -1.0 and not alone[4, :2].any()
-    assert "2 more pairs in 1 groups" in view.html and "from 0.2 (purple) to -0.2" in view.html
+    assert "2 more pairs in 1 groups" in view.html and "size of their joint effect, up to 0.1." in view.html
     assert "T3 from 2 together (Q, T2): 0.3000" in view.html
 
 
