@@ -3,6 +3,7 @@
 #   make demo    analyse two traces with the default model; pictures and tables under out/demo/
 #   make test    ruff, then the tests with TransformerLens 4.3 (.venv) and again with 3.9 (.tl39 laid over it)
 #   make lint    ruff, formatting, pyright
+#   make docs    the pages as a site; out/docs/index.html
 #   make bench   the scripts in benchmarks/ that need nothing but the package
 #   make reproduce   the study on the testbed, from problems to tables; out/reproduce/report.md
 #   make study   `stepflow-tl study` on 60 testbed problems; out/study/report.html
@@ -23,7 +24,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=disabled
 # One worker a core and one thread a worker. A file stays on one worker, so its fixtures are made once.
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --durations=12
 
-.PHONY: setup demo test lint bench reproduce study clean
+.PHONY: setup demo test lint docs bench reproduce study clean
 
 setup: .venv/.installed
 
@@ -74,6 +75,11 @@ lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/pyright --pythonpath .venv/bin/python
+
+# A page without a place in the menu, a link that leads nowhere, a formula that cannot be read: all are errors.
+docs: setup
+	@.venv/bin/python -m sphinx -q -W --keep-going -n -E -c docs/site -d out/doctrees . out/docs
+	@echo out/docs/index.html
 
 # The others need a data file and are run by hand.
 bench: setup

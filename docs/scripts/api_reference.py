@@ -30,6 +30,8 @@ PACKAGES = (
     "stepflow_tl.evaluation",
     "stepflow_tl.rendering",
     "stepflow_tl.testbed",
+    "stepflow_tl.trace.formats",
+    "stepflow_tl.trace.splitting",
 )
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")
 #: A docstring may leave its arguments to another one, which must then list them.

@@ -1,12 +1,14 @@
 """The documentation as a site: `make docs` writes it to out/docs.
 
-1. The source folder is the repository, so every page is the file that GitHub shows, with links that work in both.
-2. docs/README.md is the table of contents: its headings are the captions of the site's menu, its links the entries.
+1. The source folder is the repository, so every page is the file that GitHub shows, with links that work in
+   both.
+2. docs/README.md is the table of contents: its headings are the captions of the site's menu, its links the
+   entries.
 3. A link to a Python file leads to a page with that file's text; a link to a folder leads to its README.md.
 4. Formulas become MathML when the site is built, so that it needs no script and no network to be read.
 
-A link that leads nowhere, a page that is in no menu and a formula that cannot be read are warnings, and `make docs`
-treats warnings as errors.
+A link that leads nowhere, a page that is in no menu and a formula that cannot be read are warnings, and
+`make docs` treats warnings as errors.
 """
 
 import posixpath
@@ -69,14 +71,11 @@ def add_menu(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def sections(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Heading and linked pages of each section of the table of contents; a page counts where it is first linked."""
-    seen: set[str] = set()
+    """Heading and pages of each section of the table of contents."""
     for section in text.split("\n## ")[1:]:
         caption, _, body = section.partition("\n")
-        links = (
-            posixpath.normpath(f"/docs/{link}") for link in re.findall(r"\]\(([^)#:]+)\.md(?:#[^)]*)?\)", body)
-        )
-        yield caption, [link for link in links if not (link in seen or seen.add(link))]
+        links = re.findall(r"\[([^]]+)\]\(([^)#:]+)\.md\)", body)
+        yield caption, [f"{text} <{posixpath.normpath(f'/docs/{page}')}>" for text, page in links]
 
 
 def toctree(entries: list[str], option: str) -> str:
@@ -116,8 +115,9 @@ def source_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
 def add_index(app: Sphinx, error: Exception | None) -> None:
     """Lead from the address of the site to its front page, which is called README."""
     if error is None and app.builder.format == "html":
-        target = f'<meta charset="utf-8"><meta http-equiv="refresh" content="0; url={root_doc}.html">'
-        Path(app.outdir, "index.html").write_text(f"<!doctype html><title>{project}</title>{target}\n", "utf-8")
+        leads_on = f'<meta http-equiv="refresh" content="0; url={root_doc}.html">'
+        page = f'<!doctype html><meta charset="utf-8"><title>{project}</title>{leads_on}\n'
+        Path(app.outdir, "index.html").write_text(page, "utf-8")
 
 
 def write_mathml(translator: Any, node: nodes.math | nodes.math_block) -> None:
