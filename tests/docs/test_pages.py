@@ -1,4 +1,4 @@
-"""The code blocks of the pages run, in order and in one namespace, and print what the pages say that they print."""
+"""The code blocks of the pages run, in order and in one namespace, and print what the pages say they do."""
 
 import re
 from contextlib import redirect_stdout
