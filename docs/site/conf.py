@@ -34,6 +34,7 @@ from stepflow_tl.version import __version__  # noqa: E402
 
 project = "stepflow_tl"
 author = "The stepflow-tl contributors"
+html_show_copyright = False
 release = __version__
 
 extensions = ["myst_parser"]
@@ -44,6 +45,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]
 myst_heading_anchors = 4
 
+highlight_language = "none"
 html_theme = "furo"
 html_title = f"stepflow_tl {release}"
 html_static_path = ["static"]
@@ -123,7 +125,11 @@ def add_index(app: Sphinx, error: Exception | None) -> None:
 def write_mathml(translator: Any, node: nodes.math | nodes.math_block) -> None:
     """Write a formula."""
     is_block = isinstance(node, nodes.math_block)
-    translator.body.append(convert(node.astext(), display="block" if is_block else "inline"))
+    formula = convert(node.astext(), display="block" if is_block else "inline")
+    # What latex2mathml leaves out: "+=" is one sign, and the name of a function stands apart from a letter.
+    formula = re.sub(r"<mo><mrow><mo>([^<]*)</mo></mrow></mo><mo>&#x0003D;</mo>", r"<mo>\1=</mo>", formula)
+    formula = re.sub(r"(<mi>(?:log|max|min|tanh)</mi>)(?!<mo)", r"\1<mspace width='0.17em'/>", formula)
+    translator.body.append(formula)
     raise nodes.SkipNode
 
 
