@@ -17,6 +17,7 @@ import ast
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Definition:
 
     def text(self, node: ast.AST) -> str:
         """A part of the definition as it is written, on one line."""
-        return re.sub(r"\s+", " ", ast.get_source_segment(self.source, node) or "").strip()
+        return re.sub(r"\s+", " ", segment(self.source, node)).strip()
 
 
 def main() -> None:
@@ -140,12 +141,27 @@ def find(name: str, module: str) -> Definition:
     raise LookupError(f"{module} neither defines nor imports {name}")
 
 
+@cache
 def parse(module: str) -> tuple[ast.Module, str]:
     """Syntax tree and text of a module of the package."""
     path = ROOT / module.replace(".", "/")
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     source = path.read_text("utf-8")
     return ast.parse(source), source
+
+
+def segment(source: str, node: ast.AST) -> str:
+    """The text of a node. `ast.get_source_segment` cuts the whole file into lines each time."""
+    place: Any = node
+    lines = _lines(source)[place.lineno - 1 : place.end_lineno]
+    lines[-1] = lines[-1][: place.end_col_offset]
+    lines[0] = lines[0][place.col_offset :]
+    return b"".join(lines).decode()
+
+
+@cache
+def _lines(source: str) -> list[bytes]:
+    return source.encode().splitlines(keepends=True)  # columns count bytes
 
 
 def entry(definition: Definition) -> list[str]:
@@ -158,7 +174,7 @@ def entry(definition: Definition) -> list[str]:
         return lines + class_entry(definition, node)
     if isinstance(node, Function):
         return lines + function_entry(definition, node, definition.name)
-    return [*lines, "```python", ast.get_source_segment(definition.source, node) or "", "```"]
+    return [*lines, "```python", segment(definition.source, node), "```"]
 
 
 def class_entry(definition: Definition, node: ast.ClassDef) -> list[str]:

@@ -39,7 +39,14 @@ release = __version__
 
 extensions = ["myst_parser"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/**.md", "benchmarks/**.md", "notebooks/*.md"]
+include_patterns = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/**.md",
+    "benchmarks/**.md",
+    "notebooks/*.md",
+]
 exclude_patterns = [".*", "out", "dist", "build"]
 myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]

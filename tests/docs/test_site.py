@@ -53,7 +53,7 @@ def test_links_formulas_and_sources_are_as_the_pages_mean_them(site: Path):
     method = (site / "docs" / "method.html").read_text("utf-8")
     assert method.count("<math ") > 100 and not re.findall('<(?:script|link)[^>]*"http', method)
     assert 'href="../source/stepflow_tl/stepflow/bridge.py.html"' in method
-    assert "odds" in (site / "source/stepflow_tl/stepflow/bridge.py.html").read_text("utf-8")
+    assert "Odds-Equal Bridge" in (site / "source/stepflow_tl/stepflow/bridge.py.html").read_text("utf-8")
 
 
 def test_a_dead_link_is_found(tmp_path: Path):
