@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stepflow-tl {__version__}")
     commands = parser.add_subparsers(
         title="commands",
-        metavar="demo | analyze | evaluate | study | report | summarize | compare-runs",
+        metavar="demo | analyze | evaluate | study | report | summarize | compare-runs | power",
         required=True,
     )
     for add in (
