@@ -30,6 +30,7 @@ PACKAGES = (
     "stepflow_tl.diagnosis",
     "stepflow_tl.evaluation",
     "stepflow_tl.rendering",
+    "stepflow_tl.stepflow",
     "stepflow_tl.testbed",
     "stepflow_tl.trace.formats",
     "stepflow_tl.trace.splitting",
@@ -310,11 +311,14 @@ def documented_arguments(docstring: str) -> set[str]:
 def gaps(definition: Definition) -> list[str]:
     """What a definition's docstrings leave out: the docstring itself, or arguments that it should name.
 
-    Functions and dataclasses must list them. A method or a class may name them in its text, in backticks.
+    Functions and dataclasses must list them. A method, a class and a function that leaves the others to another one
+    may name them in the text, in backticks.
     """
     node = definition.node
     if isinstance(node, Function):
         listed = _listed_arguments(definition, node)
+        text = ast.get_docstring(node) or ""
+        listed |= {name for name in _arguments(node) if ELSEWHERE.search(text) and _named(name, text)}
         return _missing(definition.name, node, [name for name in _arguments(node) if name not in listed])
     if not isinstance(node, ast.ClassDef):
         return []
