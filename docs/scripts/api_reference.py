@@ -311,8 +311,8 @@ def documented_arguments(docstring: str) -> set[str]:
 def gaps(definition: Definition) -> list[str]:
     """What a definition's docstrings leave out: the docstring itself, or arguments that it should name.
 
-    Functions and dataclasses must list them. A method, a class and a function that leaves the others to another
-    one may name them in the text, in backticks.
+    Functions and dataclasses must list them. A method, a class, and a function that leaves the others to a
+    second one may name them in the text, in backticks.
     """
     node = definition.node
     if isinstance(node, Function):

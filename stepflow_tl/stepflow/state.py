@@ -196,7 +196,7 @@ class FlowState:
         return self._plans[key]  # pyright: ignore[reportReturnType]
 
     def injections(self, boundaries: Boundaries, window: int | None) -> tuple[Injection, ...]:
-        """First tokens of steps at `boundaries`, with the last `window` tokens (None: all) of the one before."""
+        """First tokens of steps at `boundaries`, with the last `window` tokens (None: all) before each."""
         key = (boundaries, window)
         if key not in self._plans:
             self._plans[key] = tuple(self._find_injections(_BOUNDARY_TESTS[boundaries], window))
