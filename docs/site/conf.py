@@ -26,6 +26,7 @@ from pygments.lexers import PythonLexer
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
+from sphinx.util import logging
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -136,6 +137,8 @@ def write_mathml(translator: Any, node: nodes.math | nodes.math_block) -> None:
     # What latex2mathml leaves out: "+=" is one sign, and the name of a function stands apart from a letter.
     formula = re.sub(r"<mo><mrow><mo>([^<]*)</mo></mrow></mo><mo>&#x0003D;</mo>", r"<mo>\1=</mo>", formula)
     formula = re.sub(r"(<mi>(?:log|max|min|tanh)</mi>)(?!<mo)", r"\1<mspace width='0.17em'/>", formula)
+    if unknown := re.findall(r"\\\w+", formula):
+        logging.getLogger(__name__).warning("latex2mathml does not know %s", unknown, location=node)
     translator.body.append(formula)
     raise nodes.SkipNode
 

@@ -48,7 +48,6 @@ def test_every_link_leads_somewhere(site: Path):
 def test_links_formulas_and_sources_are_as_the_pages_mean_them(site: Path):
     front = (site / "README.html").read_text("utf-8")
     assert "url=README.html" in (site / "index.html").read_text("utf-8")
-    assert 'href="notebooks/README.html"' in front  # a link to a folder
     assert "From the first map to a study" in front and "How to" in front  # the menu
     method = (site / "docs" / "method.html").read_text("utf-8")
     assert method.count("<math ") > 100 and not re.findall('<(?:script|link)[^>]*"http', method)
