@@ -76,7 +76,7 @@ lint: setup
 	@.venv/bin/ruff format --check .
 	@.venv/bin/pyright --pythonpath .venv/bin/python
 
-# A page without a place in the menu, a link that leads nowhere, a formula that cannot be read: all are errors.
+# A page without a place in the menu and a link that leads nowhere are errors.
 .PHONY: docs
 docs: setup
 	@.venv/bin/python -m sphinx -q -W --keep-going -n -E -c docs/site -d out/doctrees . out/docs
