@@ -7,8 +7,9 @@
 3. A link to a Python file leads to a page with that file's text; a link to a folder leads to its README.md.
 4. Formulas become MathML when the site is built, so that it needs no script and no network to be read.
 
-A link that leads nowhere, a page that is in no menu and a formula with a sign unknown are warnings, and `make docs`
-treats warnings as errors. (latex2mathml drops an unknown command before a brace without a word: look at the page.)
+A link that leads nowhere, a page that is in no menu and an unknown sign in a formula are warnings, and
+`make docs` treats warnings as errors. (An unknown command before a brace is dropped by latex2mathml without a
+word: look at the page.)
 """
 
 import posixpath
