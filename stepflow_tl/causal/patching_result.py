@@ -6,6 +6,7 @@ the patch minus the metric without. A positive effect means that the patch raise
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -44,8 +45,8 @@ class StepPatching(StoredResult):
             "attribution" and in older files.
     """
 
-    schema: ClassVar = Schema("stepflow_tl.StepPatching", 1, "a step-patching result", minor=1)
-    axes: ClassVar = {"layer": "layers", "step": "matches"}
+    schema: ClassVar[Schema] = Schema("stepflow_tl.StepPatching", 1, "a step-patching result", minor=1)
+    axes: ClassVar[Mapping[str, str]] = {"layer": "layers", "step": "matches"}
 
     effects: Float[Tensor, "layer step"]
     method: Literal["patching", "attribution"]

@@ -45,7 +45,7 @@ class StepSaliency(TracedResult):
             hurts.
     """
 
-    schema: ClassVar = Schema("stepflow_tl.StepSaliency", 2, "a step-saliency result")
+    schema: ClassVar[Schema] = Schema("stepflow_tl.StepSaliency", 2, "a step-saliency result")
 
     sums: Float[Tensor, "layer head query_step key_step"]
     template_sums: Float[Tensor, "layer head query_step"]

@@ -105,7 +105,7 @@ def bridge_pattern_hook(
 ) -> Float[Tensor, "batch head query key"]:
     """`bridge_hook` on post-softmax probabilities; for `hook_pattern` where scores cannot be edited.
 
-    Arguments, result and errors as in `bridge_hook`.
+    `pattern` takes the place of the scores. Arguments, result and errors as in `bridge_hook`.
     """
     check_bridge(tau_max, max_bridge_share)
     project = partial(bridge_pattern, tau_max=tau_max, max_bridge_share=max_bridge_share)

@@ -144,21 +144,21 @@ class PlantedFlow(StepFlow):
     plants: tuple[Plant, ...] = ()
 
     def layers(self, model: Any) -> tuple[int, ...]:
-        """Layers in which anything is done, or planted."""
+        """Layers of `model` in which anything is done, or planted."""
         planted = (layer for plant in self.plants for layer in plant.layers_in(model))
         return tuple(sorted({*super().layers(model), *planted}))
 
     def hooks(
         self, model: Any, trace: ReasoningTrace | Sequence[ReasoningTrace], **options: Any
     ) -> FlowHooks:
-        """As `StepFlow.hooks`; a TraceError if there is nothing to plant a failure in."""
+        """As `StepFlow.hooks`; a TraceError if `trace` has nothing to plant a failure in, in this `model`."""
         for each in [trace] if isinstance(trace, ReasoningTrace) else trace:
             for plant in self.plants:
                 plant.check_trace(each)
         return super().hooks(model, trace, **options)
 
     def calls(self, model: Any, trace: ReasoningTrace, *, detach_values: bool = False) -> FlowCalls:
-        """Refused, so that a map is computed with hooks."""
+        """Refused for any `model`, `trace` and `detach_values`, so that a map is computed with hooks."""
         raise FusedRefusal("a failure is planted in the scores, which the backward pass does not know")
 
     def _at_scores(

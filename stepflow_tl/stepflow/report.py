@@ -47,7 +47,7 @@ class LayerReport:
         gain: Float[Tensor, "row head query 1"],
         n_rows: int,
     ) -> None:
-        """Count one block of rows: which were raised, which capped, by how much; `n_rows` were looked at."""
+        """Count `n_rows` rows: which were raised (`active`), by how much (`gain`), which were `capped`."""
         parts = torch.stack([active, capped, gain.detach()]).double()
         n_active, n_capped, total = parts.flatten(1).sum(1).tolist()
         self.rows += n_rows
@@ -56,7 +56,7 @@ class LayerReport:
         self.total_shift += total
 
     def add_injections(self, added: Float[Tensor, "injection head d_head"]) -> None:
-        """Count what was added to z at new steps."""
+        """Count what was `added` to z at new steps."""
         self.injections += added.shape[0]
         self.total_norm += float(added.detach().flatten(1).double().norm(dim=-1).sum())
 
@@ -86,7 +86,7 @@ class FlowReport:
     layers: dict[int, LayerReport] = field(default_factory=dict)
 
     def of(self, layer: int) -> LayerReport:
-        """The counts of one layer; zeros if nothing happened there."""
+        """The counts of one `layer`; zeros if nothing happened there."""
         return self.layers.setdefault(layer, LayerReport(layer))
 
     @property
@@ -118,7 +118,7 @@ class FlowHooks(list[NamedHook]):
     """TransformerLens `fwd_hooks` pairs, with a count of what they did."""
 
     def __init__(self, pairs: Sequence[NamedHook], report: FlowReport) -> None:
-        """Pairs, and the report they write to."""
+        """The `pairs`, and the `report` they write to."""
         super().__init__(pairs)
         self._report = report
 

@@ -129,14 +129,14 @@ class FlowState:
 
     @classmethod
     def from_trace(cls, trace: ReasoningTrace) -> FlowState:
-        """For passes over all tokens of one trace, a batch of one."""
+        """For passes over all tokens of one `trace`, a batch of one."""
         return cls.from_traces([trace])
 
     @classmethod
     def from_traces(
         cls, traces: Sequence[ReasoningTrace], padding_side: Literal["left", "right"] = "left"
     ) -> FlowState:
-        """For passes over a batch of traces, padded to the longest.
+        """For passes over a batch of `traces`, padded on `padding_side` to the longest.
 
         Raises:
             ValueError: If there is no trace.
@@ -148,12 +148,12 @@ class FlowState:
         return cls(labels, Pass(0, labels.n_columns), padding)
 
     def begin(self, labels: LabelTable, current: Pass, padding: Sequence[int]) -> None:
-        """Move to another pass."""
+        """Move to another pass: `current`, with the `labels` of its tokens and each row's `padding`."""
         self.labels, self.current, self.padding = labels, current, list(padding)
         self._plans.clear()
 
     def check_shape(self, n_rows: int, n_queries: int, where: str) -> None:
-        """Refuse a tensor that is not of the current pass, with a ModelError."""
+        """Refuse `n_rows` by `n_queries` that are not this pass, with a ModelError that says `where`."""
         if (n_rows, n_queries) != (self.labels.n_rows, self.current.n_queries):
             raise ModelError(
                 f"{where}: the model runs {n_rows} rows of {n_queries} tokens, but the state describes "
@@ -197,7 +197,7 @@ class FlowState:
         return self._plans[key]  # pyright: ignore[reportReturnType]
 
     def injections(self, boundaries: Boundaries, window: int | None) -> tuple[Injection, ...]:
-        """The first tokens of new steps, with the last `window` tokens (None: all) of the step before."""
+        """First tokens of steps at `boundaries`, with the last `window` tokens (None: all) before each."""
         key = (boundaries, window)
         if key not in self._plans:
             self._plans[key] = tuple(self._find_injections(_BOUNDARY_TESTS[boundaries], window))

@@ -175,11 +175,11 @@ class FlowRun:
         self.stream, self._report = stream, report
 
     def name_rows(self, names: Sequence[int]) -> None:
-        """Give the rows of the batches to come a name each, so that controls draw the same in any batch."""
+        """Give the rows of the batches to come their `names`, so that controls draw the same in any batch."""
         self.stream.name_rows(names)
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone: to be called when the others are dropped from the KV cache."""
+        """Go on with these `rows` alone: to be called when the others are dropped from the KV cache."""
         self.stream.keep_rows(rows)
 
     def report(self) -> FlowReport:

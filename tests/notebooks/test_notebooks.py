@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ def claims(cell: Any) -> list[ast.Assert]:
     return [node for node in ast.parse(cell.source).body if isinstance(node, ast.Assert)]
 
 
-def test_the_folder_holds_these_notebooks_and_nothing_else():
-    assert sorted(path.name for path in FOLDER.iterdir() if path.is_file()) == [f"{n}.ipynb" for n in NAMES]
+def test_the_folder_holds_these_notebooks_and_a_page_that_lists_them():
+    files = [f"{name}.ipynb" for name in NAMES]
+    assert sorted(path.name for path in FOLDER.iterdir() if path.is_file()) == [*files, "README.md"]
+    assert re.findall(r"\]\((.*?)\)", (FOLDER / "README.md").read_text("utf-8")) == files
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -39,7 +39,10 @@ _SENTINEL = "stepflowQuestionSlot"
 
 
 def detect_format(tokenizer: Any) -> ReasoningFormat:
-    """The reasoning format of a tokenizer.
+    """The reasoning format of a tokenizer, read from its chat template or its vocabulary.
+
+    Args:
+        tokenizer: The model's.
 
     Raises:
         FormatError: The chat template belongs to no known format.
@@ -75,11 +78,14 @@ def chat_template(tokenizer: Any) -> str | None:
 
 
 def resolve_format(tokenizer: Any, format: Any) -> ReasoningFormat:
-    """The format meant by a name, a `ReasoningFormat`, or "auto" / None (read from the tokenizer).
-
-    A name that ends in ".json" is the file of a format of the user's own (`read_format`).
+    """The format that a name stands for, or that a tokenizer's chat template has.
 
     The `plain` format takes the tokenizer's BOS, EOS and padding tokens as TEMPLATE; the others name theirs.
+
+    Args:
+        tokenizer: The model's.
+        format: A `ReasoningFormat`; one of `known_formats`; a name that ends in ".json", the file of a format
+            of the user's own (`read_format`); or "auto" or None, to read it from the tokenizer.
 
     Raises:
         FormatError: Unknown name, wrong kind, or nothing detected.

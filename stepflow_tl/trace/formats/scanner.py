@@ -37,7 +37,7 @@ class Scanner(Protocol):
     """What the step tracker asks of a scanner; as it stands here, one that never holds a character back."""
 
     def feed(self, char: str) -> list[Released]:
-        """Take one character; return the characters released by it, in text order."""
+        """Take one character, `char`; return the characters released by it, in text order."""
         ...
 
     def feed_fragment(self) -> list[Released]:
@@ -92,7 +92,11 @@ def _first_characters(entry: ReasoningFormat) -> frozenset[str]:
 
 
 class FormatScanner(Scanner):
-    """Finite-state machine over the markers of one `ReasoningFormat`."""
+    """Finite-state machine over the markers of one `ReasoningFormat`.
+
+    Args:
+        entry: The format.
+    """
 
     def __init__(self, entry: ReasoningFormat) -> None:
         """Start before any turn."""
@@ -125,7 +129,7 @@ class FormatScanner(Scanner):
         return self._segment, self._run
 
     def feed(self, char: str) -> list[Released]:
-        """Take one character; return the characters released by it, in text order."""
+        """Take one character, `char`; return the characters released by it, in text order."""
         if not self._held and char not in _first_characters(self.entry):  # the common case, made fast
             if char not in WHITE_SPACE:
                 self._run_is_empty = self._at_start = False
@@ -274,7 +278,7 @@ class SpanScanner(Scanner):
         return segment, self._run
 
     def feed(self, char: str) -> list[Released]:
-        """Release the character at once."""
+        """Release the character `char` at once."""
         segment, run = self.place
         self._position += 1
         return [Released(char, segment, run)]

@@ -283,6 +283,9 @@ def known_formats() -> tuple[str, ...]:
 def get_format(name: str) -> ReasoningFormat:
     """The format of that name.
 
+    Args:
+        name: One of `known_formats`.
+
     Raises:
         FormatError: No format has that name.
     """
@@ -323,6 +326,9 @@ def read_format(path: str | Path) -> ReasoningFormat:
 
 def register_format(entry: ReasoningFormat) -> ReasoningFormat:
     """Add a format to the table; detection tries formats added here before the built-in ones.
+
+    Args:
+        entry: The format, with a name of its own.
 
     Raises:
         FormatError: The name is taken.

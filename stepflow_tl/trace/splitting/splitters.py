@@ -45,7 +45,7 @@ class StepSplitter(Protocol):
         ...
 
     def split(self, text: str) -> list[str]:
-        """The steps of a finished text, by the streaming twin; they join to it. No text has no step."""
+        """The steps of a finished `text`, by the streaming twin; they join to it. No text has no step."""
         if not text:
             return []
         stream, starts = self.stream(), [0]

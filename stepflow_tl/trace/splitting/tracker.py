@@ -119,7 +119,7 @@ class StepTracker:
         return twin
 
     def push(self, piece: TextPiece | str) -> TokenLabel:
-        """Take the next token's text; say what is known of it now. A plain string is no fragment."""
+        """Take the next token's text; say what is known of it now. A `piece` of type str is no fragment."""
         text, is_fragment = (piece, False) if isinstance(piece, str) else piece
         token, self.n_tokens = self.n_tokens, self.n_tokens + 1
         self._changed = {"settled": [], "relabelled": []}
@@ -136,7 +136,7 @@ class StepTracker:
         return self._report(token, waits_for)
 
     def finish(self, rest: str = "") -> tuple[int, int]:
-        """Learn that the stream ends, with characters that the decoder still held, of the last token.
+        """Learn that the stream ends, with the `rest` of the last token that the decoder still held.
 
         Returns the half-open range of tokens whose provisional label is final with this.
         """
@@ -245,8 +245,8 @@ class TokenTracker:
     """Segment and step of each token id of one stream: decoder, scanner and splitters behind one `push`.
 
     This is what a generation loop holds: one tracker per row, fed each id as it enters the model. It gives,
-    token by token, what `ReasoningTrace.from_tokens` says of the whole sequence afterwards. Arguments as
-    there.
+    token by token, what `ReasoningTrace.from_tokens` says of the whole sequence afterwards; `tokenizer`,
+    `format`, `splitter`, `summary_splitter` and `question_splitter` are those of that function.
 
     Raises:
         FormatError: The format is unknown.
@@ -267,7 +267,7 @@ class TokenTracker:
         self.steps = StepTracker(scanner, splitter, summary_splitter, question_splitter)
 
     def push(self, token_id: int) -> TokenLabel:
-        """Take the next token id; say what is known of that token now."""
+        """Take the next `token_id`; say what is known of that token now."""
         return self.steps.push(self.decoder.push(token_id))
 
     def finish(self) -> tuple[int, int]:
