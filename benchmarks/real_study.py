@@ -31,6 +31,7 @@ from stepflow_tl import StepFlow, compare
 from stepflow_tl.cli.device import load
 from stepflow_tl.cli.evaluate import AnswersWatcher
 from stepflow_tl.cli.main import main as command_line
+from stepflow_tl.errors import ComparisonError
 from stepflow_tl.evaluation import Decoding, Prompting, read_questions, standard_conditions
 from stepflow_tl.evaluation.search import control_of
 from stepflow_tl.models.bands import deep_half
@@ -83,9 +84,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--conditions", nargs="+", default=list(standard_conditions()), help="of `tasks`")
-    parser.add_argument(
-        "--wanted", type=int, default=80, help="questions with both kinds of answers, at least"
-    )
+    parser.add_argument("--wanted", type=int, default=80, help="questions with both kinds of answers")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--minutes", type=float, help="stop after so many")
     parser.add_argument("--same", type=Path, nargs=2, metavar="OUT")
@@ -106,19 +105,16 @@ def within(options) -> None:
     out = options.out / "within"
     questions = [q for q in maths(options)[N_CONFIRMED:] if q.difficulty in DIFFICULTIES]
     for index in range(SHARDS):
-        answered = (
-            {q.id for q in read_answers(out).questions}
-            if answers_path(out, Shard(0, SHARDS)).exists()
-            else set()
-        )
-        if answered and len(pairs(read_answers(out), options.wanted)[0]) >= options.wanted:
+        has_begun = answers_path(out, Shard(0, SHARDS)).exists()
+        answered = {q.id for q in read_answers(out).questions} if has_begun else set()
+        if has_begun and len(pairs(read_answers(out))[0]) >= options.wanted:
             break
-        shard = Shard(index, SHARDS)
-        if not {q.id for q in questions[shard.index :: SHARDS]} <= answered:
+        if not {q.id for q in questions[index::SHARDS]} <= answered:
             decoding = Decoding(400, temperature=0.7, n_samples=4, batch_size=64, seed=SEED)
-            ask(options, questions, out, {"plain": None}, decoding, shard=shard)
+            ask(options, questions, out, {"plain": None}, decoding, shard=Shard(index, SHARDS))
+    model.cache_clear()
     found = read_answers(out)
-    both, choice = pairs(found, options.wanted)
+    both, choice = pairs(found)
     print(f"{len(both)} of {len(found.questions)} questions have a right and a wrong answer")
     write_rows(out / "traces.jsonl", sorted(choice.rows, key=lambda row: row.question_id))
     line = ["analyze", str(out / "traces.jsonl"), "--out", str(out / "maps"), "--model", options.model]
@@ -126,7 +122,7 @@ def within(options) -> None:
     report(out, choice.left_out)
 
 
-def pairs(evaluation, wanted):
+def pairs(evaluation):
     """The questions with both kinds of answers, and the choice of one of each kind of all of them."""
     everything = choose_traces(evaluation, 1 << 30, SEED)
     both = set.intersection(
@@ -144,13 +140,20 @@ def report(out, left_out) -> None:
     )
     ask = dict(names=("right", "wrong"), seed=SEED, n_bootstrap=10_000)
     paired = compare(*traces, pair_by=questions, **ask)
-    matched = compare(*traces, match_on=("steps", "tokens"), **ask).matched
+    try:
+        matched = compare(*traces, match_on=("steps", "tokens"), **ask).matched
+    except ComparisonError as error:  # a few traces: the first shards alone
+        matched, left_out = None, (*left_out, str(error))
     heads = np.array([head_lock_in(out / "maps" / entry.file) for entry in entries])
     found = analyse(entries, heads, SEED)
     text = [f"Within questions\n{paired}", *(paired.table(name) for name in ("lock_in", "thinking_share"))]
     text += [*tables(found), f"Matched on steps and tokens, across questions\n{matched}", *left_out]
     (out / "within.txt").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    found |= {"comparison": paired.to_json(), "matched": matched.to_json(), "left_out": list(left_out)}
+    found |= {
+        "comparison": paired.to_json(),
+        "matched": matched and matched.to_json(),
+        "left_out": list(left_out),
+    }
     (out / "within.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n\n".join(text))
 
