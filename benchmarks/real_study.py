@@ -10,6 +10,7 @@ tasks: maths, science and code, greedy, under seven conditions: one call each of
     `evaluate`, whose line is printed. OUT/TASK.
 search: strengths, bands, and the layers and heads that `within` chose, on 200 questions that `tasks` does not
     ask; the best once on the 600 that it does. OUT/search, OUT/confirm.
+report: what there is, with the verdicts of the plan's rules. OUT/report.md.
 
 All goes on where it stopped: give the same command again. `--minutes` stops as Ctrl-C does: what is written
 stays. Code is executed in the sandbox of `--grader code`.
@@ -25,7 +26,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from within_questions import analyse, head_lock_in, tables
+from within_questions import analyse, head_lock_in, in_words, tables
 
 from stepflow_tl import StepFlow, compare
 from stepflow_tl.cli.device import load
@@ -33,24 +34,37 @@ from stepflow_tl.cli.evaluate import AnswersWatcher
 from stepflow_tl.cli.main import main as command_line
 from stepflow_tl.errors import ComparisonError
 from stepflow_tl.evaluation import Decoding, Prompting, read_questions, standard_conditions
+from stepflow_tl.evaluation.paired_cells import AFTER_DIFFERENCE, difference_cells
 from stepflow_tl.evaluation.search import control_of
 from stepflow_tl.models.bands import deep_half
+from stepflow_tl.results.tables import text_table
 from stepflow_tl.runs import evaluate, read_answers
-from stepflow_tl.runs.answer_file import answers_path, read_ledgers
+from stepflow_tl.runs.answer_file import ANSWERS, read_ledgers
 from stepflow_tl.runs.manifest import Done, read_manifests
 from stepflow_tl.runs.options import Shard
 from stepflow_tl.runs.study_traces import choose_traces, write_rows
+from stepflow_tl.statistics.effects import corrected
 
 SEED = 0
 N_CONFIRMED, N_SEARCHED = 600, 200  # the first questions of the file, and the next
-SHARDS = 14  # of `within`: 64 answers each, one batch
-DIFFICULTIES = ("2 steps", "3 steps")
+SHARDS = 14  # of a pool: up to 64 answers each, one batch
+LIKELY = ("2 steps", "3 steps")  # of solution: right answers are likely
+POOLS = {"likely": True, "others": False}  # of `within`, in this order
 BOXED = r"{question} Please reason step by step, and put your final answer within \boxed{}."
 LETTER = r"{question} Please reason step by step, and put the letter of the right option within \boxed{}."
 CODE = (
     "{question}\n\nFirst explain briefly, step by step, how this function has to work. "
     "Then write the whole function, with its imports, in one block of Python code."
 )
+STAGES = (
+    "within/likely",
+    "within/others",
+    "maths",
+    "science",
+    "code",
+    "search",
+    "confirm",
+)  # folders with answers
 MATHS = Prompting("boxed", "paragraph", None, BOXED)
 TASKS = {
     "maths": (
@@ -102,24 +116,33 @@ def main() -> None:
 
 
 def within(options) -> None:
-    out = options.out / "within"
-    questions = [q for q in maths(options)[N_CONFIRMED:] if q.difficulty in DIFFICULTIES]
-    for index in range(SHARDS):
-        has_begun = answers_path(out, Shard(0, SHARDS)).exists()
-        answered = {q.id for q in read_answers(out).questions} if has_begun else set()
-        if has_begun and len(pairs(read_answers(out))[0]) >= options.wanted:
-            break
-        if not {q.id for q in questions[index::SHARDS]} <= answered:
-            decoding = Decoding(400, temperature=0.7, n_samples=4, batch_size=64, seed=SEED)
-            ask(options, questions, out, {"plain": None}, decoding, shard=Shard(index, SHARDS))
+    out, questions = options.out / "within", maths(options)[N_CONFIRMED:]
+    decoding = Decoding(400, temperature=0.7, n_samples=4, batch_size=64, seed=SEED)
+    for name, likely in POOLS.items():
+        pool = [q for q in questions if (q.difficulty in LIKELY) is likely]
+        for index in range(SHARDS):
+            found = answered(out)
+            if len(found) and sum(len(pairs(each)[0]) for each in found.values()) >= options.wanted:
+                break
+            ids = {q.id for q in found[name].questions} if name in found else set()
+            if not {q.id for q in pool[index::SHARDS]} <= ids:
+                ask(options, pool, out / name, {"plain": None}, decoding, shard=Shard(index, SHARDS))
     model.cache_clear()
-    found = read_answers(out)
-    both, choice = pairs(found)
-    print(f"{len(both)} of {len(found.questions)} questions have a right and a wrong answer")
-    write_rows(out / "traces.jsonl", sorted(choice.rows, key=lambda row: row.question_id))
+    found = {name: (each, *pairs(each)) for name, each in answered(out).items()}
+    for name, (each, both, _) in found.items():
+        print(f"{name}: {len(both)} of {len(each.questions)} questions have a right and a wrong answer")
+    rows = [row for *_, choice in found.values() for row in choice.rows]
+    write_rows(out / "traces.jsonl", sorted(rows, key=lambda row: row.question_id))
     line = ["analyze", str(out / "traces.jsonl"), "--out", str(out / "maps"), "--model", options.model]
     run([*line, "--format", "boxed", "--group-by", "right", "--pair-by", "question_id"])
-    report(out, choice.left_out)
+    compare_within(
+        out, [f"{name}: {line}" for name, (*_, choice) in found.items() for line in choice.left_out]
+    )
+
+
+def answered(out):
+    """By pool, the answers of `within` that there are."""
+    return {name: read_answers(out / name) for name in POOLS if ANSWERS.files(out / name)}
 
 
 def pairs(evaluation):
@@ -128,10 +151,10 @@ def pairs(evaluation):
     both = set.intersection(
         *({r.question_id for r in everything.rows if r.right is kind} for kind in (True, False))
     )
-    return both, choose_traces(evaluation, max(1, len(both)), SEED)
+    return both, choose_traces(evaluation, len(both), SEED)
 
 
-def report(out, left_out) -> None:
+def compare_within(out, left_out) -> None:
     """Right against wrong from the maps' manifest: OUT/within.txt and within.json."""
     entries = [entry for entry in read_manifests(out / "maps").entries if isinstance(entry, Done)]
     groups = [[entry for entry in entries if entry.group is kind] for kind in (True, False)]
@@ -139,7 +162,7 @@ def report(out, left_out) -> None:
         [[getattr(e, name) for e in group] for group in groups] for name in ("diagnosis", "pair")
     )
     ask = dict(names=("right", "wrong"), seed=SEED, n_bootstrap=10_000)
-    paired = compare(*traces, pair_by=questions, **ask)
+    paired = compare(*traces, pair_by=tuple(questions), **ask)
     try:
         matched = compare(*traces, match_on=("steps", "tokens"), **ask).matched
     except ComparisonError as error:  # a few traces: the first shards alone
@@ -195,6 +218,45 @@ def candidates(layers, heads):
     return flows
 
 
+def report(options) -> None:
+    """OUT/report.md: what there is of every part, with the verdicts of the plan's rules."""
+    out, parts = options.out, ["# What the study of the real model found", f"`{shlex.join(sys.argv)}`"]
+    ledgers = {name: read_answers(out / name) for name in STAGES if ANSWERS.files(out / name)}
+    for name, found in ledgers.items():
+        n = len(found.questions)
+        parts.append(f"* {name}: {n} questions answered under every condition, {found.n_missing} not yet")
+    if (out / "within" / "within.json").exists():
+        text = (out / "within" / "within.txt").read_text().rstrip()
+        sentences = "\n".join(
+            f"* {line}" for line in in_words(json.loads((out / "within/within.json").read_text()))
+        )
+        parts += ["## (A) Right and wrong answers to the same question", sentences, f"```\n{text}\n```"]
+    asked = {task: ledgers[task] for task in TASKS if task in ledgers}
+    if asked:
+        parts += ["## (B) Does StepFlow help?", primary(asked)]
+    for title, names in (
+        ("## (B) All conditions", TASKS),
+        ("## (C) The search and its confirmation", STAGES[-2:]),
+    ):
+        for name in names:
+            if name in ledgers:
+                parts += [f"{title}: {name}", f"```\n{ledgers[name].table()}\n```"]
+    (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"written: {out / 'report.md'}")
+
+
+def primary(asked) -> str:
+    """B1 and B2: StepFlow against plain and against its control, task by task, Holm over the tasks."""
+    rows = []
+    for against in ("plain", "StepFlow control"):
+        found = [each.difference("StepFlow", against) for each in asked.values()]
+        p_values = corrected(np.array([each.p_value for each in found]), "holm")
+        for task, each, p in zip(asked, found, p_values, strict=True):
+            rows.append([task, str(each.n), against, *difference_cells(each, p)])
+    header = ["task", "questions", "minus", "difference", *AFTER_DIFFERENCE]
+    return f"```\n{text_table('StepFlow, task by task', header, rows)}\n```"
+
+
 def ask(options, questions, out, conditions, decoding, **others):
     """`evaluate` on maths questions; the process ends where it was stopped."""
     watcher = AnswersWatcher()
@@ -233,8 +295,12 @@ def run(line) -> None:
 
 def same(out, other):
     """How many answers and maps two runs of `within` share, and how many of them are equal to the digit."""
-    ledgers = [read_ledgers(folder / "within")[1] for folder in (out, other)]
-    answers = [{name: replace(each, seconds=0.0) for name, each in ledger.items()} for ledger in ledgers]
+    ledgers = [
+        [read_ledgers(run / "within" / name)[1] for name in answered(run / "within")] for run in (out, other)
+    ]
+    answers = [
+        {each.id: replace(each, seconds=0.0) for ledger in run for each in ledger.values()} for run in ledgers
+    ]
     entries = [read_manifests(folder / "within" / "maps").entries for folder in (out, other)]
     maps = [{each.id: (each.sha256, each.to_json()["metrics"]) for each in found} for found in entries]
     lines = []
@@ -245,7 +311,7 @@ def same(out, other):
     return "\n".join(lines)
 
 
-PARTS = {"within": within, "tasks": tasks, "search": search}
+PARTS = {"within": within, "tasks": tasks, "search": search, "report": report}
 
 if __name__ == "__main__":
     main()

@@ -24,6 +24,7 @@ from stepflow_tl.statistics.effects import Resampling, column_effects, corrected
 
 N_HEADS_CHOSEN = 12
 DRAWS = 10_000
+EARLIER = -0.0225  # between questions, n = 52
 
 
 def head_lock_in(path):
@@ -163,6 +164,66 @@ def analyse(entries, heads, seed):
             for side, values in sides.items()
         },
     }
+
+
+def in_words(found):
+    """What the plan's questions A1 to A7 come to, by its rules; `found` as within.json has it."""
+    primary = _named(found["comparison"]["headline"], "lock_in", "shallow")
+    alike = found["at equal length"]["lock_in shallow"]
+    lower, still = (each["difference"] < 0 and each["p_value"] <= 0.05 for each in (primary, alike))
+    still = still and alike["high"] < 0
+    verdict = (
+        "Lower lock-in in right answers stands within the question, at equal length too."
+        if lower and still
+        else "Lower lock-in in right answers stands within the question, but length may be what differs."
+        if lower
+        else "Lower lock-in in right answers is not shown within the question."
+        if primary["p_value"] > 0.05
+        else "Lock-in is higher in right answers to the same question, against the earlier finding."
+    )
+    holds = "holds" if primary["low"] <= EARLIER <= primary["high"] else "does not hold"
+    yield (
+        f"**{verdict}** A1: {_effect(primary)}, d_z {number(primary['effect_size'])}, n {primary['n']}; "
+        f"A2, at equal length: {_effect(alike)}. The interval of A1 {holds} the earlier {EARLIER}."
+    )
+    others = [
+        e for e in found["comparison"]["headline"] if (e["metric"], e["band"]) != ("lock_in", "shallow")
+    ]
+    yield "A3: " + _below(others, "p_corrected", lambda e: headline_name(e["metric"], e["band"]), "number")
+    for metric in ("lock_in", "thinking_share"):
+        layers = [e for e in found["comparison"]["by_layer"] if e["metric"] == metric]
+        yield f"A4, {metric}: " + _below(layers, "p_corrected", lambda e: f"layer {e['layer']}", "layer")
+    heads = found["heads_below"]
+    yield (
+        f"A5: of {found['n_heads_tested']} heads {heads['holm']} differ after Holm, {heads['fdr']} after "
+        "Benjamini-Hochberg."
+    )
+    for kind, each in found["chosen"]["tested on"].items():
+        before = found["chosen"]["chosen on"][kind]["difference"]
+        yield (
+            f"A6, {kind} chosen on half of the questions ({before:+.4f} there), on the other half: "
+            f"{_effect(each)}, after Holm {probability(each['holm'])}, n {each['n']:.0f}."
+        )
+    if found["matched"]:
+        matched = _named(found["matched"]["headline"], "lock_in", "shallow")
+        words = f"{_effect(matched)}, after Holm {probability(matched['p_corrected'])}, n {matched['n']}"
+        yield f"A7, matched across questions: {words}."
+
+
+def _named(effects, metric, band):
+    return next(each for each in effects if (each["metric"], each["band"]) == (metric, band))
+
+
+def _effect(each):
+    interval = "{difference:+.4f} [{low:+.4f}, {high:+.4f}]".format(**each)
+    return f"{interval}, p {probability(each['p_value'])}"
+
+
+def _below(effects, p, name, what):
+    found = [
+        f"{name(e)} {_effect(e)}, after Holm {probability(e[p])}" for e in effects if (e[p] or 1) <= 0.05
+    ]
+    return f"{'; '.join(found)}." if found else f"no {what} of {len(effects)} differs after Holm."
 
 
 def tables(found):

@@ -6,21 +6,30 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from diagnostic_maps import random_saliency
-from within_questions import analyse, differences, halves, head_lock_in, most_negative, tables, without_length
+from within_questions import (
+    analyse,
+    differences,
+    halves,
+    head_lock_in,
+    in_words,
+    most_negative,
+    tables,
+    without_length,
+)
 
-from stepflow_tl.diagnosis import diagnose
+from stepflow_tl.diagnosis import compare, diagnose
 
 N_LAYERS, N_HEADS = 4, 5
 
 
-def traces(n=24, *, both=20):
-    """The first `both` of n questions have two right answers and a wrong one, the others a right one."""
-    rows = []
-    for i in range(n):
-        for sample, right in enumerate([True, True, False] if i < both else [True]):
-            saliency = random_saliency("QTTTTSS"[: 4 + (i + sample) % 3] + "SS", 10 * i + sample)
-            rows.append(SimpleNamespace(diagnosis=diagnose(saliency), pair=f"q{i}", group=right))
-    return rows
+def traces():
+    """The first 20 of 24 questions have two right answers and a wrong one, the others a right one."""
+    pool = [diagnose(random_saliency("QTTTT"[: 3 + seed % 3] + "SS", seed)) for seed in range(17)]
+    return [
+        SimpleNamespace(diagnosis=pool[(3 * i + sample) % len(pool)], pair=f"q{i}", group=right)
+        for i in range(24)
+        for sample, right in enumerate([True, True, False] if i < 20 else [True])
+    ]
 
 
 def test_differences_are_those_of_a_loop_over_questions():
@@ -81,20 +90,54 @@ def test_halves_depend_on_names_alone_and_the_most_negative_columns_are_taken():
 
 
 def test_a_planted_head_is_found_on_one_half_and_holds_on_the_other():
-    rows, rng = traces(44, both=40), np.random.default_rng(4)
+    rows, rng = traces(), np.random.default_rng(4)
     heads = rng.normal(0.5, 0.05, size=(len(rows), N_LAYERS, N_HEADS))
     heads[[not row.group for row in rows], 2, 3] += 0.3
     found = analyse(rows, heads, seed=0)
     first = found["heads"][0]
-    assert (first["layer"], first["head"], first["n"]) == (2, 3, 40) and first["holm"] < 0.01
+    assert (first["layer"], first["head"], first["n"]) == (2, 3, 20) and first["holm"] < 0.01
     assert first["difference"] == pytest.approx(-0.3, abs=0.05) and found["heads_below"]["holm"] == 1
     assert 3 in found["chosen_heads"]["2"] and sum(map(len, found["chosen_heads"].values())) == 12
     tested = found["chosen"]["tested on"]
-    assert tested["heads"]["n"] == tested["layers"]["n"] == 20 and tested["heads"]["holm"] < 0.01
+    assert tested["heads"]["n"] == tested["layers"]["n"] == 10 and tested["heads"]["holm"] < 0.01
     assert tested["layers"]["holm"] > 0.05  # nothing is planted in the diagnoses
-    assert found["at equal length"]["lock_in shallow"]["n"] == 40
+    assert found["at equal length"]["lock_in shallow"]["n"] == 20
     text = "\n".join(tables(found))
     assert "  2.3  " in text and "of 20 heads 1 have" in text
+    sides = [[row for row in rows if row.group is side] for side in (True, False)]
+    ids = tuple([row.pair for row in side] for side in sides)
+    comparison = compare(
+        *([row.diagnosis for row in side] for side in sides), pair_by=ids, n_bootstrap=99, n_permutations=999
+    )
+    first, *others = in_words(found | {"comparison": comparison.to_json(), "matched": None})
+    assert "is not shown within the question" in first and "n 20" in first and len(others) == 6
+    assert any("of 20 heads 1 differ after Holm" in line for line in others)
+
+
+@pytest.mark.parametrize(
+    ("plain", "alike", "verdict"),
+    [
+        ((-0.03, 0.01), (-0.02, -0.01, 0.01), "stands within the question, at equal length too"),
+        ((-0.03, 0.01), (-0.02, 0.01, 0.2), "stands within the question, but length may be"),
+        ((-0.03, 0.2), (-0.02, -0.01, 0.01), "is not shown"),
+        ((0.03, 0.01), (0.02, 0.03, 0.01), "is higher in right answers"),
+    ],
+)
+def test_the_verdict_is_that_of_the_plan(plain, alike, verdict):
+    nothing = dict(low=-0.05, high=-0.02, p_value=1.0, p_corrected=1.0, effect_size=0.0, n=40)
+    primary = dict(nothing, metric="lock_in", band="shallow", difference=plain[0], p_value=plain[1])
+    found = {
+        "comparison": {"headline": [primary], "by_layer": []},
+        "at equal length": {
+            "lock_in shallow": dict(difference=alike[0], low=-0.1, high=alike[1], p_value=alike[2])
+        },
+        "heads_below": {"holm": 0, "fdr": 0},
+        "n_heads_tested": 20,
+        "chosen": {"tested on": {}},
+        "matched": None,
+    }
+    first = next(in_words(found))
+    assert verdict in first and "holds the earlier -0.0225" in first
 
 
 def test_lock_in_of_a_head_is_that_of_its_own_map(tmp_path):
