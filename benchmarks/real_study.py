@@ -48,6 +48,7 @@ from stepflow_tl.statistics.effects import corrected
 SEED = 0
 N_CONFIRMED, N_SEARCHED = 600, 200  # the first questions of the file, and the next
 SHARDS = 14  # of a pool: up to 64 answers each, one batch
+WANTED = 80  # questions with a right and a wrong answer
 LIKELY = ("2 steps", "3 steps")  # of solution: right answers are likely
 POOLS = {"likely": True, "others": False}  # of `within`, in this order
 BOXED = r"{question} Please reason step by step, and put your final answer within \boxed{}."
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--conditions", nargs="+", default=list(standard_conditions()), help="of `tasks`")
-    parser.add_argument("--wanted", type=int, default=80, help="questions with both kinds of answers")
+    parser.add_argument("--wanted", type=int, default=WANTED, help="questions with both kinds of answers")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--minutes", type=float, help="stop after so many")
     parser.add_argument("--same", type=Path, nargs=2, metavar="OUT")
@@ -154,7 +155,7 @@ def pairs(evaluation):
     return both, choose_traces(evaluation, len(both), SEED)
 
 
-def compare_within(out, left_out) -> None:
+def compare_within(out, left_out, *, is_interim) -> None:
     """Right against wrong from the maps' manifest: OUT/within.txt and within.json."""
     entries = [entry for entry in read_manifests(out / "maps").entries if isinstance(entry, Done)]
     groups = [[entry for entry in entries if entry.group is kind] for kind in (True, False)]
@@ -176,6 +177,7 @@ def compare_within(out, left_out) -> None:
         "comparison": paired.to_json(),
         "matched": matched and matched.to_json(),
         "left_out": list(left_out),
+        "is_interim": is_interim,
     }
     (out / "within.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n\n".join(text))

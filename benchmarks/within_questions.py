@@ -24,6 +24,7 @@ from stepflow_tl.statistics.effects import Resampling, column_effects, corrected
 
 N_HEADS_CHOSEN = 12
 DRAWS = 10_000
+INTERIM_LEVEL = 0.001  # Haybittle and Peto: the last test keeps its own
 EARLIER = -0.0225  # between questions, n = 52
 
 
@@ -170,7 +171,8 @@ def in_words(found):
     """What the plan's questions A1 to A7 come to, by its rules; `found` as within.json has it."""
     primary = _named(found["comparison"]["headline"], "lock_in", "shallow")
     alike = found["at equal length"]["lock_in shallow"]
-    lower, still = (each["difference"] < 0 and each["p_value"] <= 0.05 for each in (primary, alike))
+    level = INTERIM_LEVEL if found["is_interim"] else 0.05
+    lower, still = (each["difference"] < 0 and each["p_value"] <= level for each in (primary, alike))
     still = still and alike["high"] < 0
     verdict = (
         "Lower lock-in in right answers stands within the question, at equal length too."
@@ -178,9 +180,10 @@ def in_words(found):
         else "Lower lock-in in right answers stands within the question, but length may be what differs."
         if lower
         else "Lower lock-in in right answers is not shown within the question."
-        if primary["p_value"] > 0.05
+        if primary["p_value"] > level
         else "Lock-in is higher in right answers to the same question, against the earlier finding."
     )
+    verdict = f"Interim look, level {level:g}: {verdict}" if found["is_interim"] else verdict
     holds = "holds" if primary["low"] <= EARLIER <= primary["high"] else "does not hold"
     yield (
         f"**{verdict}** A1: {_effect(primary)}, d_z {number(primary['effect_size'])}, n {primary['n']}; "

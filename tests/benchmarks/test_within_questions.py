@@ -109,21 +109,30 @@ def test_a_planted_head_is_found_on_one_half_and_holds_on_the_other():
     comparison = compare(
         *([row.diagnosis for row in side] for side in sides), pair_by=ids, n_bootstrap=99, n_permutations=999
     )
-    first, *others = in_words(found | {"comparison": comparison.to_json(), "matched": None})
+    first, *others = in_words(
+        found | {"comparison": comparison.to_json(), "matched": None, "is_interim": True}
+    )
     assert "is not shown within the question" in first and "n 20" in first and len(others) == 6
     assert any("of 20 heads 1 differ after Holm" in line for line in others)
 
 
 @pytest.mark.parametrize(
-    ("plain", "alike", "verdict"),
+    ("plain", "alike", "is_interim", "verdict"),
     [
-        ((-0.03, 0.01), (-0.02, -0.01, 0.01), "stands within the question, at equal length too"),
-        ((-0.03, 0.01), (-0.02, 0.01, 0.2), "stands within the question, but length may be"),
-        ((-0.03, 0.2), (-0.02, -0.01, 0.01), "is not shown"),
-        ((0.03, 0.01), (0.02, 0.03, 0.01), "is higher in right answers"),
+        ((-0.03, 0.01), (-0.02, -0.01, 0.01), False, "stands within the question, at equal length too"),
+        ((-0.03, 0.01), (-0.02, 0.01, 0.2), False, "stands within the question, but length may be"),
+        ((-0.03, 0.2), (-0.02, -0.01, 0.01), False, "is not shown"),
+        ((0.03, 0.01), (0.02, 0.03, 0.01), False, "is higher in right answers"),
+        (
+            (-0.03, 0.01),
+            (-0.02, -0.01, 0.01),
+            True,
+            "**Interim look, level 0.001: Lower lock-in in right answers is not",
+        ),
+        ((-0.03, 0.0005), (-0.02, -0.01, 0.001), True, "at equal length too"),
     ],
 )
-def test_the_verdict_is_that_of_the_plan(plain, alike, verdict):
+def test_the_verdict_is_that_of_the_plan(plain, alike, is_interim, verdict):
     nothing = dict(low=-0.05, high=-0.02, p_value=1.0, p_corrected=1.0, effect_size=0.0, n=40)
     primary = dict(nothing, metric="lock_in", band="shallow", difference=plain[0], p_value=plain[1])
     found = {
@@ -135,6 +144,7 @@ def test_the_verdict_is_that_of_the_plan(plain, alike, verdict):
         "n_heads_tested": 20,
         "chosen": {"tested on": {}},
         "matched": None,
+        "is_interim": is_interim,
     }
     first = next(in_words(found))
     assert verdict in first and "holds the earlier -0.0225" in first
