@@ -7,7 +7,8 @@
 #   make lint    ruff, formatting, pyright
 #   make bench   the scripts in benchmarks/ that need nothing but the package
 #   make reproduce   the study on the testbed, from problems to tables; out/reproduce/report.md
-#   make study   `stepflow-tl study` on 60 testbed problems; out/study/report.html
+#   make study   the study of the real model (docs/study_plan.md; many hours, goes on where it stopped) where its
+#                weights are at REAL and the questions in DATA; else `stepflow-tl study` on 60 testbed problems
 # On a machine without CUDA, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes.
 
 PYTHON ?= python3
@@ -100,8 +101,14 @@ bench: setup
 reproduce: setup
 	@$(OFFLINE) .venv/bin/python benchmarks/reproduce.py
 
+REAL ?= out/real/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
+DATA ?= ../shared/data
+
 study: setup
-	@$(OFFLINE) .venv/bin/stepflow-tl study testbed --limit 60 --splitter line --max-new-tokens 400 --out out/study
+	@if [ -f "$(REAL)" ]; then \
+	$(OFFLINE) .venv/bin/python benchmarks/real_study.py "$(REAL)" out/real_study --data "$(DATA)"; \
+	else echo "No weights at $(REAL) (benchmarks/real_model.py --fetch out/real brings them): the testbed instead"; \
+	$(OFFLINE) .venv/bin/stepflow-tl study testbed --limit 60 --splitter line --max-new-tokens 400 --out out/study; fi
 
 clean:
 	rm -rf .venv .tl39 .engines out dist build .pytest_cache .ruff_cache .hypothesis

@@ -22,13 +22,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stepflow_tl.models.cached_rows import cached_rows
 from stepflow_tl.models.facts import is_bridge
 from stepflow_tl.stepflow.placebo import mixed_seed
 from stepflow_tl.stepflow.streaming import FlowRun
+
+_LIKELIEST = 256
+"""Among how many tokens a draw is sought first: sorting a vocabulary can take longer than a pass."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +174,33 @@ def _choose(
     if decoding.temperature == 0:
         return logits.argmax(-1)
     precise = torch.float32 if logits.device.type == "mps" else torch.float64
-    shares, order = (logits.to(precise) / decoding.temperature).softmax(-1).sort(descending=True, stable=True)
-    below = shares.cumsum(-1) - shares
-    sums = shares.masked_fill(below >= decoding.top_p, 0).cumsum(-1)
+    shares = (logits.to(precise) / decoding.temperature).softmax(-1)
     draws = [mixed_seed(decoding.seed, name, position) / 2**63 for name in names]
-    at = torch.tensor(draws, dtype=precise, device=logits.device)[:, None] * sums[:, -1:]
+    at = torch.tensor(draws, dtype=precise, device=logits.device)[:, None]
+    chosen, is_sure = _at_draws(shares, at, decoding.top_p, _LIKELIEST)
+    if not is_sure.all():
+        rest = ~is_sure
+        chosen[rest], _ = _at_draws(shares[rest], at[rest], decoding.top_p, shares.shape[-1])
+    return chosen
+
+
+def _at_draws(
+    shares: Float[Tensor, "row vocabulary"], draws: Float[Tensor, "row 1"], top_p: float, most: int
+) -> tuple[Int[Tensor, " row"], Bool[Tensor, " row"]]:
+    """The inverse of the sorted distribution at the draws, from the `most` likeliest tokens alone.
+
+    Returns:
+        The tokens, equals in the order of their ids; and whether all tokens together would give the same.
+    """
+    is_all = most >= shares.shape[-1]
+    order = shares.topk(min(most, shares.shape[-1])).indices.sort().values  # of equals topk promises no order
+    part, by = shares.gather(-1, order).sort(descending=True, stable=True)
+    sums = part.cumsum(-1)
+    # What equals the last one may have been cut off; what is above it is as if all were there.
+    covered = (sums * (part > part[:, -1:])).amax(-1, keepdim=True)
+    sums = part.masked_fill(sums - part >= top_p, 0).cumsum(-1)
+    ends_inside = is_all | (covered >= top_p)
+    at = draws * torch.where(ends_inside, sums[:, -1:], 1.0)
     place = torch.searchsorted(sums, at, right=True).clamp(max=(sums < sums[:, -1:]).sum(-1, keepdim=True))
-    return order.gather(-1, place)[:, 0]
+    is_sure = ends_inside | ((at < covered) & (top_p == 1))
+    return order.gather(-1, by.gather(-1, place))[:, 0], is_sure[:, 0]

@@ -101,12 +101,12 @@ def search(
     tried = ask(validation, conditions={repr(flow): flow for flow in candidates})
     scores = tuple((flow, tried.accuracy(repr(flow))) for flow in candidates)
     chosen = max(scores, key=lambda pair: pair[1])[0]
-    control = replace(chosen, placebo=_control_of(chosen))
-    conditions = {PLAIN: None, "StepFlow": chosen, "StepFlow control": control}
+    conditions = {PLAIN: None, "StepFlow": chosen, "StepFlow control": control_of(chosen)}
     return Search(chosen, scores, ask(test, conditions=conditions))
 
 
-def _control_of(flow: StepFlow) -> str:
+def control_of(flow: StepFlow) -> StepFlow:
+    """The control of equal size: the same StepFlow, with every half that it has in a random place."""
     if flow.tau_max and flow.alpha:
-        return "both"
-    return "bridge" if flow.tau_max else "momentum"
+        return replace(flow, placebo="both")
+    return replace(flow, placebo="bridge" if flow.tau_max else "momentum")

@@ -4,8 +4,9 @@
    the model's. So are those without thinking or without a summary, of which there is no map of both.
 2. In each group, right and wrong, answers to different questions come first, and among them those to
    questions that have right and wrong answers, which can be compared within the question; then second
-   answers, and so on. Equals are in an order that a seed and the answer's id decide. The first N of each
-   group are taken, so a larger N adds traces and changes none.
+   answers, and so on. Of a question that has both, the right and the wrong answer nearest in tokens come
+   first, because shares depend on length. Equals are in an order that a seed and the answer's id decide. The
+   first N of each group are taken, so a larger N adds traces and changes none.
 3. Beside them, for the pages: both answers to the questions that the repair gained or lost. Those that are
    not among the chosen have no `right` in the file, so that no comparison counts them.
 
@@ -19,7 +20,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 
 from stepflow_tl.evaluation import Answer, Evaluation
@@ -104,14 +105,15 @@ def choose_traces(evaluation: Evaluation, most: int, seed: int) -> Choice:
         why = list(map(_unusable, answers))
         left_out.update(filter(None, why))
         usable = [sample for sample, reason in enumerate(why) if not reason]
-        is_mixed = len({bool(verdicts[sample]) for sample in usable}) == 2
         taken = Counter[bool]()
         rows = [
             trace_row(evaluation, question, PLAIN, sample, right=bool(verdicts[sample])) for sample in usable
         ]
-        for row in sorted(rows, key=lambda row: _order(seed, row.id)):
+        rows.sort(key=lambda row: _order(seed, row.id))
+        nearest = _nearest_pair(rows)
+        for row in (*nearest, *(row for row in rows if row not in nearest)):
             right = bool(row.right)
-            groups[right].append((taken[right], not is_mixed, _order(seed, row.id), row))
+            groups[right].append((taken[right], not nearest, _order(seed, row.id), row))
             taken[right] += 1
     chosen, words = [], [f"{count} plain {reason}" for reason, count in sorted(left_out.items())]
     for right, group in groups.items():
@@ -164,6 +166,14 @@ def write_rows(path: Path, rows: Iterable[TraceRow]) -> None:
 def _lines(rows: Iterable[TraceRow]) -> Iterator[str]:
     for row in rows:
         yield json.dumps({**asdict(row), "tokens": list(row.tokens)}) + "\n"
+
+
+def _nearest_pair(rows: Sequence[TraceRow]) -> tuple[TraceRow, ...]:
+    """A right and a wrong answer that differ least in tokens, of equals the first; empty without both."""
+    right, wrong = ([row for row in rows if row.right is right] for right in (True, False))
+    return min(
+        product(right, wrong), key=lambda pair: abs(len(pair[0].tokens) - len(pair[1].tokens)), default=()
+    )
 
 
 def _unusable(answer: Answer) -> str:

@@ -11,6 +11,7 @@ from stepflow_tl.evaluation import AnswerWriter, Decoding, Prompting, evaluate, 
 from stepflow_tl.evaluation.decoding import Row, _choose, end_tokens, plan_batches
 from stepflow_tl.evaluation.generation import answer_of
 from stepflow_tl.models import cached_rows
+from stepflow_tl.stepflow.placebo import mixed_seed
 from stepflow_tl.testbed import ProblemSpec, load_testbed_model, make_problems
 from stepflow_tl.testbed.model import read_weights
 from stepflow_tl.testbed.vocabulary import prompt_of
@@ -229,6 +230,28 @@ def test_tokens_are_drawn_from_the_nucleus_in_their_shares():
         assert torch.allclose(counts, torch.tensor(expected, dtype=torch.float32), atol=0.03), counts
     cold = _choose(logits, range(4000), 7, Decoding(temperature=0.01))
     assert set(cold.tolist()) == {1} == set(_choose(logits, range(4000), 7, Decoding()).tolist())
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("spread", [0.2, 1.0, 4.0])  # the nucleus has all 1 000 tokens, some hundreds, a few
+def test_a_draw_among_the_likeliest_is_that_of_the_whole_sorted_vocabulary(top_p, spread):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(60, 1000, generator=generator) * spread).to(torch.bfloat16)  # so that tokens tie
+    decoding = Decoding(temperature=0.7, top_p=top_p)
+    found = _choose(logits, range(60), 3, decoding).tolist()
+    for row, token in enumerate(found):
+        shares = (logits[row].double() / 0.7).softmax(-1).tolist()
+        nucleus, mass = [], 0.0
+        for i in sorted(range(1000), key=lambda i: (-shares[i], i)):
+            if mass < top_p:
+                nucleus.append(i)
+                mass += shares[i]
+        at, sum_so_far = mixed_seed(decoding.seed, row, 3) / 2**63 * mass, 0.0
+        for i in nucleus:
+            sum_so_far += shares[i]
+            if sum_so_far > at:
+                break
+        assert token == i
 
 
 def test_batches_are_filled_by_tokens_and_by_rows():

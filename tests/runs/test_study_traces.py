@@ -1,6 +1,7 @@
 """Which answers of a study are mapped: balanced, nested, in an order decided by the seed and the ids."""
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,26 @@ def test_questions_with_both_come_first_and_each_question_once_before_any_twice(
     wrong = [row.question_id for row in choice.rows if row.right is False]
     assert set(right[:4]) == set(wrong[:4]) == {"q2", "q3", "q4", "q5"}
     assert right[4:] == ["q0"] and wrong[4:] == ["q1"]
+
+
+def test_of_a_question_with_both_the_pair_nearest_in_tokens_comes_first():
+    evaluation = make_evaluation(8, {PLAIN: lambda i: [True, False, i % 2 == 0, False]})
+    plain, rng = evaluation.results[PLAIN], random.Random(0)
+    answers = [
+        tuple(replace(answer, tokens=answer.tokens * rng.randrange(1, 90)) for answer in row)
+        for row in plain.answers
+    ]
+    results = {PLAIN: replace(plain, answers=tuple(answers))}
+    choice = choose_traces(replace(evaluation, results=results), 8, seed=0)
+    chosen = {(row.question_id, row.right): len(row.tokens) for row in choice.rows}
+    for i, (row, verdicts) in enumerate(zip(answers, plain.verdicts, strict=True)):
+        best = None
+        for answer, verdict in zip(row, verdicts, strict=True):
+            for other, its_verdict in zip(row, verdicts, strict=True):
+                gap = abs(len(answer.tokens) - len(other.tokens))
+                if verdict and not its_verdict and (best is None or gap < best[0]):
+                    best = gap, len(answer.tokens), len(other.tokens)
+        assert best is not None and (chosen[f"q{i}", True], chosen[f"q{i}", False]) == best[1:]
 
 
 @pytest.mark.parametrize(
