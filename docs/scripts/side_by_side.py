@@ -2,9 +2,9 @@
 
     python docs/scripts/side_by_side.py --model FILE.gguf --answers answers.jsonl --out DIR [--n 10]
 
-1. Traces: of the answers that `stepflow-tl evaluate` wrote, in the order of the file, the first `--n` right
-   and the first `--n` wrong ones of the plain condition that came to an end, have at most `--max-tokens`
-   tokens, and 4 to 12 thinking steps. They are read by the model that wrote them, token by token as written.
+1. Traces: of the answers that `stepflow-tl evaluate` wrote, the `--n` shortest right and the `--n` shortest
+   wrong ones of the plain condition that came to an end and have 4 to 12 thinking steps. They are read by the
+   model that wrote them, token by token as written.
 2. The paper's map: per token, heads and layers averaged, rows as shares of earlier steps. The cut score, in
    nats, summed over heads and layers. Knockout: `step_knockout(pairs="screened")` with that map as ranking.
 3. For each thinking and summary step and each map: its strongest source, and what cutting that one did. Where
@@ -44,7 +44,6 @@ def main() -> None:
     parser.add_argument("--answers", type=Path, required=True, help="answers.jsonl of `stepflow-tl evaluate`")
     parser.add_argument("--format", default="boxed", help="of the answers")
     parser.add_argument("--n", type=int, default=10, help="right answers, and as many wrong ones")
-    parser.add_argument("--max-tokens", type=int, default=360)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -68,11 +67,10 @@ def main() -> None:
 def chosen_traces(tokenizer: Any, options: argparse.Namespace) -> list[tuple[dict[str, Any], ReasoningTrace]]:
     """Answers and their traces, by the rule of the module's docstring."""
     found: dict[bool, list[tuple[dict[str, Any], ReasoningTrace]]] = {True: [], False: []}
-    for line in options.answers.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        if row.get("kind") != "answer" or row["condition"] != "plain" or not row["finished"]:
-            continue
-        if len(found[row["right"]]) == options.n or len(row["tokens"]) > options.max_tokens:
+    lines = map(json.loads, options.answers.read_text("utf-8").splitlines())
+    rows = [row for row in lines if row.get("condition") == "plain" and row["finished"]]
+    for row in sorted(rows, key=lambda row: len(row["tokens"])):
+        if len(found[row["right"]]) == options.n:
             continue
         trace = ReasoningTrace.from_tokens(
             tokenizer, row["tokens"], format=options.format, question_splitter="sentence"
