@@ -267,10 +267,11 @@ class FlowState:
 
     def _find_injections(self, wanted: Callable[[int, int], bool], window: int | None):
         labels, start = self.labels, self.current.start
-        for row in range(labels.n_rows):
+        known = labels.step[:, :start].max(axis=1, initial=-1)
+        for row in np.flatnonzero(labels.step[:, start:].max(axis=1) > known).tolist():
             steps, late = labels.step[row], labels.template_from[row]
             # A step begins where its number is first met. A provisional token repeats the number before it.
-            so_far = np.maximum.accumulate(np.append(steps[:start].max(initial=-1), steps[start:]))
+            so_far = np.maximum.accumulate(np.append(known[row], steps[start:]))
             for query in np.flatnonzero(np.diff(so_far)).tolist():
                 column = start + query
                 before = np.flatnonzero((steps[:column] == steps[column] - 1) & (late[:column] > column))
