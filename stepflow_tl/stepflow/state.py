@@ -255,7 +255,7 @@ class FlowState:
         own, bridge, *counted = (group[:, lowest:] for group in groups)
         masks = _key_masks(own, bridge, device=device)
         sets_tau = masks if groups.own is groups.counted_own else _key_masks(*counted, device=device)
-        acts = (own.any(-1) & bridge.any(-1))[:, None]
+        acts = np.any(own, axis=-1, keepdims=True) & np.any(bridge, axis=-1, keepdims=True)
         n_keys = own.shape[-1]
         first_key = np.array(self.padding[rows])[:, None] - lowest
         rest = acts & (np.arange(n_keys) >= first_key) & ~(own | bridge)
