@@ -135,12 +135,13 @@ class Call:
         self, rows: slice, queries: slice, keys: range | Tensor
     ) -> Float[Tensor, "row head query key"]:
         """Scores of some rows, queries and keys (ascending) in at least float32, without a mask."""
-        if self.shift is not None and isinstance(keys, Tensor):  # a shift takes ranges
-            around = range(int(keys[0]), int(keys[-1]) + 1)
-            return self.scores(rows, queries, around)[..., keys - around.start]
-        key = at_keys(self.key[rows], keys)
-        scores = scores_of(self.query[rows, :, queries], key, self.scale, self.softcap)
-        return scores if self.shift is None else self.shift(scores, rows, queries, keys)
+        query = self.query[rows, :, queries]
+        if self.shift is None:
+            return scores_of(query, at_keys(self.key[rows], keys), self.scale, self.softcap)
+        around = keys if isinstance(keys, range) else range(int(keys[0]), int(keys[-1]) + 1)
+        scores = scores_of(query, at_keys(self.key[rows], around), self.scale, self.softcap)
+        shifted = self.shift(scores, rows, queries, around)  # which takes ranges
+        return shifted if isinstance(keys, range) else shifted[..., keys - around.start]
 
 
 def at_keys(

@@ -189,7 +189,7 @@ def _groups_of(call: Call, span: QuerySpan, queries: slice, tau_max: float) -> _
     if call.sinks is not None:
         sink = call.sinks.to(call.query.dtype).to(masses.dtype)[:, None]
         own_mass = own_mass - (sink - logsumexp).exp()
-    z_own = call.z[at].to(masses.dtype) - masses[1, ..., None] * z_bridge - z_second
+    z_own = call.z[at] - masses[1, ..., None] * z_bridge - z_second
     no_mass = 8 * torch.finfo(masses.dtype).eps
     log_masses = torch.stack([own_mass.clamp_min(no_mass).log(), log_masses[1]])
     return _Groups(log_masses, z_own, z_bridge, view.log_tau, seen & (own_mass > no_mass))
@@ -254,20 +254,21 @@ def _restricted(
     call: Call, at: tuple[slice, slice, slice], part: _Part
 ) -> tuple[Float[Tensor, "row head query"], Float[Tensor, "row head query d_value"]]:
     """Logsumexp and output of attention to one group alone; minus infinity and zeros where it is empty."""
-    (rows, _, queries), keys, z, work = at, part.keys, call.z[at], call.logsumexp.dtype
+    (rows, _, queries), keys, query, work = at, part.keys, call.query[at], call.logsumexp.dtype
+    shape, value, found = query.shape, at_keys(call.value[rows], keys), None
     if not len(keys):
-        return torch.full_like(z[..., 0], -torch.inf, dtype=work), torch.zeros_like(z, dtype=work)
-    value, found = at_keys(call.value[rows], keys), None
+        z = query.new_zeros(*shape[:-1], value.shape[-1])
+        return query.new_full(shape[:-1], -torch.inf, dtype=work), z
     if _kernel_serves(call):
-        query, key = call.query[at], at_keys(call.key[rows], keys)
+        key = at_keys(call.key[rows], keys)
         if query.shape[2] == 1:  # a KV head's queries as the rows of one head, several times as fast
             query = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
         found = by_kernel(query, key, value, scale=call.scale, mask=part.mask)
     if found is not None:
-        logsumexp = found[1].reshape(z.shape[:-1])
+        logsumexp = found[1].reshape(shape[:-1])
         if part.is_empty is not None:  # the kernel says 0 there
             logsumexp = torch.where(part.is_empty, -torch.inf, logsumexp)
-        return logsumexp, found[0].reshape(z.shape).to(work)
+        return logsumexp, found[0].reshape(shape)
     scores = call.scores(rows, queries, keys)
     scores = scores if part.mask is None else scores + part.mask
     peak = scores.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)

@@ -255,7 +255,7 @@ class FlowState:
         own, bridge, *counted = (group[:, lowest:] for group in groups)
         masks = _key_masks(own, bridge, device=device)
         sets_tau = masks if groups.own is groups.counted_own else _key_masks(*counted, device=device)
-        acts = (own.any(-1) & bridge.any(-1))[:, None]
+        acts = np.any(own, axis=-1, keepdims=True) & np.any(bridge, axis=-1, keepdims=True)
         n_keys = own.shape[-1]
         first_key = np.array(self.padding[rows])[:, None] - lowest
         rest = acts & (np.arange(n_keys) >= first_key) & ~(own | bridge)
@@ -267,10 +267,11 @@ class FlowState:
 
     def _find_injections(self, wanted: Callable[[int, int], bool], window: int | None):
         labels, start = self.labels, self.current.start
-        for row in range(labels.n_rows):
+        known = labels.step[:, :start].max(axis=1, initial=-1)
+        for row in np.flatnonzero(labels.step[:, start:].max(axis=1) > known).tolist():
             steps, late = labels.step[row], labels.template_from[row]
             # A step begins where its number is first met. A provisional token repeats the number before it.
-            so_far = np.maximum.accumulate(np.append(steps[:start].max(initial=-1), steps[start:]))
+            so_far = np.maximum.accumulate(np.append(known[row], steps[start:]))
             for query in np.flatnonzero(np.diff(so_far)).tolist():
                 column = start + query
                 before = np.flatnonzero((steps[:column] == steps[column] - 1) & (late[:column] > column))
