@@ -75,7 +75,7 @@ def main() -> None:
         searched = pool.submit(search_strengths, options)
         conditions = {name: pool.submit(answer_under, name, options) for name in standard_conditions()}
         edges = pool.submit(score_edges, options)
-        controls = [pool.submit(positive_control, name, options) for name in CONTROLS]
+        controls = [pool.submit(positive_control, *each, options) for each in CONTROLS.items()]
         sampled = pool.submit(sample_answers, options)
         drawn = pool.submit(draw_map, options)
         results = {name: future.result().results[name] for name, future in conditions.items()}
@@ -204,11 +204,11 @@ def score_edges(options):
     )
 
 
-def positive_control(name, options):
+def positive_control(name, arguments, options):
     """The tables of a benchmark's small run."""
     main = {"power": power.main, "band_choice": band_choice.main, "repair": repair.main}[name]
     own = ["--model", options.model, "--seed", str(options.seed), "--out", str(options.out / name)]
-    return main([*own, *CONTROLS[name].split()])
+    return main([*own, *arguments.split()])
 
 
 def draw_map(options):
