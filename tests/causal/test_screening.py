@@ -264,7 +264,9 @@ def test_two_sources_that_hide_each_other_are_found(tiny_model, long_trace):
     assert found.excess(mine[0]) > 5
     left = step_knockout(model, long_trace, pairs="screened", top=1, tolerance=4, **options)
     (bound,) = (group for group in left.groups if group.query == query and group.role == "bound")
-    assert bound.size > 5 and set(hidden) <= set(bound.keys), "what a round without effect leaves is said with its size"
+    assert bound.size > 5 and set(hidden) <= set(bound.keys), (
+        "what a round without effect leaves is said with its size"
+    )
     alone = step_knockout(model, long_trace, **options)
     assert alone.effects[query, list(hidden)].abs().max() < 0.3, "no pair shows it"
     chosen = step_knockout(model, long_trace, joint=[(query, hidden), ("T7", ["T1", "T2"])], **options)
