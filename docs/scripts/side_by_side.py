@@ -87,7 +87,7 @@ def measured(model: Any, trace: ReasoningTrace) -> tuple[dict[str, np.ndarray], 
     shares /= np.maximum(shares.sum(-1, keepdims=True), 1e-300)
     cut = step_saliency(model, trace, score="cut").sums.double().sum((0, 1)).tril(-1).numpy()
     nearness = np.tril(np.ones_like(cut), -1).cumsum(-1)
-    maps = dict(zip((*MAPS, ORDER), (shares.mean(0), cut, nearness), strict=True))
+    maps: dict[str, np.ndarray] = dict(zip((*MAPS, ORDER), (shares.mean(0), cut, nearness), strict=True))
     knockout = step_knockout(model, trace, pairs="screened", ranking=saliency)
     strongest = {(q, int(values[q, :q].argmax())) for q in readers(trace) for values in maps.values()}
     missing = sorted(pair for pair in strongest if not knockout.measured[pair])

@@ -86,7 +86,7 @@ class StepKnockout(TracedResult):
         tokens_run: Tokens that all forward passes were fed, rows times length; None in older files.
     """
 
-    schema: ClassVar[Schema] = Schema("stepflow_tl.StepKnockout", 1, "a step-knockout result", minor=1)
+    schema: ClassVar[Schema] = Schema("stepflow_tl.StepKnockout", 1, "a step-knockout result", minor=2)
 
     effects: Float[Tensor, "query_step key_step"]
     measured: Bool[Tensor, "query_step key_step"]
