@@ -1,8 +1,9 @@
 """The same questions through lm-evaluation-harness, Inspect and our own `evaluate`: the same answers?
 
     python benchmarks/engines.py MODEL QUESTIONS.jsonl --out DIR [--n 50] [--conditions plain] [--kill plain]
+        [--max-new-tokens 64] [--dtype float32]
 
-1. Greedy answers in float32 to the first N questions, plain and under StepFlow, in one batch each, with one
+1. Greedy answers to the first N questions, plain and under StepFlow, in one batch each, with one
    prompt and one format. MODEL is what `load_model` takes. The engines are run by their own command lines,
    each in a process of its own, on a local task.
 2. The harness' texts are compared with those of `evaluate` character for character, Inspect's token for token
@@ -30,7 +31,6 @@ from pathlib import Path
 
 PROMPT = "{question} Answer with the calculation alone, in one line, and put the result within \\boxed{}."
 CONDITIONS = {"plain": {}, "StepFlow": {"stepflow": "true"}}
-SHARED = {"dtype": "float32", "device": "cpu", "format": "boxed"}
 
 HARNESS_TASK = r"""
 task: local
@@ -66,7 +66,8 @@ def local():
 
 def write_tasks(asked, questions):
     rows = [
-        {"id": q.id, "prompt": PROMPT.replace("{question}", q.text), "answer": q.answer} for q in questions
+        {"id": q.id, "prompt": asked.prompt.replace("{question}", q.text), "answer": q.answer}
+        for q in questions
     ]
     (asked.out / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = HARNESS_TASK.replace("FOLDER", str(asked.out)).replace("N_NEW", str(asked.max_new_tokens))
@@ -74,8 +75,12 @@ def write_tasks(asked, questions):
     (asked.out / "local_task.py").write_text(INSPECT_TASK)
 
 
+def shared(asked):
+    return {"dtype": asked.dtype, "device": "cpu", "format": "boxed"}
+
+
 def harness_command(asked, condition, folder, batch_size):
-    options = {"pretrained": asked.model, **SHARED, **CONDITIONS[condition]}
+    options = {"pretrained": asked.model, **shared(asked), **CONDITIONS[condition]}
     options.pop("device")
     words = [sys.executable, "-m", "stepflow_tl.engines.lm_harness", "run", "--model", "stepflow"]
     words += ["--model_args", *(f"{name}={value}" for name, value in options.items())]
@@ -85,7 +90,7 @@ def harness_command(asked, condition, folder, batch_size):
 
 
 def inspect_command(asked, condition, folder, batch_size):
-    options = {**SHARED, **CONDITIONS[condition], "batch_size": batch_size}
+    options = {**shared(asked), **CONDITIONS[condition], "batch_size": batch_size}
     words = [sys.executable, "-m", "inspect_ai", "eval", "local_task.py"]
     words += ["--model", f"stepflow/{asked.model}"]
     words += [word for name, value in options.items() for word in ("-M", f"{name}={value}")]
@@ -138,6 +143,8 @@ def inspect_samples(folder):
 
 def ours(asked, questions, condition, folder):
     """Tokens as texts, visible text and right answers of `evaluate`'s own writer."""
+    import torch
+
     from stepflow_tl import load_model
     from stepflow_tl.evaluation import Decoding, Prompting, write_answers
     from stepflow_tl.evaluation.grading import grader_named
@@ -145,10 +152,10 @@ def ours(asked, questions, condition, folder):
 
     path = folder / "ours.json"
     if not path.exists():
-        model = load_model(asked.model)
+        model = load_model(asked.model, dtype=getattr(torch, asked.dtype))
         decoding = Decoding(max_new_tokens=asked.max_new_tokens, batch_size=asked.n)
         flow = StepFlow() if CONDITIONS[condition] else None
-        prompting = Prompting(format="boxed", prompt=PROMPT)
+        prompting = Prompting(format="boxed", prompt=asked.prompt)
         texts = [question.text for question in questions]
         found, seconds = write_answers(model, texts, flow, decoding, prompting=prompting)
         decode, grade = model.tokenizer.decode, grader_named("maths").grade
@@ -257,6 +264,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--n", type=int, default=50)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--conditions", nargs="*", choices=CONDITIONS, default=list(CONDITIONS))
     parser.add_argument("--kill", choices=CONDITIONS)
     asked = parser.parse_args()
@@ -266,7 +275,9 @@ def main():
         asked.model = str(Path(asked.model).absolute())
     questions = read_questions(asked.questions, "maths")[: asked.n]
     write_tasks(asked, questions)
-    print(f"{len(questions)} questions, {asked.max_new_tokens} new tokens, float32, greedy, {asked.model}")
+    print(
+        f"{len(questions)} questions, {asked.max_new_tokens} new tokens, {asked.dtype}, greedy, {asked.model}"
+    )
     for condition in asked.conditions:
         agree(asked, questions, condition)
     if asked.kill:
