@@ -136,9 +136,9 @@ def within(options) -> None:
     write_rows(out / "traces.jsonl", sorted(rows, key=lambda row: row.question_id))
     line = ["analyze", str(out / "traces.jsonl"), "--out", str(out / "maps"), "--model", options.model]
     run([*line, "--format", "boxed", "--group-by", "right", "--pair-by", "question_id"])
-    compare_within(
-        out, [f"{name}: {line}" for name, (*_, choice) in found.items() for line in choice.left_out]
-    )
+    left_out = [f"{name}: {line}" for name, (*_, choice) in found.items() for line in choice.left_out]
+    is_whole = len(found) == len(POOLS) and not any(each.n_missing for each, *_ in found.values())
+    compare_within(out, left_out, is_interim=len(rows) < 2 * WANTED and not is_whole)
 
 
 def answered(out):
