@@ -48,8 +48,7 @@ class Visible:
     ) -> Bool[Tensor, "row 1 query key"] | bool:
         """For some rows, queries and keys (a range, or any indices); `True` where they all see all."""
         if self.mask is not None:
-            inside = slice(keys.start, keys.stop) if isinstance(keys, range) else keys
-            part = self._rows(rows)[..., queries, inside]
+            part = self._rows(rows)[..., queries, _index(keys)]
             return part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
         first = self.n_keys - self.n_queries + queries.start
         last = first + queries.stop - queries.start
@@ -134,21 +133,17 @@ class Call:
     def scores(
         self, rows: slice, queries: slice, keys: range | Tensor
     ) -> Float[Tensor, "row head query key"]:
-        """Scores of some rows, queries and keys (ascending) in at least float32, without a mask."""
-        query = self.query[rows, :, queries]
+        """Scores of some rows, queries and keys in at least float32, without a mask; a shift takes ranges."""
+        key = self.key[rows, :, _index(keys)]
+        scores = scores_of(self.query[rows, :, queries], key, self.scale, self.softcap)
         if self.shift is None:
-            return scores_of(query, at_keys(self.key[rows], keys), self.scale, self.softcap)
-        around = keys if isinstance(keys, range) else range(int(keys[0]), int(keys[-1]) + 1)
-        scores = scores_of(query, at_keys(self.key[rows], around), self.scale, self.softcap)
-        shifted = self.shift(scores, rows, queries, around)  # which takes ranges
-        return shifted if isinstance(keys, range) else shifted[..., keys - around.start]
+            return scores
+        assert isinstance(keys, range)
+        return self.shift(scores, rows, queries, keys)
 
 
-def at_keys(
-    x: Float[Tensor, "row head all_key width"], keys: range | Int[Tensor, " key"]
-) -> Float[Tensor, "row head key width"]:
-    """These keys of keys or values; a range is not copied."""
-    return x[:, :, keys.start : keys.stop] if isinstance(keys, range) else x.index_select(2, keys)
+def _index(keys: range | Tensor) -> slice | Tensor:
+    return slice(keys.start, keys.stop) if isinstance(keys, range) else keys
 
 
 def attention_with_logsumexp(

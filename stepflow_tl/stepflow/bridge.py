@@ -229,9 +229,8 @@ def bridge_scores(
         log_masses = torch.where(seen, log_masses, 0.0)
     else:
         log_masses = torch.where(seen, masses, 1.0).log()
-    log_masses = log_masses - torch.where(seen, total, 2.0).log()
-    log_tau = log_floor(counts, tau_max, x.dtype)
-    shifts = shifts_of(log_masses, log_tau, seen, max_bridge_share, heads)
+    log_total = torch.where(seen, total, 2.0).log()
+    shifts = shifts_of(log_masses, log_total, counts, seen, tau_max, max_bridge_share, heads)
     # -0.0 is the one number that changes no other when added to it, +0.0 and -0.0 included.
     shift = torch.where(groups[0], shifts.own, torch.where(groups[1], shifts.bridge, -0.0))
     return (x + shift).to(scores.dtype), shifts
@@ -256,36 +255,36 @@ def bridge_pattern(
     masses = (p * groups).sum(-1)
     seen = (counts > 0).all(0) & (masses > 0).all(0)
     log_masses = torch.where(seen, masses, 0.5).log()
-    shifts = shifts_of(log_masses, log_floor(counts, tau_max, p.dtype), seen, max_bridge_share, heads)
+    shifts = shifts_of(
+        log_masses, torch.zeros_like(log_masses[0]), counts, seen, tau_max, max_bridge_share, heads
+    )
     factor = torch.where(groups[0], shifts.own.exp(), torch.where(groups[1], shifts.bridge.exp(), 1.0))
     return (p * factor).to(pattern.dtype), shifts
 
 
-def log_floor(
-    counts: Int[Tensor, "2 row #head query"], tau_max: float, dtype: torch.dtype
-) -> Float[Tensor, "row ... query"]:
-    """Logarithm of tau, the paper's equation 6, for rows that see so many keys of S and B."""
-    ratio = counts[1].to(dtype) / counts.sum(0).clamp_min(1)
-    return 0.5 * ratio.clamp_max(tau_max**2).log()
-
-
 def shifts_of(
     log_masses: Float[Tensor, "2 row head query"],
-    log_tau: Float[Tensor, "row ... query"],
+    log_total: Float[Tensor, "row head query"],
+    counts: Int[Tensor, "2 row #head query"],
     seen: Bool[Tensor, "row head query"],
+    tau_max: float,
     max_bridge_share: float,
     heads: Bool[Tensor, "head 1"] | None,
 ) -> Shifts:
     """What becomes of rows whose groups have these masses.
 
     Args:
-        log_masses: Logarithms of p(S) and p(B).
-        log_tau: Floor of each row, see `log_floor`.
-        seen: Rows that see both groups.
+        log_masses: Logarithms of the masses of S and B, less `log_total`.
+        log_total: Logarithm of what they are parts of.
+        counts: Keys of S and B that a row sees.
+        seen: Rows that see both.
+        tau_max: Highest floor.
         max_bridge_share: Highest part of `p(S) + p(B)` that B may be raised to.
         heads: Heads to act on; None for all.
     """
-    log_own, log_bridge = log_masses.unbind(0)
+    log_own, log_bridge = (log_masses - log_total).unbind(0)
+    ratio = counts[1].to(log_own.dtype) / counts.sum(0).clamp_min(1)
+    log_tau = 0.5 * ratio.clamp_max(tau_max**2).log()
     log_movable = torch.logaddexp(log_own, log_bridge)
     log_cap = log_movable + math.log(max_bridge_share)
     log_target = torch.minimum(log_tau, log_cap)

@@ -5,21 +5,22 @@ output, `z_S` and `z_B` the outputs of attention restricted to S and to B, and `
 
     z' = z + delta * (z_B - z_S).
 
-1. `p(g) = exp(logsumexp_g - logsumexp)`. Two of the groups are computed, each from its own keys alone: B, and
-   whichever of S and O has fewer (while thinking: O, a few tokens of the prompt, gathered); the third is what
-   is left to 1, and if that is S, `p(S) z_S = z - p(B) z_B - p(O) z_O`. A small p(S) is lost in rounding, but
-   so it is in z': `delta * z_S = (delta / p(S)) * p(S) z_S`, and that quotient is at most 1. A row whose p(S)
-   is all rounding is left alone.
-   PyTorch's flash kernel computes a group; where it does not serve (`attention.by_kernel`), its scores do.
+1. `p(g) = exp(logsumexp_g - logsumexp)`. Two of the groups are computed, B and whichever of S and O needs the
+   shorter range of keys (while thinking: O, a few tokens of the prompt); the third is what is left to 1, and
+   if that is S, `p(S) z_S = z - p(B) z_B - p(O) z_O`. A small p(S) is lost in rounding, but so it is in z':
+   `delta * z_S = (delta / p(S)) * p(S) z_S`, and that quotient is at most 1. A row whose p(S) is all rounding
+   is left alone.
+   In a whole pass without a mask, where that range is long, B's own is given to PyTorch's flash kernel, and
+   the other group is O, its keys gathered, or S if that has fewer.
 2. `shifts_of` of `bridge` turns the masses into tau and the shifts of S and B, the same code as for hooks.
 3. Rows that are left alone keep their bits. Windows, padding and causality come from the mask, soft-cap and
    sinks from the call, the controls' random regions from the spans.
 
 With `kept`, what a backward pass needs is returned as well (`BridgedRows`).
 
-Cost: attention of each span's queries to B once more, and to the smaller of S and O: while thinking, the
-prompt; while summarising, all but the smaller of prompt and summary. Memory: outputs of one block of queries,
-and its scores or masks, at most `_BLOCK_ELEMENTS`. While decoding no copy of the cache, and no scores.
+Cost: per span, the scores of its queries on the range of keys that the two groups lie in: while thinking,
+the prompt; while summarising, all. Memory: one block of at most `_BLOCK_ELEMENTS` scores. While decoding: one
+row of scores of that range, and no copy of the cache.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepflow_tl.models.attention import Call, at_keys, by_kernel, weighted_values
-from stepflow_tl.stepflow.bridge import Shifts, log_floor, shifts_of
+from stepflow_tl.models.attention import Call, by_kernel
+from stepflow_tl.stepflow.bridge import Shifts, shifts_of
 from stepflow_tl.stepflow.report import LayerReport
 from stepflow_tl.stepflow.state import QuerySpan
 
 _BLOCK_ELEMENTS = 1 << 20
+#: A range of keys from which on a kernel's call pays.
+_KERNEL_KEYS = 128
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def bridged_attention(
         if not span.n_rows_acted_on:  # a sliding window has left one of the groups behind
             continue
         for queries in _blocks(span, call):
-            groups = _groups_of(call, span, queries, bridge.tau_max)
+            groups = _groups_of(call, span, queries)
             shifts = groups.shifts(bridge)
             if counts is not None:
                 n_looked_at = span.n_rows_acted_on * call.z.shape[1] * (queries.stop - queries.start)
@@ -147,13 +150,17 @@ class _Groups(NamedTuple):
     log_masses: Float[Tensor, "2 row head query"]
     z_own: Float[Tensor, "row head query d_value"]
     z_bridge: Float[Tensor, "row head query d_value"]
-    log_tau: Float[Tensor, "row 1 query"]
-    seen: Bool[Tensor, "row head query"]
+    counts: Int[Tensor, "2 row 1 query"]
+    has_mass: Bool[Tensor, "row head query"]
 
     def shifts(self, bridge: Bridge) -> Shifts:
         """What becomes of each row."""
-        log_masses = torch.where(self.seen, self.log_masses, -1.0)
-        return shifts_of(log_masses, self.log_tau, self.seen, bridge.max_bridge_share, bridge.heads)
+        seen = (self.counts > 0).all(0) & self.has_mass
+        log_masses = torch.where(seen, self.log_masses, -1.0)
+        total = torch.zeros_like(log_masses[0])
+        return shifts_of(
+            log_masses, total, self.counts, seen, bridge.tau_max, bridge.max_bridge_share, bridge.heads
+        )
 
     def keep(self, kept: BridgedRows, at: tuple[slice, slice, slice], shifts: Shifts) -> None:
         """Write down what a backward pass needs."""
@@ -172,121 +179,113 @@ class _Groups(NamedTuple):
             getattr(kept, name)[at] = found
 
 
-def _groups_of(call: Call, span: QuerySpan, queries: slice, tau_max: float) -> _Groups:
+def _groups_of(call: Call, span: QuerySpan, queries: slice) -> _Groups:
     """Group masses and outputs of these queries of the span."""
     at = (span.rows, slice(None), queries)
-    logsumexp, view = call.logsumexp[at], _view_of(call, span, queries, tau_max)
-    log_second, z_second = _restricted(call, at, view.second)
-    log_bridge, z_bridge = _restricted(call, at, view.bridge)
-    log_masses = torch.stack([log_second, log_bridge]) - logsumexp
-    masses = log_masses.exp()
-    z_second = masses[0, ..., None] * z_second
-    has_mass = log_masses > -torch.inf
-    seen = view.sees_both & has_mass[1]
-    if not view.second_is_rest:
-        return _Groups(log_masses, z_second, z_bridge, view.log_tau, seen & has_mass[0])
-    own_mass = 1 - masses.sum(0)
+    logsumexp = call.logsumexp[at]
+    kernel_bridge = _bridge_by_kernel(call, span, queries)
+    keys: range | Tensor
+    if kernel_bridge is None:
+        rest_is_computed = len(span.around_rest) <= len(span.around_own)
+        keys = span.around_rest if rest_is_computed else span.around_own
+    else:
+        strays = _few_rest_keys(call, span, queries)
+        rest_is_computed = strays is not None
+        last = call.visible.n_keys - call.visible.n_queries + queries.stop
+        own = range(span.own_alone.start, min(span.own_alone.stop, last))
+        keys = own if strays is None else strays
+    second_and_bridge = span.rest_and_bridge if rest_is_computed else span.groups
+    inside = slice(keys.start, keys.stop) if isinstance(keys, range) else keys
+    wanted = second_and_bridge[: 2 if kernel_bridge is None else 1, ..., inside]
+    visible = call.visible.block(span.rows, queries, keys)
+    if isinstance(visible, Tensor):
+        wanted = wanted & visible.to(wanted.device)
+    scores = call.scores(span.rows, queries, keys)
+    value = call.value[span.rows, :, inside].to(scores.dtype)
+    (log_second, *log_bridges), (z_second, *z_bridges) = _restricted(scores, wanted, value)
+    log_bridge, z_bridge = kernel_bridge or (log_bridges[0], z_bridges[0])
+    log_bridge, log_second = log_bridge - logsumexp, log_second - logsumexp
+    z_second = log_second.exp()[..., None] * z_second
+    counts = call.visible.counts(span.rows, queries, span.counted)
+    has_mass = log_bridge.isfinite()
+    if not rest_is_computed:
+        has_mass = has_mass & log_second.isfinite()
+        return _Groups(torch.stack([log_second, log_bridge]), z_second, z_bridge, counts, has_mass)
+    bridge_mass, rest_mass = log_bridge.exp(), log_second.exp()
     if call.sinks is not None:
-        sink = call.sinks.to(call.query.dtype).to(masses.dtype)[:, None]
-        own_mass = own_mass - (sink - logsumexp).exp()
-    z_own = call.z[at] - masses[1, ..., None] * z_bridge - z_second
-    no_mass = 8 * torch.finfo(masses.dtype).eps
-    log_masses = torch.stack([own_mass.clamp_min(no_mass).log(), log_masses[1]])
-    return _Groups(log_masses, z_own, z_bridge, view.log_tau, seen & (own_mass > no_mass))
+        sink = call.sinks.to(call.query.dtype).to(rest_mass.dtype)[:, None]
+        rest_mass = rest_mass + (sink - logsumexp).exp()
+    own_mass = 1 - rest_mass - bridge_mass
+    z_own = call.z[at].to(rest_mass.dtype) - bridge_mass[..., None] * z_bridge - z_second
+    no_mass = 8 * torch.finfo(rest_mass.dtype).eps
+    has_mass = has_mass & (own_mass > no_mass)
+    log_own = own_mass.clamp_min(no_mass).log()
+    return _Groups(torch.stack([log_own, log_bridge]), z_own, z_bridge, counts, has_mass)
 
 
-class _Part(NamedTuple):
-    """What a block of queries sees of a group.
-
-    Attributes:
-        keys: Keys that include all of it.
-        mask: Minus infinity at keys that are not of it or not seen, else 0; None if there are none.
-        is_empty: Queries that see none of it; None if there are none.
-    """
-
-    keys: range | Int[Tensor, " key"]
-    mask: Float[Tensor, "row 1 #query key"] | None
-    is_empty: Bool[Tensor, "row 1 #query"] | None
+def _bridge_by_kernel(call: Call, span: QuerySpan, queries: slice) -> tuple[Tensor, Tensor] | None:
+    """Logsumexp and output of B, if its keys are many and all seen by each of these queries; else None."""
+    if not _is_for_kernel(call, span):
+        return None
+    at, inside = (span.rows, slice(None), queries), slice(span.bridge_alone.start, span.bridge_alone.stop)
+    keys = span.groups[1][..., inside]
+    tensors = (call.query[at], call.key[span.rows, :, inside], call.value[span.rows, :, inside])
+    found = by_kernel(*tensors, scale=call.scale, mask=None if bool(keys.all()) else keys)
+    return None if found is None else (found[1], found[0].to(found[1].dtype))
 
 
-class _View(NamedTuple):
-    """What a block of queries sees of B and of the smaller of S and O, and each row's floor."""
-
-    bridge: _Part
-    second: _Part
-    second_is_rest: bool
-    log_tau: Float[Tensor, "row 1 query"]
-    sees_both: Bool[Tensor, "row 1 query"]
+def _few_rest_keys(call: Call, span: QuerySpan, queries: slice) -> Int[Tensor, " stray"] | None:
+    """The keys up to the last query that are in neither group of some row, if they are fewer than S's."""
+    last = call.visible.n_keys - call.visible.n_queries + queries.stop
+    found = span.rest_and_bridge[0, ..., :last].any(0).flatten().nonzero()[:, 0]
+    n_own = min(span.own_alone.stop, last) - span.own_alone.start
+    return found if len(found) < n_own else None
 
 
-def _view_of(call: Call, span: QuerySpan, queries: slice, tau_max: float) -> _View:
-    """What these queries see; the layers of a decoding pass share it."""
-    visible, dtype = call.visible, call.query.dtype
-    known_by = (id(visible.mask), visible.window, dtype, tau_max)
-    if known_by in span.views:
-        return span.views[known_by][0]
-
-    def part(group: Tensor, keys: range | Tensor) -> _Part:
-        inside = slice(keys.start, keys.stop) if isinstance(keys, range) else keys
-        wanted, block = group[..., inside], visible.block(span.rows, queries, keys)
-        if isinstance(block, Tensor):
-            wanted = wanted & block.to(wanted.device)
-        if bool(wanted.all()):
-            return _Part(keys, None, None)
-        mask = torch.zeros(wanted.shape, dtype=dtype, device=wanted.device)
-        is_empty = ~wanted.any(-1)
-        return _Part(keys, mask.masked_fill_(~wanted, -torch.inf), is_empty if is_empty.any() else None)
-
-    last = visible.n_keys - visible.n_queries + queries.stop
-    own_keys = range(span.own_keys.start, min(span.own_keys.stop, last))
-    second_is_rest = len(span.rest_keys) < len(own_keys)
-    second = part(span.rest, span.rest_keys) if second_is_rest else part(span.groups[0], own_keys)
-    counts = visible.counts(span.rows, queries, span.counted)
-    log_tau = log_floor(counts, tau_max, call.logsumexp.dtype)
-    bridge = part(span.groups[1], span.bridge_keys)
-    view = _View(bridge, second, second_is_rest, log_tau, (counts > 0).all(0))
-    if visible.n_queries == 1:
-        span.views[known_by] = view, visible.mask  # so that no other mask gets its id
-    return view
+def _is_for_kernel(call: Call, span: QuerySpan) -> bool:
+    """Whether B is long, before the queries of the span, and hidden by nothing."""
+    visible = call.visible
+    first = visible.n_keys - visible.n_queries + span.queries.start
+    return (
+        min(len(span.around_rest), len(span.around_own)) >= _KERNEL_KEYS
+        and visible.n_queries > 1
+        and visible.mask is None
+        and visible.window is None
+        and call.softcap is None
+        and call.shift is None
+        and span.bridge_alone.stop <= first + 1
+    )
 
 
 def _restricted(
-    call: Call, at: tuple[slice, slice, slice], part: _Part
-) -> tuple[Float[Tensor, "row head query"], Float[Tensor, "row head query d_value"]]:
-    """Logsumexp and output of attention to one group alone; minus infinity and zeros where it is empty."""
-    (rows, _, queries), keys, query, work = at, part.keys, call.query[at], call.logsumexp.dtype
-    shape, value, found = query.shape, at_keys(call.value[rows], keys), None
-    if not len(keys):
-        z = query.new_zeros(*shape[:-1], value.shape[-1])
-        return query.new_full(shape[:-1], -torch.inf, dtype=work), z
-    if _kernel_serves(call):
-        key = at_keys(call.key[rows], keys)
-        if query.shape[2] == 1:  # a KV head's queries as the rows of one head, several times as fast
-            query = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
-        found = by_kernel(query, key, value, scale=call.scale, mask=part.mask)
-    if found is not None:
-        logsumexp = found[1].reshape(shape[:-1])
-        if part.is_empty is not None:  # the kernel says 0 there
-            logsumexp = torch.where(part.is_empty, -torch.inf, logsumexp)
-        return logsumexp, found[0].reshape(shape)
-    scores = call.scores(rows, queries, keys)
-    scores = scores if part.mask is None else scores + part.mask
-    peak = scores.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-    terms = (scores - peak).exp()
-    total = terms.sum(-1, keepdim=True)
-    z = weighted_values(terms, value.to(work)) / torch.where(total > 0, total, 1.0)
-    return (total.log() + peak)[..., 0], z
+    scores: Float[Tensor, "row head query key"],
+    groups: Bool[Tensor, "group row 1 #query key"],
+    value: Float[Tensor, "row kv_head key d_value"],
+) -> tuple[list[Float[Tensor, "row head query"]], list[Float[Tensor, "row head query d_value"]]]:
+    """Logsumexp and output of attention to each group alone; minus infinity and zeros if it is empty."""
+    n_rows, n_heads, n_queries, n_keys = scores.shape
+    by_kv_head = scores.view(n_rows, value.shape[1], 1, -1, n_queries, n_keys)
+    alone = torch.where(groups.transpose(0, 1)[:, None], by_kv_head, -torch.inf)
+    peak = alone.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    terms = (alone - peak).exp()
+    total = terms.sum(-1)
+    logsumexp = total.log() + peak[..., 0]
+    # Groups are further rows of the product, so that no value is copied for them.
+    z = (terms.flatten(2, 4) @ value).view(*total.shape, value.shape[-1])
+    z = z / torch.where(total > 0, total, 1.0)[..., None]
+    shape = (n_rows, n_heads, n_queries)
+    return (
+        [found.reshape(shape) for found in logsumexp.unbind(2)],
+        [found.reshape(*shape, -1) for found in z.unbind(2)],
+    )
 
 
 def _blocks(span: QuerySpan, call: Call) -> Iterator[slice]:
-    """Blocks of queries, shorter where scores are formed of every head."""
-    n_keys = max(min(len(span.rest_keys), len(span.own_keys)), len(span.bridge_keys), 1)
-    n_heads = 1 if _kernel_serves(call) else call.z.shape[1]
-    size = max(8, _BLOCK_ELEMENTS // ((span.rows.stop - span.rows.start) * n_heads * n_keys))
-    for first in range(span.queries.start, span.queries.stop, size):
-        yield slice(first, min(first + size, span.queries.stop))
-
-
-def _kernel_serves(call: Call) -> bool:
-    same_width = call.query.shape[-1] == call.value.shape[-1]
-    return same_width and call.softcap is None and call.shift is None
+    start, stop = span.queries.start, span.queries.stop
+    n_keys = min(len(span.around_rest), len(span.around_own))
+    if _is_for_kernel(call, span):
+        strays = _few_rest_keys(call, span, span.queries)
+        n_keys = len(span.own_alone) if strays is None else len(strays)
+    size = max(8, _BLOCK_ELEMENTS // max(1, (span.rows.stop - span.rows.start) * call.z.shape[1] * n_keys))
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))

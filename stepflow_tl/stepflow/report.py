@@ -48,8 +48,8 @@ class LayerReport:
         n_rows: int,
     ) -> None:
         """Count `n_rows` rows: which were raised (`active`), by how much (`gain`), which were `capped`."""
-        parts = torch.stack([active, capped, gain.detach()]).double()
-        n_active, n_capped, total = parts.flatten(1).sum(1).tolist()
+        parts = (active.sum(), capped.sum(), gain.sum())
+        n_active, n_capped, total = torch.stack([part.detach().double() for part in parts]).tolist()
         self.rows += n_rows
         self.adjusted += int(n_active)
         self.capped += int(n_capped)

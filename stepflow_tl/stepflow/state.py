@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from stepflow_tl.errors import ModelError
@@ -53,12 +53,12 @@ class QuerySpan(NamedTuple):
         n_keys: Number of leading key columns that these queries may see.
         n_rows_acted_on: Rows of the batch in which both S and B have keys.
         groups: Keys of S and B.
-        rest: Keys of O but for padding, which no query sees, in the rows acted on.
+        rest_and_bridge: Keys that are in neither group, and of B.
         counted: Keys that set tau; `groups` itself, placebos excepted.
-        own_keys: Range that holds all of S in the rows acted on.
-        bridge_keys: Range that holds all of B in the rows acted on.
-        rest_keys: Where `rest` has keys: a range, or their indices if that is less than half of it.
-        views: What layers find out about the span and share, by what they find it out from.
+        around_rest: Range of keys that holds all of B, and all that are in neither group.
+        around_own: Range of keys that holds all of B and S.
+        bridge_alone: Range of keys that holds all of B.
+        own_alone: Range of keys that holds all of S.
     """
 
     rows: slice
@@ -66,12 +66,12 @@ class QuerySpan(NamedTuple):
     n_keys: int
     n_rows_acted_on: int
     groups: Bool[Tensor, "2 row 1 1 key"]
-    rest: Bool[Tensor, "row 1 1 key"]
+    rest_and_bridge: Bool[Tensor, "2 row 1 1 key"]
     counted: Bool[Tensor, "2 row 1 1 key"]
-    own_keys: range
-    bridge_keys: range
-    rest_keys: range | Int[Tensor, " stray"]
-    views: dict[tuple, Any]
+    around_rest: range
+    around_own: range
+    bridge_alone: range
+    own_alone: range
 
 
 class Injection(NamedTuple):
@@ -191,8 +191,7 @@ class FlowState:
             lowest = self.current.end - n_keys
             make = self._decoding_span if self.current.n_queries == 1 else self._trace_spans
             self._plans[key] = tuple(
-                self._span(rows, queries, lowest, groups, device)
-                for rows, queries, groups in make(granularity, placebo_seed)
+                _span(*parts, device) for parts in make(lowest, granularity, placebo_seed)
             )
         return self._plans[key]  # pyright: ignore[reportReturnType]
 
@@ -203,13 +202,13 @@ class FlowState:
             self._plans[key] = tuple(self._find_injections(_BOUNDARY_TESTS[boundaries], window))
         return self._plans[key]  # pyright: ignore[reportReturnType]
 
-    def _decoding_span(self, granularity: Granularity, seed: int | None):
+    def _decoding_span(self, lowest: int, granularity: Granularity, seed: int | None):
         """One query per row: all rows in one span."""
         groups = self._groups(slice(0, self.labels.n_rows), self.current.start, granularity, seed)
         if groups is not None:
-            yield slice(0, self.labels.n_rows), slice(0, 1), groups
+            yield slice(0, self.labels.n_rows), slice(0, 1), lowest, groups
 
-    def _trace_spans(self, granularity: Granularity, seed: int | None):
+    def _trace_spans(self, lowest: int, granularity: Granularity, seed: int | None):
         """Runs of queries between which neither their label nor that of any key changes."""
         start, end = self.current.start, self.current.end
         for row in range(self.labels.n_rows):
@@ -225,7 +224,7 @@ class FlowState:
             for first, after in zip(edges, edges[1:], strict=False):
                 groups = self._groups(slice(row, row + 1), after - 1, granularity, seed)
                 if groups is not None:
-                    yield slice(row, row + 1), slice(first - start, after - start), groups
+                    yield slice(row, row + 1), slice(first - start, after - start), lowest, groups
 
     def _groups(self, rows: slice, column: int, granularity: Granularity, seed: int | None) -> _Groups | None:
         """S and B of the queries at `column`, over the columns up to it; None if no row has both."""
@@ -251,27 +250,12 @@ class FlowState:
             region[i] = random_region(own[i], bridge[i], seed, self.row_ids[row], column - self.padding[row])
         return _Groups((own | bridge) & ~region, region, own, bridge)
 
-    def _span(self, rows: slice, queries: slice, lowest: int, groups: _Groups, device: Any) -> QuerySpan:
-        own, bridge, *counted = (group[:, lowest:] for group in groups)
-        masks = _key_masks(own, bridge, device=device)
-        sets_tau = masks if groups.own is groups.counted_own else _key_masks(*counted, device=device)
-        acts = np.any(own, axis=-1, keepdims=True) & np.any(bridge, axis=-1, keepdims=True)
-        n_keys = own.shape[-1]
-        first_key = np.array(self.padding[rows])[:, None] - lowest
-        rest = acts & (np.arange(n_keys) >= first_key) & ~(own | bridge)
-        around, strays = _around(rest), np.flatnonzero(rest.any(0))
-        few = torch.from_numpy(strays).to(device) if 2 * len(strays) < len(around) else around
-        ranges = _around(own & acts), _around(bridge & acts), few
-        (others,) = _key_masks(rest, device=device)
-        return QuerySpan(rows, queries, n_keys, int(acts.sum()), masks, others, sets_tau, *ranges, {})
-
     def _find_injections(self, wanted: Callable[[int, int], bool], window: int | None):
         labels, start = self.labels, self.current.start
-        known = labels.step[:, :start].max(axis=1, initial=-1)
-        for row in np.flatnonzero(labels.step[:, start:].max(axis=1) > known).tolist():
+        for row in range(labels.n_rows):
             steps, late = labels.step[row], labels.template_from[row]
             # A step begins where its number is first met. A provisional token repeats the number before it.
-            so_far = np.maximum.accumulate(np.append(known[row], steps[start:]))
+            so_far = np.maximum.accumulate(np.append(steps[:start].max(initial=-1), steps[start:]))
             for query in np.flatnonzero(np.diff(so_far)).tolist():
                 column = start + query
                 before = np.flatnonzero((steps[:column] == steps[column] - 1) & (late[:column] > column))
@@ -301,11 +285,24 @@ _BOUNDARY_TESTS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+def _span(rows: slice, queries: slice, lowest: int, groups: _Groups, device: Any) -> QuerySpan:
+    own, bridge, counted_own, counted_bridge = (group[:, lowest:] for group in groups)
+    acted_on = _key_masks(own, bridge, device)
+    sets_tau = (
+        acted_on if groups.own is groups.counted_own else _key_masks(counted_own, counted_bridge, device)
+    )
+    n_rows = int((own.any(-1) & bridge.any(-1)).sum())
+    rest = ~(own | bridge)
+    around = map(_around, (bridge | rest, own | bridge, bridge, own))
+    beside = _key_masks(rest, bridge, device)
+    return QuerySpan(rows, queries, own.shape[-1], n_rows, acted_on, beside, sets_tau, *around)
+
+
 def _around(keys: np.ndarray) -> range:
     """From the first to the last key that is in this set in any row."""
     found = np.flatnonzero(keys.any(0))
     return range(int(found[0]), int(found[-1]) + 1) if len(found) else range(0)
 
 
-def _key_masks(*groups: np.ndarray, device: Any) -> Tensor:
-    return torch.from_numpy(np.stack(groups))[:, :, None, None].to(device)
+def _key_masks(own: np.ndarray, bridge: np.ndarray, device: Any) -> Tensor:
+    return torch.from_numpy(np.stack([own, bridge]))[:, :, None, None].to(device)

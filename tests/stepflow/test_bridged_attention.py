@@ -86,19 +86,21 @@ def test_a_causal_call_without_a_mask_equals_the_same_with_one(window):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("last_only, control", [(False, None), (True, None), (True, 3)])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("control", [None, 3], ids=["bridge", "control"])
 @pytest.mark.parametrize("granularity", ["segment", "step"])
-def test_the_kernel_and_scores_say_the_same(monkeypatch, granularity, last_only, control, dtype):
-    state = flow_state(*PADDED, last_only=last_only)
-    call = plain_call(state, dtype, sinks=True)
+def test_a_long_bridge_goes_through_a_kernel(monkeypatch, granularity, control, sinks, dtype):
+    state = flow_state((13, 41, 22))
+    call = plain_call(state, dtype, sinks=sinks, as_mask=False)
     spans = state.spans(state.current.end, granularity, placebo_seed=control)
-    by_kernel = bridged_attention(call, spans, Bridge(0.99, 0.999))
-    asked = []
-    monkeypatch.setattr(module, "by_kernel", lambda *a, **k: asked.append(a))
-    found = bridged_attention(call, spans, Bridge(0.99, 0.999))
-    assert len(asked) >= len(spans) and not torch.equal(found, call.z)
+    by_scores = bridged_attention(call, spans, Bridge(TAU_MAX, SHARE))
+    calls, kernel = [], module.by_kernel
+    monkeypatch.setattr(module, "_KERNEL_KEYS", 1)
+    monkeypatch.setattr(module, "by_kernel", lambda *a, **k: calls.append(a) or kernel(*a, **k))
+    found = bridged_attention(call, spans, Bridge(TAU_MAX, SHARE))
+    assert len(calls) >= len(spans) // 2 and not torch.equal(found, call.z)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(found, by_kernel, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found, by_scores, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("granularity", ["segment", "step"])

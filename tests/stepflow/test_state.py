@@ -85,26 +85,6 @@ def test_rows_of_a_batch_are_read_at_their_own_padding(make_trace):
                     ]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_where_groups_lie_leaves_out_padding_and_rows_not_acted_on(make_trace, side):
-    traces = [make_trace(), make_trace("Why?", "It is so.\n\nYes.", "So.")]
-    last = max(map(len, traces)) - 2
-    padding = [max(map(len, traces)) - len(trace) if side == "left" else 0 for trace in traces]
-    state = FlowState(LabelTable.from_traces(traces, side), Pass(last, 1), padding)
-    state.labels.crop(last + 1)
-    (span,) = state.spans(last + 1, "segment")
-    own, bridge = span.groups[:, :, 0, 0]
-    acted_on = own.any(-1) & bridge.any(-1)
-    assert span.n_rows_acted_on == int(acted_on.sum()) == (2 if side == "left" else 1)
-    rest = ~(own | bridge) & acted_on[:, None] & (torch.arange(last + 1) >= torch.tensor(padding)[:, None])
-    assert torch.equal(span.rest[:, 0, 0], rest)
-    groups = ((own, span.own_keys), (bridge, span.bridge_keys), (rest, span.rest_keys))
-    for keys, place in groups:
-        found = keys[acted_on].any(0).nonzero()[:, 0].tolist()
-        assert found and set(found) <= set(torch.as_tensor(place).tolist())
-    assert len(span.rest_keys) < len(range(*span.rest_keys[[0, -1]].tolist())) / 2
-
-
 def test_new_steps_are_found_with_all_tokens_of_the_step_before(trace):
     state = FlowState.from_trace(trace)
     found = {i.query: i.columns.tolist() for i in state.injections("all", None)}

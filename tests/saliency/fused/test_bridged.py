@@ -11,6 +11,7 @@ from stepflow_tl.saliency.fused.attention import saliency_attention
 from stepflow_tl.saliency.fused.bridged import BRIDGE, OTHER, OWN, Bridging, SequenceGroups
 from stepflow_tl.saliency.fused.call import AttentionSpec
 from stepflow_tl.saliency.fused.steps import StepSums, StepTiles
+from stepflow_tl.stepflow import bridged_attention as bridged_attention_module
 from stepflow_tl.stepflow.bridged_attention import Bridge, BridgedRows, bridged_attention
 from stepflow_tl.stepflow.report import LayerReport
 
@@ -31,6 +32,7 @@ def tiles(request, monkeypatch, threads):
         monkeypatch.setattr(steps, "KEYS_PER_TILE", 32)
         monkeypatch.setattr(sweep, "ROWS_PER_TILE", 60)
         monkeypatch.setattr(sweep, "SHORTEST_SHARED", 4)
+        monkeypatch.setattr(bridged_attention_module, "_KERNEL_KEYS", 1)
         threads(3 if "three" in request.param else 1)
 
 
