@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from power import PLANTS, add_source, model_and_traces
+from power import PLANTS, add_source, kept_rows, model_and_traces
 
 from stepflow_tl import diagnose, step_saliency
 from stepflow_tl.diagnosis import Diagnosis, choose_bands
@@ -83,20 +83,20 @@ class Maps:
     """Diagnoses of traces by name and by what is planted, from disk where they are there."""
 
     def __init__(self, model, traces, path):
-        self.model, self.traces, self.path, self.held = model, traces, path, {}
-        if path.exists():
-            for line in filter(lambda line: line.endswith("}"), path.read_text().splitlines()):
-                row = json.loads(line)
-                self.held[row["trace"], row["planted"]] = Diagnosis.from_json(row["diagnosis"])
+        self.model, self.traces, self.path = model, traces, path
+        self.held = {
+            (row["trace"], row["tokens"], row["planted"]): Diagnosis.from_json(row["diagnosis"])
+            for row in kept_rows(path)
+        }
 
     def __call__(self, name, planted, flow):
-        key = str(name), planted
+        trace = self.traces[name]
+        key = str(name), len(trace), planted
         if key not in self.held:
-            found = diagnose(step_saliency(self.model, self.traces[name], stepflow=flow))
-            self.held[key] = found
+            self.held[key] = diagnose(step_saliency(self.model, trace, stepflow=flow))
+            row = dict(zip(("trace", "tokens", "planted"), key, strict=True))
             with self.path.open("a") as file:
-                row = dict(trace=key[0], planted=planted, diagnosis=found.to_json())
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row | {"diagnosis": self.held[key].to_json()}) + "\n")
         return self.held[key]
 
 

@@ -134,14 +134,16 @@ def losses(model, trace, hooks=()):
     return {name: float(nll[trace.segment_ids[1:] == part].mean()) for name, part in SEGMENTS.items()}
 
 
+def kept_rows(path):
+    """What an earlier run measured, a row a line; a line that a kill cut off is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def mapped(model, traces, options):
     """By failure and dose: headline numbers `[trace, 6]` and NLLs `[trace, 2]`; from disk where it can."""
     path = options.out / "maps.jsonl"
-    held = {}
-    if path.exists():
-        for line in filter(lambda line: line.endswith("}"), path.read_text().splitlines()):
-            row = json.loads(line)
-            held[row["trace"], row["tokens"], row["failure"], row["dose"]] = row
+    held = {(row["trace"], row["tokens"], row["failure"], row["dose"]): row for row in kept_rows(path)}
     wanted = [(name, dose) for name in PLANTS for dose in options.doses]
     wanted = [("", 0.0), *wanted]
     found = {}

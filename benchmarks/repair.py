@@ -28,7 +28,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from power import PLANTS, SEGMENTS, add_source, losses, model_and_traces, problems_of
+from power import PLANTS, SEGMENTS, add_source, kept_rows, losses, model_and_traces, problems_of
 
 from stepflow_tl.evaluation import Decoding, evaluate, questions_of
 from stepflow_tl.models.bands import deep_band
@@ -99,11 +99,8 @@ def planted(failure, dose, flow=None):
 
 def measured(model, traces, flows, options):
     """By failure, dose and repair ("" for none): NLLs `[trace, 2]`, and what was acted on `[trace, 2]`."""
-    path, held, found = options.out / "losses.jsonl", {}, {}
-    if path.exists():
-        for line in filter(lambda line: line.endswith("}"), path.read_text().splitlines()):
-            row = json.loads(line)
-            held[tuple(row["key"])] = row
+    path, found = options.out / "losses.jsonl", {}
+    held = {tuple(row["key"]): row for row in kept_rows(path)}
     flows = {"": None, **flows}
     wanted = [(*case, repair, flow) for case in cases(options) for repair, flow in flows.items()]
     keys = {
